@@ -1,0 +1,7 @@
+"""The operators as functions: ``effdet_fast.ops.<function>``, each with a ``<function>_reference`` beside it."""
+
+from effdet_fast.ops._arguments import set_debug
+from effdet_fast.ops._library import use_reference
+from effdet_fast.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
+
+__all__ = ["set_debug", "sigmoid_focal_loss", "sigmoid_focal_loss_reference", "use_reference"]

@@ -1,0 +1,34 @@
+// The one place that knows which compiler reads a kernel: nvcc, or a host compiler running it under emulation.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define EF_HD __host__ __device__ __forceinline__
+#else
+#define EF_HD inline __attribute__((always_inline))
+#endif
+
+// Host loops marked with this are compiled once per instruction set and chosen when the library is loaded. A lambda inside such a
+// function is not cloned: keep the loop itself in the marked function.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EF_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define EF_CPU_CLONES
+#endif
+
+namespace ef {
+// Where an op runs: the first argument of every launch function, so that one Tensor boundary serves both.
+struct Cpu {};
+struct Cuda {
+  void* stream;
+};
+
+// Arithmetic type of a storage type.
+template <typename scalar_t>
+using acc_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+EF_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+}  // namespace ef

@@ -1,0 +1,25 @@
+// Vector memory access: the only place where a pointer is reinterpreted.
+#pragma once
+#include "platform.h"
+
+namespace ef {
+template <typename T, int kSize>
+struct alignas(sizeof(T) * kSize) Vec {
+  T v[kSize];
+};
+template <typename T>
+inline constexpr int kVecSize = 16 / sizeof(T);  // one 16-byte access
+
+template <int kSize, typename T>
+EF_HD Vec<T, kSize> load_vec(const T* p) {
+  return *reinterpret_cast<const Vec<T, kSize>*>(p);
+}
+template <int kSize, typename T>
+EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
+  *reinterpret_cast<Vec<T, kSize>*>(p) = value;
+}
+template <typename... T>
+bool is_vec_aligned(const T*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
+}  // namespace ef

@@ -1,0 +1,82 @@
+// Focal loss of one logit x (Lin et al., 2017), with label smoothing on the cross entropy only. Scalar formulas: no memory, no torch.
+//   p = sigmoid(x)    p_t = p t + (1 - p)(1 - t)    alpha_t = alpha t + (1 - alpha)(1 - t)    t_s = t (1 - s) + s / 2
+//   loss = alpha_t (1 - p_t)^gamma (softplus(x) - x t_s)
+// For a hard target put z = -x (t = 1) or z = x (t = 0): then 1 - p_t = sigmoid(z) and the cross entropy is softplus(z) - z s / 2,
+// the same formula for both.
+#pragma once
+#include "../common/math.h"
+
+namespace ef::focal_loss {
+enum class Modulator { kSquare, kThreeHalves, kAny };  // gamma = 2, gamma = 1.5, any other
+
+template <typename acc_t>
+struct Parameters {
+  acc_t alpha_positive, alpha_negative;  // alpha_t at t = 1 and t = 0; both 1 where the weighting is off
+  acc_t gamma, smoothing;
+
+  static Parameters of(double alpha, double gamma, double smoothing) {
+    const bool weighted = alpha >= 0;
+    return {acc_t(weighted ? alpha : 1), acc_t(weighted ? 1 - alpha : 1), acc_t(gamma), acc_t(smoothing)};
+  }
+};
+
+// y^gamma for y in [0, 1] whose logarithm is log_y.
+template <Modulator kModulator, typename acc_t>
+EF_HD acc_t modulate(acc_t y, acc_t log_y, acc_t gamma) {
+  if constexpr (kModulator == Modulator::kSquare) return y * y;
+  if constexpr (kModulator == Modulator::kThreeHalves) return y * sqrt_of(y);
+  return exp_of(gamma * log_y);
+}
+
+template <typename acc_t>
+struct Logistic {  // everything the formulas need of z, from one exponential
+  acc_t y, one_minus_y, softplus, log_y;
+};
+template <typename acc_t>
+EF_HD Logistic<acc_t> logistic(acc_t z) {
+  const acc_t u = exp_of(z < acc_t(0) ? z : -z);  // exp(-|z|)
+  const acc_t r = acc_t(1) / (acc_t(1) + u), l = log1p_of(u);
+  const bool negative = z < acc_t(0);
+  const acc_t ur = u * r;
+  return {negative ? ur : r, negative ? r : ur, (negative ? acc_t(0) : z) + l, (negative ? z : acc_t(0)) - l};
+}
+
+// Hard target: the loss for z and its derivative with respect to z, without alpha_t.
+template <Modulator kModulator, typename acc_t>
+EF_HD acc_t hard_loss(acc_t z, const Parameters<acc_t>& p) {
+  const Logistic<acc_t> f = logistic(z);
+  return modulate<kModulator>(f.y, f.log_y, p.gamma) * (f.softplus - z * (acc_t(0.5) * p.smoothing));
+}
+template <Modulator kModulator, typename acc_t>
+EF_HD acc_t hard_grad(acc_t z, const Parameters<acc_t>& p) {
+  const Logistic<acc_t> f = logistic(z);
+  const acc_t half_smoothing = acc_t(0.5) * p.smoothing;
+  // d(y^gamma)/dz = gamma y^gamma (1 - y): no power below gamma, so nothing diverges as y -> 0.
+  return modulate<kModulator>(f.y, f.log_y, p.gamma) * (p.gamma * f.one_minus_y * (f.softplus - z * half_smoothing) + f.y - half_smoothing);
+}
+
+EF_HD float log_of(float x) { return logf(x); }
+EF_HD double log_of(double x) { return ::log(x); }
+
+// Soft target t in [0, 1]: the loss for x and its derivative with respect to x.
+template <Modulator kModulator, typename acc_t>
+EF_HD acc_t soft_loss(acc_t x, acc_t t, const Parameters<acc_t>& p) {
+  const Logistic<acc_t> f = logistic(x);
+  const acc_t y = f.y * (acc_t(1) - t) + f.one_minus_y * t;  // 1 - p_t
+  const acc_t smoothed = t * (acc_t(1) - p.smoothing) + acc_t(0.5) * p.smoothing;
+  const acc_t alpha = p.alpha_positive * t + p.alpha_negative * (acc_t(1) - t);
+  const acc_t log_y = kModulator == Modulator::kAny ? log_of(y) : acc_t(0);
+  return alpha * modulate<kModulator>(y, log_y, p.gamma) * (f.softplus - x * smoothed);
+}
+template <Modulator kModulator, typename acc_t>
+EF_HD acc_t soft_grad(acc_t x, acc_t t, const Parameters<acc_t>& p) {
+  const Logistic<acc_t> f = logistic(x);
+  const acc_t y = f.y * (acc_t(1) - t) + f.one_minus_y * t;
+  const acc_t smoothed = t * (acc_t(1) - p.smoothing) + acc_t(0.5) * p.smoothing;
+  const acc_t alpha = p.alpha_positive * t + p.alpha_negative * (acc_t(1) - t);
+  const acc_t log_y = kModulator == Modulator::kAny ? log_of(y) : acc_t(0);
+  // (dy/dx) / y; as y -> 0 the power vanishes faster, so 0 stands for the quotient there.
+  const acc_t slope = y > acc_t(0) ? (acc_t(1) - acc_t(2) * t) * f.y * f.one_minus_y / y : y;
+  return alpha * modulate<kModulator>(y, log_y, p.gamma) * (p.gamma * slope * (f.softplus - x * smoothed) + f.y - smoothed);
+}
+}  // namespace ef::focal_loss

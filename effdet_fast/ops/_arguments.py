@@ -1,0 +1,60 @@
+"""Checks of arguments that several ops share. Every message names the argument, what it must be, and what it was."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ACTIVATIONS: dict[str | None, int] = {
+    None: 0,
+    "silu": 1,
+    "relu": 2,
+    "relu6": 3,
+}  # numbered as in csrc/common/activation.h
+
+_debug = False
+
+
+def set_debug(enabled: bool) -> None:
+    """Also checks the values of tensors on a GPU (labels in range and the like), at the price of a synchronisation per call."""
+    global _debug
+    _debug = bool(enabled)
+
+
+def may_read_values(x: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at without costing a synchronisation nobody asked for."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_debug and x.device.type != "meta"))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+
+
+def check_floating(op: str, name: str, x: Any) -> None:
+    check_tensor(op, name, x)
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype_name(x.dtype)}")
+
+
+def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {x.device}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: Iterable[Any]) -> None:
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region the call is in, for the tensor's device; None outside one."""
+    device_type = x.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

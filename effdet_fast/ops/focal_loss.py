@@ -1,0 +1,203 @@
+"""Sigmoid focal loss (Lin et al., "Focal Loss for Dense Object Detection", 2017), from labels or from soft targets."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import (
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    check_tensor,
+    dtype_name,
+    may_read_values,
+)
+
+BACKGROUND = -1
+IGNORED = -2
+
+
+def sigmoid_focal_loss_reference(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    x = inputs if inputs.dtype == torch.float64 else inputs.float()
+    ignored = None
+    if targets.is_floating_point():
+        t = targets.to(x.dtype)
+    else:
+        t = (targets.unsqueeze(-1) == torch.arange(x.shape[-1], device=x.device)).to(x.dtype)
+        ignored = (targets == IGNORED).unsqueeze(-1)
+    y = torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t  # 1 - p_t, without cancellation
+    smoothed = t * (1 - label_smoothing) + label_smoothing / 2
+    loss = F.binary_cross_entropy_with_logits(x, smoothed, reduction="none")
+    if gamma != 0:
+        positive = y > 0  # at y = 0 the limit is 0, of the gradient too
+        loss = loss * torch.where(positive, torch.where(positive, y, 1) ** gamma, 0)
+    if alpha >= 0:
+        loss = loss * (alpha * t + (1 - alpha) * (1 - t))
+    if ignored is not None:
+        loss = loss.masked_fill(ignored, 0)
+    if reduction == "none":
+        return loss.to(inputs.dtype)
+    return _reduced(loss.sum(), reduction, inputs.numel(), normalizer)
+
+
+def _reduced(total: Tensor, reduction: str, numel: int, normalizer: float | Tensor | None) -> Tensor:
+    if reduction == "mean":
+        return total / numel  # 0 / 0 = NaN for an empty input, as in PyTorch
+    return total if normalizer is None else total / normalizer
+
+
+_focal_loss = _library.define(
+    "focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
+    lambda inputs, targets, alpha, gamma, label_smoothing: torch.empty_like(inputs),
+)
+_focal_loss_sum = _library.define(
+    "focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
+    lambda inputs, targets, alpha, gamma, label_smoothing: inputs.new_empty(
+        (), dtype=torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    ),
+)
+_focal_loss_backward = _library.define(
+    "focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
+    lambda grad, inputs, targets, alpha, gamma, label_smoothing: torch.empty_like(inputs),
+)
+
+
+class _FocalLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs, targets, alpha, gamma, label_smoothing, summed):
+        ctx.save_for_backward(inputs, targets)
+        ctx.options = (alpha, gamma, label_smoothing)
+        return (_focal_loss_sum if summed else _focal_loss)(inputs, targets, alpha, gamma, label_smoothing)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        inputs, targets = ctx.saved_tensors
+        if grad.shape == inputs.shape and grad.stride() != inputs.stride():  # the kernel walks both in one order
+            grad = torch.empty_like(inputs).copy_(grad)
+        return _focal_loss_backward(grad, inputs, targets, *ctx.options), None, None, None, None, None
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    label_smoothing: float = 0.0,
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """Focal loss ``alpha_t * (1 - p_t)**gamma * BCE(x, t_s)``, in one pass forward and one backward.
+
+    The first five arguments are those of ``torchvision.ops.sigmoid_focal_loss``. With ``p = sigmoid(x)``:
+    ``p_t = p t + (1 - p)(1 - t)``, ``alpha_t = alpha t + (1 - alpha)(1 - t)``; the cross entropy alone sees the smoothed target
+    ``t_s = t (1 - s) + s / 2``.
+
+    Args:
+        inputs: logits, ``[...]``, or ``[..., C]`` with labels; float16, bfloat16, float32 or float64; any strides (contiguous and
+            channels_last are read in place, others are copied). Arithmetic is in float32 (float64 for float64).
+        targets: either floating, of the shape and dtype of ``inputs``, with values in [0, 1]; or integer, of shape
+            ``inputs.shape[:-1]``: a class in [0, C), -1 for background, -2 for ignored (no loss, no gradient). Labels are never
+            turned into a one-hot. No gradient flows to ``targets``.
+        alpha: weight of positives, in [0, 1]; -1 switches the weighting off.
+        gamma: focusing exponent, >= 0.
+        reduction: "none" (shape of ``inputs``), "mean" over all elements, or "sum".
+        label_smoothing: s, in [0, 1].
+        normalizer: divides a "sum"; a number, or a 0-d tensor on the device of ``inputs`` (no synchronisation).
+
+    Returns:
+        With "none" a tensor like ``inputs`` (under autocast: float32); reduced losses are float32 (float64 for float64) scalars.
+        Deterministic: the same bits in every run and for every thread count.
+
+    Raises:
+        TypeError: a dtype is not supported, or floating ``targets`` have another dtype than ``inputs`` outside autocast.
+        ValueError: shapes or devices do not fit, ``alpha``, ``gamma``, ``label_smoothing`` or ``reduction`` are out of range, or a
+            label is >= C or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
+    """
+    op = "sigmoid_focal_loss"
+    check_floating(op, "inputs", inputs)
+    check_tensor(op, "targets", targets)
+    _check_options(op, alpha, gamma, reduction, label_smoothing, normalizer)
+    check_same_device(op, "targets", targets, "inputs", inputs)
+    if autocast_dtype(inputs) is not None:
+        if reduction == "none" and inputs.dtype != torch.float64:
+            inputs = inputs.float()
+        if targets.is_floating_point() and targets.dtype != inputs.dtype:
+            wider = torch.promote_types(inputs.dtype, targets.dtype)
+            inputs, targets = inputs.to(wider), targets.to(wider)
+    targets = _check_targets(op, inputs, targets)
+
+    if not _library.is_native(inputs):
+        return sigmoid_focal_loss_reference(
+            inputs, targets, alpha, gamma, reduction, label_smoothing=label_smoothing, normalizer=normalizer
+        )
+    channels_last = inputs.dim() == 4 and targets.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.channels_last if channels_last and not inputs.is_contiguous() else torch.contiguous_format
+    inputs = inputs.contiguous(memory_format=memory_format)
+    targets = targets.contiguous(memory_format=memory_format if targets.dim() == 4 else torch.contiguous_format)
+    options = (float(alpha), float(gamma), float(label_smoothing))
+    summed = reduction != "none"
+    if torch.is_grad_enabled() and inputs.requires_grad:
+        loss = _FocalLoss.apply(inputs, targets, *options, summed)
+    else:
+        loss = (_focal_loss_sum if summed else _focal_loss)(inputs, targets, *options)
+    return _reduced(loss, reduction, inputs.numel(), normalizer) if summed else loss
+
+
+def _check_options(op, alpha, gamma, reduction, label_smoothing, normalizer) -> None:
+    if not (0 <= alpha <= 1 or alpha == -1):
+        raise ValueError(f"{op}: alpha must be in [0, 1], or -1 for no weighting, got {alpha}")
+    if not gamma >= 0:
+        raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
+    if normalizer is not None:
+        if reduction != "sum":
+            raise ValueError(f"{op}: normalizer needs reduction='sum', got reduction={reduction!r}")
+        if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
+            raise ValueError(f"{op}: normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+
+
+def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        if targets.shape != inputs.shape:
+            raise ValueError(_shape_message(op, inputs, targets))
+        if targets.dtype != inputs.dtype:
+            raise TypeError(
+                f"{op}: floating targets must have the dtype of inputs, {dtype_name(inputs.dtype)}, got {dtype_name(targets.dtype)}"
+            )
+        if targets.requires_grad:
+            raise ValueError(f"{op}: targets must not require a gradient, got a tensor with requires_grad=True")
+        return targets
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{op}: targets must be floating or integer, got {dtype_name(targets.dtype)}")
+    if inputs.dim() == 0 or targets.shape != inputs.shape[:-1]:
+        raise ValueError(_shape_message(op, inputs, targets))
+    targets = targets.long()
+    if may_read_values(targets) and targets.numel():
+        lowest, highest = torch.aminmax(targets)
+        if lowest < IGNORED or highest >= inputs.shape[-1]:
+            first = targets[(targets < IGNORED) | (targets >= inputs.shape[-1])].flatten()[0].item()
+            raise ValueError(
+                f"{op}: labels must be a class in [0, {inputs.shape[-1]}), -1 (background) or -2 (ignored), got {first}"
+            )
+    return targets
+
+
+def _shape_message(op: str, inputs: Tensor, targets: Tensor) -> str:
+    labels = f"{list(inputs.shape[:-1])} (labels) or " if inputs.dim() else ""
+    return f"{op}: targets must have shape {labels}{list(inputs.shape)}, got {list(targets.shape)}"

@@ -1,0 +1,54 @@
+"""The backends. A test that takes the fixture `backend` runs on each of them, through the public functions."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from effdet_fast import _extension, ops
+from tests.emulation.backend import emulated
+
+BACKENDS = ["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: torch.device
+
+
+def enter(name: str) -> Iterator[Backend]:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if name != "reference":
+        assert _extension.import_error is None, _extension.import_error
+    backend = Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))
+    if name == "emulated":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            with emulated():
+                yield backend
+    elif name == "reference":
+        with ops.use_reference():
+            yield backend
+    else:
+        yield backend
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend in turn: reference, cpu, emulated and, on a machine with a GPU, cuda."""
+    yield from enter(request.param)
+
+
+@pytest.fixture(params=BACKENDS[1:])
+def native_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backends with kernels of their own: cpu, emulated and cuda."""
+    yield from enter(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

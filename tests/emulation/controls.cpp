@@ -1,0 +1,17 @@
+// What the tests may set and ask of the emulation, by ctypes.
+#include "../../csrc/common/platform.h"
+#include "cuda_emulation.h"
+#include "guarded_allocation.h"
+
+extern "C" {
+void ef_set_thread_order_seed(unsigned seed) { ef::emulation::thread_order_seed = seed; }
+
+// Buffers written outside their bounds since the last call, those still alive included.
+int64_t ef_take_guard_violations() {
+  using namespace ef::emulation;
+  int64_t count = guard_violations;
+  for (const GuardedBlock& block : guarded_blocks) count += !block.is_intact();
+  guard_violations = 0;
+  return count;
+}
+}

@@ -1,0 +1,265 @@
+// Runs CUDA kernels on a CPU: each thread of a block is a fiber, blocks run one after another. Test-only.
+// Shared memory starts as NaN bytes; the order of the threads is shuffled by seed, so that a missing barrier shows; launch limits are
+// checked as a device would; a barrier that some threads never reach is an error. Not modelled: races between blocks, coalescing,
+// the rounding of intrinsics, and warp functions with a partial mask (all threads of a warp that have not returned take part).
+#pragma once
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace ef::emulation {
+inline unsigned thread_order_seed = 0;  // 0: in order
+
+struct Barrier {
+  unsigned arrived = 0, generation = 0;
+};
+struct Block {
+  dim3 grid, block, index;
+  unsigned size = 0, current = 0, live = 0;
+  uint64_t progress = 0;  // barrier arrivals and returns; a round of all threads without any is a deadlock
+  Barrier all;
+  std::vector<Barrier> warps;
+  std::vector<unsigned> order, warp_live;
+  std::vector<uint64_t> exchange;
+  std::vector<unsigned char> shared;
+  std::vector<Context> fibers;
+  std::vector<char> done;
+  Context scheduler;
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+};
+inline Block* running = nullptr;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // kept from launch to launch
+
+inline dim3 thread_index() {
+  const Block& b = *running;
+  return dim3(b.current % b.block.x, b.current / b.block.x % b.block.y, b.current / (b.block.x * b.block.y));
+}
+inline void release_if_complete(Barrier& barrier, unsigned expected) {
+  if (barrier.arrived && barrier.arrived >= expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
+inline void wait(Barrier& barrier, unsigned expected) {
+  const unsigned now = barrier.generation;
+  ++barrier.arrived;
+  ++running->progress;
+  release_if_complete(barrier, expected);
+  while (barrier.generation == now) from_fiber_to_scheduler(&running->fibers[running->current], running->scheduler, false);
+}
+inline unsigned warp_of_thread() { return running->current / 32; }
+inline void sync_block() {
+#if !defined(EF_EMULATION_WITHOUT_BARRIERS)  // a negative control: the suite must notice
+  wait(running->all, running->live);
+#endif
+}
+inline void sync_warp() { wait(running->warps[warp_of_thread()], running->warp_live[warp_of_thread()]); }
+
+// Every lane publishes a value; then f reads what the lanes published.
+template <class T, class F>
+auto exchange(T value, F&& f) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  running->exchange[running->current] = bits;
+  sync_warp();
+  const auto result = f(running->exchange.data() + running->current / 32 * 32);
+  sync_warp();
+  return result;
+}
+template <class T>
+T read_lane(T value, unsigned lane) {
+  const uint64_t other = exchange(value, [&](const uint64_t* lanes) { return lanes[lane]; });
+  T result;
+  std::memcpy(&result, &other, sizeof(T));
+  return result;
+}
+inline void fiber_entry() {
+  entered_fiber();
+  Block& b = *running;
+  b.body(b.argument);
+  const unsigned warp = warp_of_thread();
+  b.done[b.current] = 1;
+  ++b.progress;
+  --b.live;
+  --b.warp_live[warp];
+  release_if_complete(b.all, b.live);  // threads that return do not hold the others at a barrier
+  release_if_complete(b.warps[warp], b.warp_live[warp]);
+  from_fiber_to_scheduler(&b.fibers[b.current], b.scheduler, true);
+}
+inline void run_block(Block& b, const char* name) {
+  const unsigned warps = (b.size + 31) / 32;
+  b.live = b.size;
+  b.all = {};
+  b.warps.assign(warps, {});
+  for (unsigned w = 0; w < warps; ++w) b.warp_live[w] = std::min(32u, b.size - w * 32);
+  std::fill(b.done.begin(), b.done.end(), 0);
+  std::fill(b.shared.begin(), b.shared.end(), 0xff);
+  std::fill(b.exchange.begin(), b.exchange.end(), ~uint64_t(0));
+  for (unsigned i = 0; i < b.size; ++i) start_context(b.fibers[i], stacks[i].get(), b.scheduler, fiber_entry);
+  while (b.live) {
+    const uint64_t before = b.progress;
+    for (unsigned i : b.order) {
+      if (b.done[i]) continue;
+      b.current = i;
+      from_scheduler_to(&b.scheduler, b.fibers[i], stacks[i].get());
+    }
+    if (b.progress == before) throw std::runtime_error(std::string(name) + ": deadlock: some threads never reach a barrier");
+  }
+}
+}  // namespace ef::emulation
+
+#define threadIdx (::ef::emulation::thread_index())
+#define blockIdx (::ef::emulation::running->index)
+#define blockDim (::ef::emulation::running->block)
+#define gridDim (::ef::emulation::running->grid)
+
+inline void __syncthreads() { ef::emulation::sync_block(); }
+inline void __syncwarp(unsigned = ~0u) { ef::emulation::sync_warp(); }
+inline void __threadfence() {}
+template <class T>
+T __shfl_sync(unsigned, T v, int lane) {
+  return ef::emulation::read_lane(v, lane & 31);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T v, int mask) {
+  return ef::emulation::read_lane(v, (ef::emulation::running->current % 32) ^ mask);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T v, int delta) {
+  const unsigned lane = ef::emulation::running->current % 32;
+  return ef::emulation::read_lane(v, lane + delta < 32 ? lane + delta : lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T v, int delta) {
+  const unsigned lane = ef::emulation::running->current % 32;
+  return ef::emulation::read_lane(v, lane >= unsigned(delta) ? lane - delta : lane);
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const unsigned lanes = std::min(32u, ef::emulation::running->size - ef::emulation::running->current / 32 * 32);
+  return ef::emulation::exchange(uint64_t(predicate != 0), [&](const uint64_t* votes) {
+    unsigned result = 0;
+    for (unsigned i = 0; i < lanes; ++i)
+      if (votes[i] == 1) result |= 1u << i;
+    return result;
+  });
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+
+// Threads of one launch never run at the same time here, so a plain read-modify-write is atomic.
+template <class T>
+T ef_exchange(T* p, T value) {
+  const T old = *p;
+  *p = value;
+  return old;
+}
+template <class T>
+T atomicAdd(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, T(*p + v));
+}
+template <class T>
+T atomicOr(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, T(*p | v));
+}
+template <class T>
+T atomicAnd(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, T(*p & v));
+}
+template <class T>
+T atomicMax(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, std::max(*p, v));
+}
+template <class T>
+T atomicMin(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, std::min(*p, v));
+}
+template <class T>
+T atomicExch(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, v);
+}
+template <class T>
+T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> v) {
+  return ef_exchange(p, *p == compare ? v : *p);
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+inline int __clzll(unsigned long long x) { return x ? __builtin_clzll(x) : 64; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned((uint64_t(a) * b) >> 32); }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T min(T a, std::type_identity_t<T> b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, std::type_identity_t<T> b) {
+  return a < b ? b : a;
+}
+
+namespace ef {
+template <typename T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(emulation::running->shared.data());
+}
+
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Cuda, Args... args) {
+  using namespace emulation;
+  const unsigned size = block.x * block.y * block.z;
+  if (size == 0 || size > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      block.z > 64 || shared_bytes > (227u << 10)) {
+    throw std::runtime_error(std::string(name) + ": launch failed: invalid configuration");
+  }
+  auto call = [&] { kernel(static_cast<Params>(args)...); };
+  Block b;
+  b.grid = grid;
+  b.block = block;
+  b.size = size;
+  b.body = [](void* f) { (*static_cast<decltype(call)*>(f))(); };
+  b.argument = &call;
+  b.shared.resize(shared_bytes);
+  b.exchange.resize((size + 31) / 32 * 32);
+  b.fibers.resize(size);
+  b.done.resize(size);
+  b.warp_live.resize((size + 31) / 32);
+  for (unsigned i = 0; i < size; ++i) b.order.push_back(i);
+  while (stacks.size() < size) stacks.emplace_back(new char[kStackBytes]);
+  std::mt19937 random(thread_order_seed);
+  struct Running {
+    explicit Running(Block* b) { running = b; }
+    ~Running() { running = nullptr; }
+  } scope(&b);
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        b.index = dim3(x, y, z);
+        if (thread_order_seed) std::shuffle(b.order.begin(), b.order.end(), random);
+        run_block(b, name);
+      }
+}
+}  // namespace ef
