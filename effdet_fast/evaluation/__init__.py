@@ -1,0 +1,16 @@
+"""COCO evaluation: detections in original pixels, pycocotools' metrics, gathering over processes."""
+
+from effdet_fast.evaluation.coco_metrics import METRICS, coco_metrics
+from effdet_fast.evaluation.evaluate_model import autocast, detect_all, evaluate_model
+from effdet_fast.evaluation.results import ImageResult, coco_results, image_results
+
+__all__ = [
+    "METRICS",
+    "ImageResult",
+    "autocast",
+    "coco_metrics",
+    "coco_results",
+    "detect_all",
+    "evaluate_model",
+    "image_results",
+]

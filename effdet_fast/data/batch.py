@@ -1,0 +1,77 @@
+"""A batch on its way from the loader to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Images and boxes of one step.
+
+    Attributes:
+        images: uint8 [B, 3, H, W] RGB, channels_last in memory.
+        gt_boxes: float32 [B, M, 4] xyxy in pixels of `images`; zeros in padding rows. M is a power of two, at least 8,
+            so that the number of shapes the model sees stays small.
+        gt_labels: int64 [B, M], 0-based; -1 marks padding rows.
+        image_ids: int64 [B].
+        scales: float32 [B], pixels of `images` per original pixel. Nominal: sizes are rounded to whole pixels, so each
+            axis may differ a little; `Placement.letterbox(size, image_size).undo_boxes` is exact.
+        sizes: int64 [B, 2], original (height, width).
+    """
+
+    images: Tensor
+    gt_boxes: Tensor
+    gt_labels: Tensor
+    image_ids: Tensor
+    scales: Tensor
+    sizes: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The batch with every tensor on `device`."""
+        return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
+
+
+def normalize(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Tensor:
+    """(images / 255 - mean) / std on the images' own device, without a host sync.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        mean, std: per channel, in 0..1.
+        dtype: of the result; the arithmetic is float32.
+        channels_last: memory format of the result; False gives contiguous NCHW.
+
+    Raises:
+        TypeError: images are not uint8.
+        ValueError: images are not [B, 3, H, W], or mean / std not three numbers, or a std not positive.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"normalize: images must be uint8, got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"normalize: images must have shape [B, 3, H, W], got {list(images.shape)}")
+    scale, shift = _scale_and_shift(tuple(map(float, mean)), tuple(map(float, std)), images.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.mul(images, scale).add_(shift).to(dtype=dtype, memory_format=layout)
+
+
+@lru_cache(maxsize=64)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Cached because bringing a new constant to a GPU makes the host wait.
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"normalize: mean and std must have 3 values, got {mean} and {std}")
+    if min(std) <= 0:
+        raise ValueError(f"normalize: std must be positive, got {std}")
+    with torch.inference_mode(False):
+        scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
+        shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+        return scale.to(device), shift.to(device)

@@ -1,0 +1,137 @@
+"""A COCO detection data set on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from effdet_fast.data.annotations import SHOWN, check_boxes, read_annotations
+from effdet_fast.data.image_io import open_image, read_size
+
+Size = tuple[int, int]
+
+
+class CocoDetection(Dataset):
+    """Images and boxes of a COCO annotations file, checked as a whole when made.
+
+    Label k (0-based, without gaps) stands for category `category_ids[k]` of the file. Images without boxes stay.
+    Crowd boxes are kept apart from those to train on. The pictures are upright by their EXIF data, unless the sizes in
+    the file say that its boxes belong to the stored pixels.
+
+    Raised at once, naming the file and the annotation or image: missing or unreadable files, pictures of another size
+    than annotated, duplicate image or category ids, unknown image or category ids, malformed boxes. One counted
+    warning names boxes that are not finite, empty, outside the image (left out of training) or partly outside
+    (clipped). What only decoding shows (a truncated picture) is raised by `__getitem__`, naming the file.
+
+    Args:
+        images_dir: folder that the file names are relative to.
+        annotations_file: COCO JSON.
+        category_ids: the category of each label, as a model already trained has them; None takes the file's, sorted.
+        check_images: read every picture's header now. Without it only missing sizes are read.
+    """
+
+    def __init__(
+        self,
+        images_dir: str | Path,
+        annotations_file: str | Path,
+        *,
+        category_ids: Sequence[int] | None = None,
+        check_images: bool = True,
+    ) -> None:
+        self.images_dir = str(images_dir)
+        self.annotations_file = str(annotations_file)
+        if not os.path.isdir(self.images_dir):
+            raise FileNotFoundError(f"{self.images_dir}: no such images folder")
+        self.annotations = read_annotations(annotations_file, category_ids)
+        self._check_images(check_images)
+        check_boxes(self.annotations)
+
+    @property
+    def category_ids(self) -> list[int]:
+        return list(self.annotations.category_ids)
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.annotations.class_names)
+
+    @property
+    def image_ids(self) -> list[int]:
+        return self.annotations.image_ids.tolist()
+
+    @property
+    def file_names(self) -> list[str]:
+        return list(self.annotations.file_names)  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self.annotations.image_ids)
+
+    def size(self, i: int) -> Size:
+        """(height, width) of image i."""
+        height, width = self.annotations.sizes[i]
+        return int(height), int(width)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.images_dir, self.annotations.file_names[i])
+
+    def open(self, i: int, wanted_size: Callable[[Size], Size] | None = None) -> Image.Image:
+        """RGB picture i, perhaps reduced to no less than `wanted_size` of its (height, width); see `open_image`."""
+        return open_image(self.path(i), self.size(i), wanted_size)[0]
+
+    def boxes(self, i: int, crowd: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (float64 xyxy [n, 4], clipped to the image) and labels (int64 [n]) to train on, or the crowd ones."""
+        a = self.annotations
+        owned = slice(a.first[i], a.first[i + 1])
+        chosen = a.crowd[owned] & np.isfinite(a.bbox[owned]).all(axis=1) if crowd else a.trainable[owned]
+        xywh = a.bbox[owned][chosen]
+        height, width = self.size(i)
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        return np.clip(corners, 0, np.array([width, height] * 2)), a.labels[owned][chosen]
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Sample i: `image` uint8 [H, W, 3] RGB, `boxes` float32 [n, 4] xyxy in pixels, `labels` int64 [n],
+        `crowd_boxes` float32 [k, 4], `crowd_labels` int64 [k], `image_id`, `size` (h, w), `file_name`.
+        """
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"CocoDetection: index {i} is out of range for {len(self)} images")
+        i = int(i) % len(self)
+        boxes, labels = self.boxes(i)
+        crowd_boxes, crowd_labels = self.boxes(i, crowd=True)
+        return {
+            "image": np.array(self.open(i)),
+            "boxes": boxes.astype(np.float32),
+            "labels": labels,
+            "crowd_boxes": crowd_boxes.astype(np.float32),
+            "crowd_labels": crowd_labels,
+            "image_id": int(self.annotations.image_ids[i]),
+            "size": self.size(i),
+            "file_name": self.annotations.file_names[i],
+        }
+
+    def _check_images(self, everything: bool) -> None:
+        sizes = self.annotations.sizes
+        unknown = (sizes < 0).any(axis=1)
+        problems: list[str] = []
+
+        def check(i: int) -> str | None:
+            try:
+                sizes[i] = read_size(self.path(i), None if unknown[i] else self.size(i))
+            except (FileNotFoundError, ValueError) as error:
+                return str(error)
+            return None
+
+        wanted = [i for i in range(len(self)) if everything or unknown[i]]
+        # Reading headers is mostly waiting for the disk or the network.
+        with ThreadPoolExecutor(min(16, max(1, len(wanted) // 64))) as pool:
+            problems = [p for p in pool.map(check, wanted, chunksize=1) if p is not None]
+        if problems:
+            more = f"\n  ... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            listed = "\n  ".join(problems[:SHOWN])
+            what = "picture" if len(problems) == 1 else "pictures"
+            raise ValueError(f"{self.annotations_file}: {len(problems)} {what} cannot be used:\n  {listed}{more}")

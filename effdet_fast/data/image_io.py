@@ -1,0 +1,153 @@
+"""Decoding a picture into upright 8-bit RGB, whatever it is stored as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_ORIENTATION = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+Size = tuple[int, int]
+
+
+def open_image(
+    path: str | Path,
+    annotated_size: Size | None = None,
+    wanted_size: Callable[[Size], Size] | None = None,
+) -> tuple[Image.Image, Size]:
+    """Decodes a file to an RGB picture.
+
+    The EXIF orientation is applied, so that the picture is as a viewer shows it, except where `annotated_size` fits
+    the stored pixels and not the turned ones: then whoever drew the boxes saw the stored pixels.
+    Transparency is dropped, 16-bit grey keeps its upper 8 bits, and of several frames the first one counts.
+
+    Args:
+        path: image file.
+        annotated_size: (height, width) from the annotations file, if known.
+        wanted_size: from the picture's full (height, width) to the size that is enough; a JPEG may then be decoded at
+            1/2, 1/4 or 1/8, never smaller than that.
+
+    Returns:
+        The picture, and its full upright (height, width), which the picture falls short of where it was reduced.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be decoded, or has another size than `annotated_size`. The message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            turn = _turn(image, annotated_size)
+            size = _turned_size(image, turn)
+            _check_size(path, size, annotated_size)
+            if wanted_size is not None and image.format == "JPEG":
+                wanted = wanted_size(size)
+                image.draft(None, wanted if _swaps(turn) else wanted[::-1])
+            upright = image if turn is None else image.transpose(turn)
+            return to_rgb(upright), size
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image file") from None
+    except _SizeMismatch:
+        raise
+    # Pillow's decoders raise whatever they come across in a broken file: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be decoded: {error}") from error
+
+
+def read_size(path: str | Path, annotated_size: Size | None = None) -> Size:
+    """(height, width) from the header alone, upright as `open_image` would give it; the same errors."""
+    try:
+        with Image.open(path) as image:
+            stored = image.height, image.width
+            # Looking for EXIF data decodes a PNG; mostly the sizes agree and there is no need.
+            if annotated_size is not None and stored == tuple(annotated_size):
+                return stored
+            size = _turned_size(image, _turn(image, annotated_size))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be decoded: {error}") from error
+    _check_size(path, size, annotated_size)
+    return size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of any Pillow picture; see `open_image` for transparency and depth."""
+    if image.mode == "RGB":
+        image.load()
+        return image
+    if image.mode.startswith("I"):
+        # Pillow's own conversion saturates at 255, which turns most 16-bit pictures white.
+        values = np.asarray(image)
+        depth = 8 if values.max(initial=0) > 255 else 0
+        return Image.fromarray((np.clip(values, 0, 65535) >> depth).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range; convert the picture to 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def as_picture(image: Any) -> Image.Image:
+    """RGB Pillow picture, upright by its EXIF data, from a Pillow picture or a uint8 array [H, W, 3] or [H, W].
+
+    Raises:
+        TypeError: neither of these, or another dtype.
+        ValueError: an array of another shape.
+    """
+    if isinstance(image, Image.Image):
+        turn = _turn(image, None)
+        return to_rgb(image if turn is None else image.transpose(turn))
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"predict: image must be a path, a PIL image or a NumPy array, got {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise TypeError(f"predict: image array must be uint8, got {image.dtype}")
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) or 0 in image.shape:
+        raise ValueError(f"predict: image array must have shape [H, W, 3] (RGB) or [H, W], got {list(image.shape)}")
+    return to_rgb(Image.fromarray(np.ascontiguousarray(image)))
+
+
+class _SizeMismatch(ValueError):
+    pass
+
+
+def _check_size(path: str | Path, size: Size, annotated_size: Size | None) -> None:
+    if annotated_size is not None and size != tuple(annotated_size):
+        raise _SizeMismatch(f"{path}: is {_wh(size)} pixels, but its annotations say {_wh(annotated_size)}")
+
+
+def _turn(image: Image.Image, annotated_size: Size | None) -> Image.Transpose | None:
+    try:
+        turn = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken metadata says nothing about the pixels
+        return None
+    if _swaps(turn) and annotated_size is not None:
+        height, width = annotated_size
+        if (image.height, image.width) == (height, width) and height != width:
+            return None
+    return turn
+
+
+def _swaps(turn: Image.Transpose | None) -> bool:
+    return turn is not None and turn not in (_TRANSPOSE[2], _TRANSPOSE[3], _TRANSPOSE[4])
+
+
+def _turned_size(image: Image.Image, turn: Image.Transpose | None) -> Size:
+    return (image.width, image.height) if _swaps(turn) else (image.height, image.width)
+
+
+def _wh(size: Size) -> str:
+    return f"{size[1]} x {size[0]}"

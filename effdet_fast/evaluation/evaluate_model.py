@@ -1,0 +1,164 @@
+"""COCO metrics of a model over a loader, on one process or many."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from effdet_fast.data import Batch, BatchLoader, CocoDetection, normalize
+from effdet_fast.evaluation.coco_metrics import coco_metrics
+from effdet_fast.evaluation.results import coco_results, image_results
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def evaluate_model(
+    model: nn.Module,
+    loader: BatchLoader,
+    dataset: CocoDetection,
+    *,
+    device: torch.device | str,
+    amp: str | torch.dtype | None = None,
+    score_threshold: float | None = None,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> dict[str, float]:
+    """pycocotools' 12 numbers of `model` on `dataset`; on every rank the same.
+
+    Args:
+        model: an EfficientDet; its mode is put back afterwards.
+        loader: `create_loader(dataset, ..., training=False)`, of this rank.
+        device: where the model is.
+        amp: None, "bf16", "fp16" or a dtype to run the forward pass in.
+        score_threshold: None keeps every detection, as COCO's AP expects.
+        iou_threshold: of the NMS.
+        max_detections: per image; COCO counts no more than 100.
+        rank, world_size: with more than one, torch.distributed must be initialised.
+        progress: a bar on rank 0.
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; see `coco_metrics`.
+
+    Raises:
+        ValueError: a training loader, or one that does not give each image of `dataset`.
+    """
+    results = detect_all(
+        model,
+        loader,
+        dataset,
+        device=device,
+        amp=amp,
+        score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+    )
+    metrics = [coco_metrics(dataset.annotations, results)] if rank == 0 else [{}]
+    if world_size > 1:
+        dist.broadcast_object_list(metrics, src=0)
+    return metrics[0]
+
+
+def detect_all(
+    model: nn.Module,
+    loader: BatchLoader,
+    dataset: CocoDetection,
+    *,
+    device: torch.device | str,
+    amp: str | torch.dtype | None = None,
+    score_threshold: float | None = None,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> list[dict]:
+    """COCO results of `model` on every image of `dataset`, of all ranks on rank 0 (elsewhere the rank's own).
+
+    The arguments are those of `evaluate_model`.
+    """
+    if getattr(loader, "training", False):
+        raise ValueError("evaluate_model: loader must be made with training=False; this one shuffles and augments")
+    device = torch.device(device)
+    bar = tqdm(total=len(loader), desc="evaluating", disable=not progress or rank > 0, leave=False)
+    results: list[dict] = []
+    seen: list[int] = []
+    options = {"score_threshold": score_threshold, "iou_threshold": iou_threshold, "max_detections": max_detections}
+    with _evaluating(model), torch.inference_mode(), bar:
+        pending: tuple[Any, Batch] | None = None
+        for batch in loader:
+            detections = _detect(model, batch, loader, device, amp, options)
+            # A batch is read back after the next one was launched, so that the device does not wait for the host.
+            if pending is not None:
+                _collect(*pending, dataset, seen, results)
+            pending = detections, batch
+            bar.update()
+        if pending is not None:
+            _collect(*pending, dataset, seen, results)
+    if world_size > 1:
+        gathered: list[Any] = [None] * world_size
+        dist.all_gather_object(gathered, (seen, results))
+        if rank == 0:
+            seen = [i for part in gathered for i in part[0]]
+            results = [r for part in gathered for r in part[1]]
+    if rank == 0 and sorted(seen) != sorted(dataset.image_ids):
+        raise ValueError(
+            f"evaluate_model: the loader must give each of the {len(dataset)} images once, "
+            f"got {len(set(seen))} of them in {len(seen)} places"
+        )
+    return results
+
+
+def autocast(device: torch.device, amp: str | torch.dtype | None) -> contextlib.AbstractContextManager:
+    """The autocast context for `amp` as commands spell it: None, "none", "bf16", "fp16", or a dtype."""
+    if amp is None or amp == "none":
+        return contextlib.nullcontext()
+    dtype = AMP_DTYPES.get(amp) if isinstance(amp, str) else amp
+    if dtype not in AMP_DTYPES.values():
+        raise ValueError(f"amp must be None, 'bf16' or 'fp16', got {amp!r}")
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def _detect(
+    model: nn.Module,
+    batch: Batch,
+    loader: BatchLoader,
+    device: torch.device,
+    amp: str | torch.dtype | None,
+    options: dict[str, Any],
+) -> Any:
+    images = normalize(batch.images.to(device, non_blocking=True), loader.mean, loader.std)
+    with autocast(device, amp):
+        outputs = model(images)
+    # DistributedDataParallel and its like forward calls, not methods.
+    return getattr(model, "module", model).detect(outputs, **options)
+
+
+def _collect(detections: Any, batch: Batch, dataset: CocoDetection, seen: list[int], results: list[dict]) -> None:
+    on_cpu = type(detections)(*(t.cpu() for t in detections))
+    height, width = batch.images.shape[2:]
+    found = image_results(on_cpu, batch.sizes, (int(height), int(width)))
+    image_ids = batch.image_ids.tolist()
+    seen.extend(image_ids)
+    results.extend(coco_results(found, image_ids, dataset.category_ids))
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
