@@ -289,8 +289,9 @@ def _annotations(
 
 def _category_problem(row: dict[str, Any], names: dict[int, str], category_ids: list[int]) -> str:
     value = row.get("category_id")
-    if _integer(value) in names:
-        return f"has category {value} ({names[int(value)]!r}), which is not among the model's ids: {category_ids}"
+    key = _integer(value)
+    if key is not None and key in names:
+        return f"has category {key} ({names[key]!r}), which is not among the model's ids: {category_ids}"
     return f"has an unknown category: category_id {value!r:.80}; the file's categories are {sorted(names)}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,8 +80,8 @@ class CocoDetection(Dataset):
     def path(self, i: int) -> str:
         return os.path.join(self.images_dir, self.annotations.file_names[i])
 
-    def open(self, i: int, wanted_size: Callable[[Size], Size] | None = None) -> Image.Image:
-        """RGB picture i, perhaps reduced to no less than `wanted_size` of its (height, width); see `open_image`."""
+    def open(self, i: int, wanted_size: Size | None = None) -> Image.Image:
+        """RGB picture i, perhaps reduced to no less than `wanted_size` (h, w); see `open_image`."""
         return open_image(self.path(i), self.size(i), wanted_size)[0]
 
     def boxes(self, i: int, crowd: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -116,17 +116,16 @@ class CocoDetection(Dataset):
 
     def _check_images(self, everything: bool) -> None:
         sizes = self.annotations.sizes
-        unknown = (sizes < 0).any(axis=1)
-        problems: list[str] = []
+        without_size = set(np.flatnonzero((sizes < 0).any(axis=1)).tolist())
 
         def check(i: int) -> str | None:
             try:
-                sizes[i] = read_size(self.path(i), None if unknown[i] else self.size(i))
+                sizes[i] = read_size(self.path(i), None if i in without_size else self.size(i))
             except (FileNotFoundError, ValueError) as error:
                 return str(error)
             return None
 
-        wanted = [i for i in range(len(self)) if everything or unknown[i]]
+        wanted = [i for i in range(len(self)) if everything or i in without_size]
         # Reading headers is mostly waiting for the disk or the network.
         with ThreadPoolExecutor(min(16, max(1, len(wanted) // 64))) as pool:
             problems = [p for p in pool.map(check, wanted, chunksize=1) if p is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ Size = tuple[int, int]
 def open_image(
     path: str | Path,
     annotated_size: Size | None = None,
-    wanted_size: Callable[[Size], Size] | None = None,
+    wanted_size: Size | None = None,
 ) -> tuple[Image.Image, Size]:
     """Decodes a file to an RGB picture.
 
@@ -38,8 +37,8 @@ def open_image(
     Args:
         path: image file.
         annotated_size: (height, width) from the annotations file, if known.
-        wanted_size: from the picture's full (height, width) to the size that is enough; a JPEG may then be decoded at
-            1/2, 1/4 or 1/8, never smaller than that.
+        wanted_size: (height, width) that is enough; a JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, never
+            smaller than that.
 
     Returns:
         The picture, and its full upright (height, width), which the picture falls short of where it was reduced.
@@ -54,8 +53,8 @@ def open_image(
             size = _turned_size(image, turn)
             _check_size(path, size, annotated_size)
             if wanted_size is not None and image.format == "JPEG":
-                wanted = wanted_size(size)
-                image.draft(None, wanted if _swaps(turn) else wanted[::-1])
+                height, width = wanted_size
+                image.draft("", (height, width) if _swaps(turn) else (width, height))
             upright = image if turn is None else image.transpose(turn)
             return to_rgb(upright), size
     except FileNotFoundError:

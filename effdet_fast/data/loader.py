@@ -36,6 +36,7 @@ class BatchLoader(DataLoader):
         self.image_size = source.image_size
         self.mean, self.std = source.mean, source.std
         self.coco = source.coco
+        self.batches = batches
         super().__init__(source, batch_sampler=batches, collate_fn=_already_a_batch, **options)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -44,8 +45,8 @@ class BatchLoader(DataLoader):
             raise ValueError(f"set_epoch: epoch must not be negative, got {epoch}")
         if not 0 <= start_batch <= len(self):
             raise ValueError(f"set_epoch: start_batch must be in [0, {len(self)}], got {start_batch}")
-        self.batch_sampler.epoch = int(epoch)
-        self.batch_sampler.start_batch = int(start_batch)
+        self.batches.epoch = int(epoch)
+        self.batches.start_batch = int(start_batch)
 
 
 def create_loader(
@@ -150,7 +151,7 @@ class _BatchSource(Dataset):
         boxes, labels, scales = [], [], []
         for row, (epoch, i) in enumerate(keys):
             placement = place(self.coco.size(i), self.transforms, np.random.default_rng([self.seed, epoch, i]))
-            picture = self.coco.open(i, lambda _size, p=placement: p.decode_size(self.gap))
+            picture = self.coco.open(i, placement.decode_size(self.gap))
             placement.render(picture, array[row], self.gap)
             placed = place_boxes(placement, *self.coco.boxes(i))
             boxes.append(placed[0])
@@ -180,7 +181,7 @@ def _pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[torch.Tenso
     return gt_boxes, gt_labels
 
 
-def _already_a_batch(batch: Batch) -> Batch:
+def _already_a_batch(batch: Any) -> Any:
     return batch
 
 

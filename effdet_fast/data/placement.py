@@ -17,7 +17,7 @@ TRAINING_GAP = 1.0
 
 @dataclass(frozen=True)
 class Placement:
-    """Picture of `size` -> mirrored -> scaled to `scaled` -> cut at `offset` -> top left of an `output` full of padding.
+    """Picture of `size` -> mirrored -> scaled to `scaled` -> cut at `offset` -> top left of a padded `output`.
 
     All sizes are (height, width), `offset` is (y, x) in the scaled picture.
     """

@@ -142,7 +142,8 @@ def _detect(
     with autocast(device, amp):
         outputs = model(images)
     # DistributedDataParallel and its like forward calls, not methods.
-    return getattr(model, "module", model).detect(outputs, **options)
+    plain: Any = getattr(model, "module", model)
+    return plain.detect(outputs, **options)
 
 
 def _collect(detections: Any, batch: Batch, dataset: CocoDetection, seen: list[int], results: list[dict]) -> None:
