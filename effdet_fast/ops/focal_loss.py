@@ -124,8 +124,8 @@ def sigmoid_focal_loss(
 
     Raises:
         TypeError: a dtype is not supported, or floating ``targets`` have another dtype than ``inputs`` outside autocast.
-        ValueError: shapes or devices do not fit, ``alpha``, ``gamma``, ``label_smoothing`` or ``reduction`` are out of range, or a
-            label is >= C or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
+        ValueError: shapes or devices do not fit, ``alpha``, ``gamma``, ``label_smoothing`` or ``reduction`` are out of range, or
+            a label is >= C or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
     """
     op = "sigmoid_focal_loss"
     check_floating(op, "inputs", inputs)
@@ -177,9 +177,8 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:
         if targets.shape != inputs.shape:
             raise ValueError(_shape_message(op, inputs, targets))
         if targets.dtype != inputs.dtype:
-            raise TypeError(
-                f"{op}: floating targets must have the dtype of inputs, {dtype_name(inputs.dtype)}, got {dtype_name(targets.dtype)}"
-            )
+            expected, got = dtype_name(inputs.dtype), dtype_name(targets.dtype)
+            raise TypeError(f"{op}: floating targets must have the dtype of inputs, {expected}, got {got}")
         if targets.requires_grad:
             raise ValueError(f"{op}: targets must not require a gradient, got a tensor with requires_grad=True")
         return targets
