@@ -159,7 +159,8 @@ def check_boxes(annotations: CocoAnnotations) -> None:
 def _annotation_name(annotations: CocoAnnotations, i: int) -> str:
     image = int(np.searchsorted(annotations.first, i, side="right")) - 1
     box = [float(v) for v in annotations.bbox[i]]
-    return f"annotation id {annotations.annotation_ids[i]} of {annotations.file_names[image]}: {box}"
+    key = annotations.annotation_ids[i]
+    return f"annotation {f'id {key}' if key >= 0 else 'without id'} of {annotations.file_names[image]}: {box}"
 
 
 def _load_json(path: str) -> dict[str, Any]:
