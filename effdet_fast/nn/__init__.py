@@ -1,5 +1,6 @@
 """The operators as modules."""
 
+from effdet_fast.nn.depthwise_conv import DepthwiseConv2d, SeparableConv2d
 from effdet_fast.nn.focal_loss import FocalLoss
 
-__all__ = ["FocalLoss"]
+__all__ = ["DepthwiseConv2d", "FocalLoss", "SeparableConv2d"]

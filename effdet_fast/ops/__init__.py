@@ -2,6 +2,21 @@
 
 from effdet_fast.ops._arguments import set_debug
 from effdet_fast.ops._library import use_reference
+from effdet_fast.ops.depthwise_conv import (
+    depthwise_conv2d,
+    depthwise_conv2d_reference,
+    depthwise_separable_conv2d,
+    depthwise_separable_conv2d_reference,
+)
 from effdet_fast.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
 
-__all__ = ["set_debug", "sigmoid_focal_loss", "sigmoid_focal_loss_reference", "use_reference"]
+__all__ = [
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
+    "depthwise_separable_conv2d",
+    "depthwise_separable_conv2d_reference",
+    "set_debug",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_reference",
+    "use_reference",
+]

@@ -1,0 +1,114 @@
+"""Depthwise and depthwise-separable convolutions as modules."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from effdet_fast.ops.depthwise_conv import Padding, depthwise_conv2d
+
+
+class DepthwiseConv2d(nn.Module):
+    """:func:`effdet_fast.ops.depthwise_conv2d` with its parameters; loads the state of ``nn.Conv2d(C, C, k, groups=C)``.
+
+    Attributes:
+        weight: ``[channels, 1, k, k]``.
+        bias: ``[channels]``, or None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: Padding = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        prologue: str | None = None,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.prologue = prologue
+        self.weight = nn.Parameter(torch.empty(channels, 1, *self.kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as ``nn.Conv2d`` does: uniform within 1 / sqrt(k * k)."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.kernel_size[0] * self.kernel_size[1])
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, prologue: str | None = None) -> "DepthwiseConv2d":
+        """The same convolution, sharing the parameters of ``conv``.
+
+        Padding "same" and timm's ``Conv2dSame`` become padding="same".
+
+        Raises:
+            TypeError: ``conv`` is not an ``nn.Conv2d``.
+            ValueError: ``conv`` is not depthwise, or pads with something else than zeros.
+        """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"DepthwiseConv2d.from_conv2d: conv must be an nn.Conv2d, got {type(conv).__name__}")
+        if not conv.in_channels == conv.out_channels == conv.groups:
+            got = f"{conv.in_channels} inputs, {conv.out_channels} outputs, {conv.groups} groups"
+            raise ValueError(f"DepthwiseConv2d.from_conv2d: conv must have one filter per channel, got {got}")
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"DepthwiseConv2d.from_conv2d: padding_mode must be 'zeros', got {conv.padding_mode!r}")
+        padding: Padding = 0 if conv.padding == "valid" else conv.padding  # type: ignore[assignment]
+        if type(conv).__name__ == "Conv2dSame":  # keeps padding=0 and pads in its forward
+            padding = "same"
+        with torch.device("meta"):
+            module = cls(
+                conv.in_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
+                padding,
+                conv.dilation,  # type: ignore[arg-type]
+                conv.bias is not None,
+                prologue,
+            )
+        module.weight = conv.weight  # type: ignore[assignment]
+        module.bias = conv.bias  # type: ignore[assignment]
+        return module.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, prologue=self.prologue
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
+            f"dilation={self.dilation}, bias={self.bias is not None}, prologue={self.prologue!r}"
+        )
+
+
+class SeparableConv2d(nn.Module):
+    """:func:`effdet_fast.ops.depthwise_separable_conv2d` with its parameters, named as in effdet.
+
+    ``conv_dw`` has one filter per channel and no bias; ``conv_pw`` mixes the channels, and has the bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        stride: int | tuple[int, int] = 1,
+        padding: Padding = "same",
+        bias: bool = True,
+        prologue: str | None = None,
+    ):
+        super().__init__()
+        self.conv_dw = DepthwiseConv2d(in_channels, kernel_size, stride, padding, bias=False, prologue=prologue)
+        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_pw(self.conv_dw(x))

@@ -1,0 +1,227 @@
+"""Depthwise convolution (one k x k filter per channel), and the depthwise-separable convolution built on it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_fast.ops._arguments import (
+    ACTIVATIONS,
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    dtype_name,
+)
+
+Padding = int | str | tuple[int, int] | tuple[int, int, int, int]
+PointwiseFunction = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+
+
+class Geometry(NamedTuple):
+    """A convolution's checked numbers; pairs are (vertical, horizontal), sides (left, right, top, bottom)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    sides: tuple[int, int, int, int]
+
+
+def depthwise_conv2d_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: Padding = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    prologue: str | None = None,
+) -> Tensor:
+    """The same in plain PyTorch: activation, padding and grouped convolution, one after the other."""
+    geometry = _geometry("depthwise_conv2d", x, weight, stride, padding, dilation)
+    return _pytorch(x, weight, bias, geometry, prologue)
+
+
+def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, prologue: str | None) -> Tensor:
+    left, right, top, bottom = geometry.sides
+    x = PointwiseFunction[prologue](x)
+    if x.shape[1] == 0:  # PyTorch knows no convolution without channels
+        size = (1 + (n - d * (k - 1) - 1) // s for n, k, s, d in zip(_padded(x, geometry), *geometry[:3], strict=True))
+        return (x.sum() + weight.sum()) * x.new_zeros(x.shape[0], 0, *size)
+    symmetric = left == right and top == bottom
+    if not symmetric:
+        x = F.pad(x, geometry.sides)
+    pads = (top, left) if symmetric else (0, 0)
+    return F.conv2d(x, weight, bias, geometry.stride, pads, geometry.dilation, groups=x.shape[1])
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: Padding = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    prologue: str | None = None,
+) -> Tensor:
+    """``F.conv2d(prologue(x), weight, bias, stride, padding, dilation, groups=C)`` without a copy for padding or activation.
+
+    Filters of 3 x 3 and 5 x 5 with stride 1 or 2 and dilation 1 run on kernels of our own; everything else (other sizes,
+    dilation, a channel multiplier) gives the same result through PyTorch.
+
+    Args:
+        x: ``[N, C, H, W]``; float16, bfloat16, float32 or float64; any strides. Contiguous and channels_last are read in
+            place, and the output has the same memory format.
+        weight: ``[C, 1, k, k]`` (``[C * m, 1, kh, kw]`` with a channel multiplier m), of the dtype of ``x``.
+        bias: ``[C]`` (``[C * m]``), or None.
+        stride: one number or (vertical, horizontal).
+        padding: zeros around the input: one number, (vertical, horizontal), (left, right, top, bottom), or "same": output
+            size ``ceil(size / stride)``, where an odd amount puts the extra zeros right and below, as TensorFlow does.
+        dilation: one number or (vertical, horizontal).
+        prologue: None, "silu", "relu" or "relu6", applied to each input element before padding (a padded zero stays zero).
+            It is recomputed in the backward pass: only ``x`` and ``weight`` are kept.
+
+    Returns:
+        ``[N, C, OH, OW]`` (``[N, C * m, OH, OW]``). Accumulated in float32 (float64 for float64). Under autocast it is computed
+        in, and returned in, the autocast dtype. Gradients flow to ``x``, ``weight`` and ``bias``; forward and backward are
+        deterministic: the same bits in every run and for every thread count.
+
+    Raises:
+        TypeError: a dtype is not supported, or differs between the tensors outside autocast.
+        ValueError: shapes, devices or numbers do not fit, or the padded input is smaller than the filter.
+    """
+    op = "depthwise_conv2d"
+    check_floating(op, "x", x)
+    check_floating(op, "weight", weight)
+    geometry = _geometry(op, x, weight, stride, padding, dilation)
+    _check_operand(op, "weight", weight, x)
+    if bias is not None:
+        check_floating(op, "bias", bias)
+        _check_operand(op, "bias", bias, x)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
+    check_choice(op, "prologue", prologue, ACTIVATIONS)
+    x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+    return _pytorch(x, weight, bias, geometry, prologue)
+
+
+def depthwise_separable_conv2d_reference(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: Padding = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    prologue: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """The same in plain PyTorch."""
+    y = depthwise_conv2d_reference(x, depthwise_weight, None, stride, padding, dilation, prologue=prologue)
+    return PointwiseFunction[activation](F.conv2d(y, pointwise_weight, bias))
+
+
+def depthwise_separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: Padding = 0,
+    dilation: int | tuple[int, int] = 1,
+    *,
+    prologue: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """``activation(pointwise(depthwise_conv2d(x)) + bias)``: one filter per channel, then a 1 x 1 convolution that mixes them.
+
+    The pointwise part is a matrix product through PyTorch's library. Arguments, dtypes, layouts and errors are those of
+    :func:`depthwise_conv2d`, and:
+
+    Args:
+        depthwise_weight: ``[C, 1, k, k]``.
+        pointwise_weight: ``[O, C, 1, 1]``.
+        bias: ``[O]``, added to the output of the pointwise part; or None.
+        activation: None, "silu", "relu" or "relu6", of the output.
+
+    Returns:
+        ``[N, O, OH, OW]``.
+    """
+    op = "depthwise_separable_conv2d"
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    check_floating(op, "pointwise_weight", pointwise_weight)
+    y = depthwise_conv2d(x, depthwise_weight, None, stride, padding, dilation, prologue=prologue)
+    _check_operand(op, "pointwise_weight", pointwise_weight, x)
+    if pointwise_weight.dim() != 4 or pointwise_weight.shape[1:] != (y.shape[1], 1, 1):
+        got = list(pointwise_weight.shape)
+        raise ValueError(f"{op}: pointwise_weight must have shape [O, {y.shape[1]}, 1, 1], got {got}")
+    if bias is not None:
+        check_floating(op, "bias", bias)
+        _check_operand(op, "bias", bias, x)
+        if bias.shape != pointwise_weight.shape[:1]:
+            raise ValueError(f"{op}: bias must have shape {list(pointwise_weight.shape[:1])}, got {list(bias.shape)}")
+    return PointwiseFunction[activation](F.conv2d(y, pointwise_weight, bias))
+
+
+def _check_operand(op: str, name: str, operand: Tensor, x: Tensor) -> None:
+    check_same_device(op, name, operand, "x", x)
+    if operand.dtype != x.dtype and autocast_dtype(x) is None:
+        raise TypeError(
+            f"{op}: {name} must have the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(operand.dtype)}"
+        )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    dtype = autocast_dtype(x)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+
+
+def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, int) and v >= 1 for v in pair):
+        raise ValueError(f"{op}: {name} must be an integer >= 1 or two of them, got {value!r}")
+    return pair
+
+
+def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation) -> Geometry:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}")
+    channels = x.shape[1]
+    fits = weight.dim() == 4 and weight.shape[1] == 1 and min(weight.shape[2:]) >= 1
+    if not fits or (
+        weight.shape[0] != channels and (channels == 0 or weight.shape[0] % channels or not weight.shape[0])
+    ):
+        raise ValueError(f"{op}: weight must have shape [{channels}, 1, k, k], got {list(weight.shape)}")
+    stride, dilation = _pair(op, "stride", stride), _pair(op, "dilation", dilation)
+    kernel = (weight.shape[2], weight.shape[3])
+    geometry = Geometry(kernel, stride, dilation, _sides(op, x, kernel, stride, dilation, padding))
+    if any(size < d * (k - 1) + 1 for size, k, d in zip(_padded(x, geometry), kernel, dilation, strict=True)):
+        got = f"{list(x.shape)} with padding {padding!r}"
+        raise ValueError(f"{op}: the padded x must not be smaller than the filter {list(kernel)}, got {got}")
+    return geometry
+
+
+def _padded(x: Tensor, geometry: Geometry) -> tuple[int, int]:
+    left, right, top, bottom = geometry.sides
+    return x.shape[2] + top + bottom, x.shape[3] + left + right
+
+
+def _sides(op, x: Tensor, kernel, stride, dilation, padding) -> tuple[int, int, int, int]:
+    if isinstance(padding, str):
+        check_choice(op, "padding", padding, ("same",))
+        totals = [
+            max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+        ]
+        (top, left) = (total // 2 for total in totals)
+        return left, totals[1] - left, top, totals[0] - top
+    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+    if len(sides) == 2:
+        sides = (sides[1], sides[1], sides[0], sides[0])
+    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
+        wanted = "'same', an integer >= 0, (vertical, horizontal) or (left, right, top, bottom)"
+        raise ValueError(f"{op}: padding must be {wanted}, got {padding!r}")
+    return sides
