@@ -13,6 +13,13 @@ from tests.emulation.backend import emulated
 BACKENDS = ["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str
@@ -20,8 +27,6 @@ class Backend:
 
 
 def enter(name: str) -> Iterator[Backend]:
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     if name != "reference":
         assert _extension.import_error is None, _extension.import_error
     backend = Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))

@@ -58,25 +58,34 @@ EF_HD acc_t hard_grad(acc_t z, const Parameters<acc_t>& p) {
 EF_HD float log_of(float x) { return logf(x); }
 EF_HD double log_of(double x) { return ::log(x); }
 
-// Soft target t in [0, 1]: the loss for x and its derivative with respect to x.
+// What the formulas need of x and a soft target t in [0, 1].
+template <Modulator kModulator, typename acc_t>
+struct Soft {
+  acc_t p, q, slope, weight, cross_entropy, cross_entropy_grad;  // q = 1 - p, weight = alpha_t (1 - p_t)^gamma
+  EF_HD Soft(acc_t x, acc_t t, const Parameters<acc_t>& parameters) {
+    const Logistic<acc_t> f = logistic(x);
+    p = f.y;
+    q = f.one_minus_y;
+    const acc_t y = p * (acc_t(1) - t) + q * t;  // 1 - p_t
+    const acc_t smoothed = t * (acc_t(1) - parameters.smoothing) + acc_t(0.5) * parameters.smoothing;
+    const acc_t alpha = parameters.alpha_positive * t + parameters.alpha_negative * (acc_t(1) - t);
+    const acc_t log_y = kModulator == Modulator::kAny ? log_of(y) : acc_t(0);
+    weight = alpha * modulate<kModulator>(y, log_y, parameters.gamma);
+    // (dy/dx) / y; as y -> 0 the power vanishes faster, so 0 stands for the quotient there.
+    slope = y > acc_t(0) ? (acc_t(1) - acc_t(2) * t) * p * q / y : y;
+    // softplus(x) - x t_s and p - t_s, written without cancellation.
+    cross_entropy = (acc_t(1) - smoothed) * f.softplus - smoothed * f.log_y;
+    cross_entropy_grad = (acc_t(1) - smoothed) * p - smoothed * q;
+  }
+};
 template <Modulator kModulator, typename acc_t>
 EF_HD acc_t soft_loss(acc_t x, acc_t t, const Parameters<acc_t>& p) {
-  const Logistic<acc_t> f = logistic(x);
-  const acc_t y = f.y * (acc_t(1) - t) + f.one_minus_y * t;  // 1 - p_t
-  const acc_t smoothed = t * (acc_t(1) - p.smoothing) + acc_t(0.5) * p.smoothing;
-  const acc_t alpha = p.alpha_positive * t + p.alpha_negative * (acc_t(1) - t);
-  const acc_t log_y = kModulator == Modulator::kAny ? log_of(y) : acc_t(0);
-  return alpha * modulate<kModulator>(y, log_y, p.gamma) * (f.softplus - x * smoothed);
+  const Soft<kModulator, acc_t> f(x, t, p);
+  return f.weight * f.cross_entropy;
 }
 template <Modulator kModulator, typename acc_t>
 EF_HD acc_t soft_grad(acc_t x, acc_t t, const Parameters<acc_t>& p) {
-  const Logistic<acc_t> f = logistic(x);
-  const acc_t y = f.y * (acc_t(1) - t) + f.one_minus_y * t;
-  const acc_t smoothed = t * (acc_t(1) - p.smoothing) + acc_t(0.5) * p.smoothing;
-  const acc_t alpha = p.alpha_positive * t + p.alpha_negative * (acc_t(1) - t);
-  const acc_t log_y = kModulator == Modulator::kAny ? log_of(y) : acc_t(0);
-  // (dy/dx) / y; as y -> 0 the power vanishes faster, so 0 stands for the quotient there.
-  const acc_t slope = y > acc_t(0) ? (acc_t(1) - acc_t(2) * t) * f.y * f.one_minus_y / y : y;
-  return alpha * modulate<kModulator>(y, log_y, p.gamma) * (p.gamma * slope * (f.softplus - x * smoothed) + f.y - smoothed);
+  const Soft<kModulator, acc_t> f(x, t, p);
+  return f.weight * (p.gamma * f.slope * f.cross_entropy + f.cross_entropy_grad);
 }
 }  // namespace ef::focal_loss

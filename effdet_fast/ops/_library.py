@@ -27,6 +27,11 @@ def is_native(x: Tensor) -> bool:
     return x.device.type in _native
 
 
+def wants_second_derivative() -> bool:
+    """Asked inside a backward: whether it must itself be differentiable (`create_graph=True`). Then it runs on the reference."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 @contextmanager
 def use_reference() -> Iterator[None]:
     """Runs every op inside on its reference implementation, to compare with or to debug."""

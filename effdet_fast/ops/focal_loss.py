@@ -39,7 +39,7 @@ def sigmoid_focal_loss_reference(
         ignored = (targets == IGNORED).unsqueeze(-1)
     y = torch.sigmoid(x) * (1 - t) + torch.sigmoid(-x) * t  # 1 - p_t, without cancellation
     smoothed = t * (1 - label_smoothing) + label_smoothing / 2
-    loss = F.binary_cross_entropy_with_logits(x, smoothed, reduction="none")
+    loss = -(1 - smoothed) * F.logsigmoid(-x) - smoothed * F.logsigmoid(x)
     if gamma != 0:
         positive = y > 0  # at y = 0 the limit is 0, of the gradient too
         loss = loss * torch.where(positive, torch.where(positive, y, 1) ** gamma, 0)
@@ -79,12 +79,17 @@ class _FocalLoss(torch.autograd.Function):
     def forward(ctx, inputs, targets, alpha, gamma, label_smoothing, summed):
         ctx.save_for_backward(inputs, targets)
         ctx.options = (alpha, gamma, label_smoothing)
+        ctx.summed = summed
         return (_focal_loss_sum if summed else _focal_loss)(inputs, targets, alpha, gamma, label_smoothing)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         inputs, targets = ctx.saved_tensors
+        if _library.wants_second_derivative():
+            alpha, gamma, smoothing = ctx.options
+            reduction = "sum" if ctx.summed else "none"
+            loss = sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, label_smoothing=smoothing)
+            return *torch.autograd.grad(loss, inputs, grad, create_graph=True), None, None, None, None, None
         if grad.shape == inputs.shape and grad.stride() != inputs.stride():  # the kernel walks both in one order
             grad = torch.empty_like(inputs).copy_(grad)
         return _focal_loss_backward(grad, inputs, targets, *ctx.options), None, None, None, None, None
