@@ -9,12 +9,28 @@ from effdet_fast.ops.depthwise_conv import (
     depthwise_separable_conv2d_reference,
 )
 from effdet_fast.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
+from effdet_fast.ops.nms import (
+    Detections,
+    batched_nms,
+    batched_nms_padded,
+    batched_nms_padded_reference,
+    batched_nms_reference,
+    nms,
+    nms_reference,
+)
 
 __all__ = [
+    "Detections",
+    "batched_nms",
+    "batched_nms_padded",
+    "batched_nms_padded_reference",
+    "batched_nms_reference",
     "depthwise_conv2d",
     "depthwise_conv2d_reference",
     "depthwise_separable_conv2d",
     "depthwise_separable_conv2d_reference",
+    "nms",
+    "nms_reference",
     "set_debug",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_reference",
