@@ -1,5 +1,43 @@
 """Fast, exact operators for RetinaNet and EfficientDet, and the models, training and evaluation on top of them."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from effdet_fast.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from effdet_fast.detector import Detector
+    from effdet_fast.evaluation.evaluate_checkpoint import evaluate
+    from effdet_fast.models import create_model, list_models
+    from effdet_fast.prediction import predict
+    from effdet_fast.training import TrainConfig, train
+
+# Imported on first use: neither the command line nor a user of the ops waits for what they do not need.
+_HOMES = {
+    "Detector": "effdet_fast.detector",
+    "TrainConfig": "effdet_fast.training",
+    "create_model": "effdet_fast.models",
+    "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
+    "list_models": "effdet_fast.models",
+    "predict": "effdet_fast.prediction",
+    "train": "effdet_fast.training",
+}
+
+__all__ = [
+    "Detector",
+    "TrainConfig",
+    "__version__",
+    "create_model",
+    "evaluate",
+    "list_models",
+    "predict",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,29 @@
+"""Training: the function behind `effdet-fast train`, its options and what can come of it.
+
+Everything is imported on first use, so that the command line can read `TrainConfig` without waiting for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effdet_fast.training.config import TrainConfig
+    from effdet_fast.training.monitor import NonFiniteLoss
+    from effdet_fast.training.run import TrainResult, train
+
+_HOMES = {
+    "TrainConfig": "config",
+    "NonFiniteLoss": "monitor",
+    "TrainResult": "run",
+    "train": "run",
+}
+
+__all__ = ["NonFiniteLoss", "TrainConfig", "TrainResult", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

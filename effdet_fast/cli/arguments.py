@@ -1,0 +1,42 @@
+"""Flags that more than one command has."""
+
+from __future__ import annotations
+
+import argparse
+
+from effdet_fast.training.config import AMP_MODES
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """The flags of `eval` and `predict` alike."""
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images per step (default: {batch_size})"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="one side, or height and width, of the model's input in pixels (default: as trained)",
+    )
+    parser.add_argument(
+        "--iou-threshold", type=float, default=0.5, metavar="T", help="NMS drops boxes above this IoU (default: 0.5)"
+    )
+    parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="boxes per image (default: 100)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="image-reading workers (default: 4)")
+    parser.add_argument("--device", metavar="DEV", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
+    parser.add_argument("--amp", choices=AMP_MODES, default="none", help="mixed precision (default: none)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bar (default: yes)"
+    )
+
+
+def image_size(sides: list[int] | None) -> int | tuple[int, ...] | None:
+    """What `--image-size` said, in the form the Python functions take."""
+    if sides is None:
+        return None
+    if len(sides) > 2:
+        raise ValueError(f"--image-size takes one side, or height and width, got {len(sides)} numbers")
+    return sides[0] if len(sides) == 1 else tuple(sides)

@@ -1,0 +1,58 @@
+"""How checkpoints are written and read: atomically, and as plain values that load with ``weights_only=True``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+def save_atomically(content: dict[str, Any], path: Path) -> None:
+    """Write `content` with ``torch.save`` so that `path` always holds a whole file: the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself survives a power cut only once the folder is synced
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def load_run_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a `best.pt` or `last.pt`, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is no checkpoint of a training run, or one of a later format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make the unpickler raise anything, KeyError and IndexError included
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict) or "format" not in content or "state_dict" not in content:
+        raise ValueError(f"{path} is not a checkpoint of a training run (it holds no format and state_dict)")
+    if content["format"] > FORMAT:
+        raise ValueError(f"{path} has checkpoint format {content['format']}; this version reads up to {FORMAT}")
+    return content
+
+
+def training_state(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The part of a `last.pt` that a run continues from; ValueError for a `best.pt`, which has none."""
+    if "training" not in content:
+        raise ValueError(f"{path} holds weights only and cannot be resumed; resume from the run's last.pt")
+    return content["training"]

@@ -1,0 +1,155 @@
+"""One process or several: who am I, who writes, and what all of them agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as torchrun started them (or the one process of a run without torchrun).
+
+    Args:
+        rank: Index of this process.
+        world_size: Number of processes.
+        local_rank: Index among the processes of this machine; also the index of its GPU.
+        host_group: Gloo group for agreements between hosts, so that they never wait for a GPU.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    host_group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on the main process and return its result, or raise its error, on every process."""
+        if self.world_size == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.host_group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The `value` of every process, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every process the main process's buffers: plain BatchNorm keeps its own statistics per process."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+class Agreement:
+    """A number all processes see the maximum of, one step late, without waiting for a GPU.
+
+    `exchange` posts this process's number and returns the maximum over all processes of the number posted one call
+    before, so every process learns the same thing at the same step.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def exchange(self, value: int) -> int:
+        if self._processes.world_size == 1:
+            return value
+        agreed = self.drain()
+        number = torch.tensor([value], dtype=torch.int64)
+        work = dist.all_reduce(number, dist.ReduceOp.MAX, group=self._processes.host_group, async_op=True)
+        self._pending = (work, number)
+        return agreed
+
+    def drain(self) -> int:
+        """The number still under way, or 0; call at the end of an epoch."""
+        if self._pending is None:
+            return 0
+        work, number = self._pending
+        self._pending = None
+        work.wait()
+        return int(number.item())
+
+
+def is_launched() -> bool:
+    """Whether torchrun (or a launcher that sets the same variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def choose_device(name: str | None, local_rank: int) -> torch.device:
+    """The device to train on: the one named, or the process's GPU, or the CPU.
+
+    Raises:
+        ValueError: The name is unknown, or a GPU was asked for where PyTorch sees none.
+    """
+    if name is None:
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be like cpu, cuda or cuda:1, got {name!r}") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no GPU")
+        device = torch.device("cuda", local_rank) if device.index is None else device
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device cuda:{device.index} was asked for, but there are {torch.cuda.device_count()}")
+    elif device.type != "cpu":
+        raise ValueError(f"device must be cpu or cuda, got {name!r}")
+    return device
+
+
+@contextlib.contextmanager
+def processes_of_run(device_name: str | None) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes torchrun started (a no-op without it) and leave them at the end."""
+    if not is_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield Processes(), choose_device(device_name, 0)
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = choose_device(device_name, local_rank)
+    ours = not dist.is_initialized()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        host_group = dist.new_group(backend="gloo")
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, host_group), device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def wrap_model(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
+    """The model whose forward pass makes backward average the gradients over the processes.
+
+    The loss of each process is normalised by its own positives, as effdet does, and the gradients are then averaged.
+    """
+    if processes.world_size == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)

@@ -1,0 +1,49 @@
+"""The exponential moving average of a model's weights, which is what gets evaluated and published."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class ModelEma:
+    """Moving average of the parameters of `model`; buffers (BatchNorm statistics) are copied, being averages already.
+
+    The decay of update t is ``min(decay, (1 + t) / (10 + t))``, so that short runs are not dominated by their initial
+    weights. One fused pass over the parameters per step, no host synchronisation.
+
+    Args:
+        model: The model to follow; `module` is a copy of it in evaluation mode.
+        decay: Largest decay, in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self._averages = list(self.module.parameters())
+        self._parameters = list(model.parameters())
+        self._buffer_pairs = list(zip(self.module.buffers(), model.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the parameters; call once after each optimiser step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self._averages, self._parameters, 1.0 - decay)
+
+    @torch.no_grad()
+    def copy_buffers(self) -> None:
+        """Bring the buffers up to date; call before evaluating or saving `module`."""
+        for average, source in self._buffer_pairs:
+            average.copy_(source)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        self.copy_buffers()
+        return self.module.state_dict()
+
+    def load(self, state_dict: dict[str, Tensor], updates: int) -> None:
+        self.module.load_state_dict(state_dict)
+        self.updates = updates

@@ -1,0 +1,209 @@
+"""From options to a finished run: what `effdet_fast.train` does before and after the training loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effdet_fast.data import CocoDetection, create_loader
+from effdet_fast.models import EfficientDet, create_model, load_checkpoint, model_config
+from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
+from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
+from effdet_fast.training.distributed import Processes, processes_of_run
+from effdet_fast.training.model_options import freeze, set_bn_momentum, share_bn_statistics
+from effdet_fast.training.run_folder import RunFolder
+from effdet_fast.training.seeding import algorithm_choice
+from effdet_fast.training.trainer import RunData, Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        output: The run's folder.
+        best, last: Its checkpoints.
+        epochs: Finished epochs.
+        steps: Finished steps.
+        metrics: COCO metrics of the last evaluation; empty without validation data.
+        best_ap: Highest AP of the run; None without validation data.
+        signal: Number of the signal that ended the run early, or None.
+        is_main: Whether this is the process that wrote the files.
+    """
+
+    output: Path
+    best: Path
+    last: Path
+    epochs: int
+    steps: int
+    metrics: dict[str, float]
+    best_ap: float | None
+    signal: int | None
+    is_main: bool = True
+
+
+def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
+    """Train a detector on COCO-format data; under torchrun, together with the other processes.
+
+    The loss of each process is normalised by the positives of its own images, as effdet does; gradients are averaged.
+
+    Args:
+        config: All options; or
+        **options: the fields of `TrainConfig` one by one. To continue a run, `resume` is enough; options given beside
+            it replace the run's own where that makes sense (epochs, workers, device, paths, ...).
+
+    Returns:
+        The run's folder, metrics and end.
+
+    Raises:
+        TypeError: An unknown option.
+        ValueError: An option out of range, data that cannot be used, an output folder that holds another run, a
+            checkpoint that does not fit.
+        FileNotFoundError: A missing file or folder.
+        NonFiniteLoss: The loss stopped being finite; names the step and its image ids.
+    """
+    given = _given_options(config, options)
+    resume = given.get("resume")
+    content: dict[str, Any] | None = None
+    if resume:
+        content = load_run_checkpoint(resume)
+        config = _resumed_config(content, given, Path(resume))
+    else:
+        config = config_from_options(given)
+    config.require_paths()
+    resumed_from = Path(resume) if resume else None
+    with processes_of_run(config.device) as (processes, device), algorithm_choice(config.deterministic):
+        folder = RunFolder(config.output)
+        processes.on_main(lambda: folder.check_free(overwrite=config.overwrite, resumed_from=resumed_from))
+        model_config(config.model)
+        data = _open_data(config, processes)
+        model = _build_model(config, len(data.category_ids), processes, device)
+        if content is not None:
+            _check_fit(content, data, config, processes)
+        processes.on_main(lambda: _claim(folder, config, resumed_from))
+        trainer = Trainer(config, model, data, folder, processes, device)
+        if content is not None:
+            trainer.restore(content)
+        trainer.fit()
+        return TrainResult(
+            output=folder.path,
+            best=folder.best,
+            last=folder.last,
+            epochs=trainer.epoch,
+            steps=trainer.step,
+            metrics=trainer.metrics,
+            best_ap=trainer.best if trainer.metrics else None,
+            signal=trainer.interrupt.signal,
+            is_main=processes.is_main,
+        )
+
+
+def _given_options(config: TrainConfig | None, options: dict[str, Any]) -> dict[str, Any]:
+    if config is None:
+        return options
+    if options:
+        raise TypeError(f"train: give either a TrainConfig or options, got both (options: {', '.join(options)})")
+    defaults = TrainConfig().to_dict()
+    return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+
+
+def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) -> TrainConfig:
+    state = training_state(content, path)
+    config = config_for_resume(state["config"], {"output": str(path.parent), **given})
+    if state["epoch"] >= config.epochs:
+        raise ValueError(
+            f"train: {path} has finished {state['epoch']} epochs of {config.epochs}, so nothing is left to do; "
+            "give a larger number of epochs to train on"
+        )
+    if config.epochs != state["config"]["epochs"]:
+        warnings.warn(
+            f"train: {state['config']['epochs']} -> {config.epochs} epochs: from here on the learning rate follows "
+            "the schedule of a run of the new length",
+            stacklevel=4,
+        )
+    return config
+
+
+def _open_data(config: TrainConfig, processes: Processes) -> RunData:
+    train_set = CocoDetection(config.train_images, config.train_annotations)
+    if len(train_set) == 0:
+        raise ValueError(f"train: {config.train_annotations} lists no images")
+    if not train_set.category_ids:
+        raise ValueError(f"train: {config.train_annotations} lists no categories")
+    released = model_config(config.model)
+    common: dict[str, Any] = {
+        "image_size": config.image_size or released.image_size,
+        "batch_size": config.batch_size,
+        "mean": released.mean,
+        "std": released.std,
+        "workers": config.workers,
+        "seed": config.seed,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+    }
+    augmentation = {"hflip": config.hflip, "vflip": config.vflip, "scale_jitter": config.scale_jitter}
+    val_set = val_loader = None
+    if config.val_images is not None and config.val_annotations is not None:
+        val_set = CocoDetection(config.val_images, config.val_annotations, category_ids=train_set.category_ids)
+        val_loader = create_loader(val_set, training=False, **common)
+    return RunData(
+        train_loader=create_loader(train_set, training=True, **common, **augmentation),
+        val_loader=val_loader,
+        val_dataset=val_set,
+        class_names=train_set.class_names,
+        category_ids=train_set.category_ids,
+        fingerprint=f"{len(train_set)} images, ids crc32 {zlib.crc32(repr(train_set.image_ids).encode()):08x}",
+    )
+
+
+def _build_model(config: TrainConfig, classes: int, processes: Processes, device: torch.device) -> EfficientDet:
+    torch.manual_seed(config.seed)
+    model = create_model(
+        config.model, classes, image_size=config.image_size, backbone_checkpoint=config.backbone_checkpoint
+    )
+    if config.checkpoint and not config.resume:
+        _start_from(model, config.checkpoint, processes)
+    if config.bn_momentum is not None:
+        set_bn_momentum(model, config.bn_momentum)
+    freeze(model, backbone=config.freeze_backbone, bn=config.freeze_bn)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    if processes.world_size > 1 and config.sync_bn:
+        if device.type != "cuda" and processes.is_main:
+            warnings.warn("train: PyTorch has sync-BN on GPUs only; here BatchNorm stays per process", stacklevel=3)
+        model = share_bn_statistics(model, device)
+    return model
+
+
+def _start_from(model: EfficientDet, checkpoint: str, processes: Processes) -> None:
+    """Load a detector's weights; its class layer only where it has as many classes as ours."""
+    load_checkpoint(model, checkpoint, reset_head=True)
+    if load_checkpoint(model, checkpoint, strict=False).shapes and processes.is_main:
+        print(f"{checkpoint} has another number of classes; the class layer starts anew", flush=True)
+
+
+def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, processes: Processes) -> None:
+    """Raise ValueError unless the data and the processes are those the resumed run had."""
+    state = content["training"]
+    if state["data"] != data.fingerprint or content["category_ids"] != data.category_ids:
+        raise ValueError(
+            f"train: {config.resume} was trained on other data ({state['data']}, categories "
+            f"{content['category_ids']}); {config.train_annotations} has {data.fingerprint}, categories "
+            f"{data.category_ids}"
+        )
+    images = config.batch_size * processes.world_size
+    if state["images_per_step"] != images:
+        raise ValueError(
+            f"train: {config.resume} was trained on {state['images_per_step']} images per step; now it would be "
+            f"batch_size {config.batch_size} x {processes.world_size} processes = {images}"
+        )
+
+
+def _claim(folder: RunFolder, config: TrainConfig, resumed_from: Path | None) -> None:
+    folder.claim(resumed_from=resumed_from)
+    config.write_json(folder.config)

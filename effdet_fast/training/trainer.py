@@ -1,0 +1,264 @@
+"""The training loop: steps, epochs, evaluation, checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import torch
+
+from effdet_fast.data import normalize
+from effdet_fast.evaluation import autocast, evaluate_model
+from effdet_fast.training.checkpoint import FORMAT, save_atomically
+from effdet_fast.training.config import TrainConfig
+from effdet_fast.training.distributed import Agreement, Processes, wrap_model
+from effdet_fast.training.ema import ModelEma
+from effdet_fast.training.interrupt import Interrupt
+from effdet_fast.training.model_options import enter_training
+from effdet_fast.training.monitor import LossMonitor, LossSums, NonFiniteLoss
+from effdet_fast.training.optimizer import clip_gradients, create_optimizer, set_learning_rate, set_skip_flag
+from effdet_fast.training.reporter import Reporter
+from effdet_fast.training.run_folder import RunFolder
+from effdet_fast.training.schedule import WarmupCosine
+from effdet_fast.training.seeding import seed_step
+
+
+@dataclasses.dataclass
+class RunData:
+    """The data of a run, as `run.py` makes it: loaders of this process's share, and what the labels mean."""
+
+    train_loader: Any
+    val_loader: Any
+    val_dataset: Any
+    class_names: list[str]
+    category_ids: list[int]
+    fingerprint: str
+
+
+class Trainer:
+    """One run on one process; all processes of a run go through the same steps.
+
+    Args:
+        config: The run's options.
+        model: On its device, with its initial weights.
+        data: Loaders and label meaning.
+        folder: Where the main process writes.
+        processes: The processes of the run.
+        device: Device of `model`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        data: RunData,
+        folder: RunFolder,
+        processes: Processes,
+        device: torch.device,
+    ) -> None:
+        self.config, self.model, self.data = config, model, data
+        self.folder, self.processes, self.device = folder, processes, device
+        self.epoch = self.batch = self.step = 0  # finished epochs, finished batches of this epoch, finished steps
+        self.rows: list[dict[str, Any]] = []
+        self.best = -math.inf
+        self.metrics: dict[str, float] = {}
+        self.interrupt = Interrupt(launched=processes.world_size > 1)
+        self._agreement = Agreement(processes)
+        self._images_per_step = config.batch_size * processes.world_size
+        self._steps_per_epoch = len(data.train_loader)
+        self._schedule = WarmupCosine(
+            config.learning_rate(self._images_per_step),
+            round(config.warmup() * self._steps_per_epoch),
+            config.epochs * self._steps_per_epoch,
+        )
+        self._forward = wrap_model(model, processes, device)
+        self._optimizer = create_optimizer(
+            model, name=config.optimizer, lr=self._schedule(0), weight_decay=config.decay(), momentum=config.momentum
+        )
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self._ema = ModelEma(model, config.ema_decay) if config.ema_decay > 0 else None
+        self._monitor = LossMonitor(device, processes, scaled=config.amp == "fp16")
+        self._reporter = Reporter(config, folder, enabled=processes.is_main)
+
+    def fit(self) -> None:
+        """Train to the last epoch, or to the first signal; either way `last.pt` is whole."""
+        with self.interrupt:
+            try:
+                while self.epoch < self.config.epochs:
+                    if not self._train_epoch() or not self._finish_epoch():
+                        return
+            except NonFiniteLoss as error:
+                if self.processes.is_main:
+                    self.folder.write_failure(error.step, error.image_ids, str(error))
+                raise
+            finally:
+                self._reporter.close()
+
+    def _train_epoch(self) -> bool:
+        """Train the rest of the present epoch; False if a signal ended it early."""
+        enter_training(self.model, frozen_backbone=self.config.freeze_backbone, frozen_bn=self.config.freeze_bn)
+        loader = self.data.train_loader
+        loader.set_epoch(self.epoch, start_batch=self.batch)
+        self._reporter.start_epoch(self.epoch, self._steps_per_epoch, self.batch)
+        if self.batch == 0:
+            self._monitor.start_epoch()
+        images_seen, started = 0, time.perf_counter()
+        stop = 0
+        for batch in loader:
+            self._train_step(batch)
+            images_seen += self._images_per_step
+            self._reporter.step(self._monitor.latest, self._schedule(self.step - 1), images_seen)
+            stop = self._agreement.exchange(self.interrupt.signal or 0)
+            if stop:
+                break
+        stop = max(stop, self._agreement.drain())
+        self._monitor.flush()
+        seconds = time.perf_counter() - started
+        self.processes.broadcast_buffers(self.model)
+        self._reporter.end_epoch(seconds, images_seen)
+        if stop:
+            self.interrupt.signal = stop
+            self.save_last()
+        return not stop
+
+    def _train_step(self, batch: Any) -> None:
+        config = self.config
+        seed_step(config.seed, self.step, self.processes.rank)
+        set_learning_rate(self._optimizer, self._schedule(self.step))
+        image_ids = batch.image_ids
+        batch = batch.to(self.device, non_blocking=True)
+        images = normalize(
+            batch.images, self.model.config.mean, self.model.config.std, channels_last=config.channels_last
+        )
+        with autocast(self.device, config.amp):
+            outputs = self._forward(images)
+            losses = self.model.loss(outputs, batch.gt_boxes, batch.gt_labels)
+        # A non-finite loss turns every gradient into NaN, on every process once they are averaged, so that all of
+        # them skip this step; decided on the device, without waiting for it.
+        poison = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
+        self._scaler.scale(losses.total * poison).backward()
+        self._scaler.unscale_(self._optimizer)
+        norm = clip_gradients(self._trained, config.clip_grad_norm)
+        if not self._scaler.is_enabled():  # the scaler sets the same flag by itself
+            set_skip_flag(self._optimizer, (~norm.isfinite()).float())
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._ema is not None:
+            self._ema.update()
+        self._monitor.record(self.step, (losses.total, losses.cls, losses.box), norm, image_ids)
+        self.step += 1
+        self.batch += 1
+
+    def _finish_epoch(self) -> bool:
+        """Evaluate where due, write the row and the checkpoints; False if a signal cut the evaluation short."""
+        config, epoch = self.config, self.epoch
+        last = epoch + 1 == config.epochs
+        due = self.data.val_loader is not None and ((epoch + 1) % config.eval_every == 0 or last)
+        metrics: dict[str, float] = {}
+        if due:
+            self.save_last()  # an evaluation can take minutes; a signal need not wait for it
+            try:
+                with self.interrupt.raising():
+                    metrics = self._evaluate()
+            except KeyboardInterrupt:
+                return False
+        total, cls, box = self._monitor.sums.means()
+        row = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": self._schedule(self.step - 1),
+            "loss": total,
+            "cls_loss": cls,
+            "box_loss": box,
+            **metrics,
+            **self._reporter.speed(),
+        }
+        self.rows.append(row)
+        self.epoch, self.batch = epoch + 1, 0
+        self._monitor.start_epoch()
+        self.metrics = metrics or self.metrics
+        better = metrics.get("AP", -math.inf) >= self.best if metrics else self.data.val_loader is None
+        if metrics and better:
+            self.best = metrics["AP"]
+        if self.processes.is_main:
+            self.folder.write_results(self.rows)
+            self._reporter.epoch_line(row, best=better and bool(metrics))
+            if better:
+                save_atomically(self._published(metrics), self.folder.best)
+        self.save_last()
+        return True
+
+    def _evaluate(self) -> dict[str, float]:
+        model = self.model
+        if self._ema is not None:
+            self._ema.copy_buffers()
+            model = self._ema.module
+        model.eval()
+        return evaluate_model(
+            model,
+            self.data.val_loader,
+            self.data.val_dataset,
+            device=self.device,
+            amp=self.config.amp,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+    def _published(self, metrics: dict[str, float]) -> dict[str, Any]:
+        """What a user of the weights needs; all of `best.pt`, and the head of `last.pt`."""
+        model_config = self.model.config
+        return {
+            "format": FORMAT,
+            "model": model_config.name,
+            "config": dataclasses.asdict(model_config),
+            "class_names": list(self.data.class_names),
+            "category_ids": list(self.data.category_ids),
+            "preprocessing": {
+                "mean": list(model_config.mean),
+                "std": list(model_config.std),
+                "image_size": list(model_config.image_size),
+            },
+            "epoch": self.epoch,
+            "metrics": dict(metrics),
+            "state_dict": self.model.state_dict() if self._ema is None else self._ema.state_dict(),
+        }
+
+    def save_last(self) -> None:
+        """Write `last.pt` (main process only): the published weights and everything a resumed run continues from."""
+        if not self.processes.is_main:
+            return
+        training = {
+            "config": self.config.to_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "steps_per_epoch": self._steps_per_epoch,
+            "images_per_step": self._images_per_step,
+            "data": self.data.fingerprint,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "ema_updates": self._ema.updates if self._ema is not None else 0,
+            "sums": dataclasses.asdict(self._monitor.sums),
+            "rows": self.rows,
+            "best": self.best,
+            "metrics": self.metrics,
+        }
+        save_atomically({**self._published(self.metrics), "training": training}, self.folder.last)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Continue from a `last.pt` whose fit to this run has been checked."""
+        training = content["training"]
+        self.epoch, self.batch, self.step = training["epoch"], training["batch"], training["step"]
+        self.rows, self.best, self.metrics = training["rows"], training["best"], training["metrics"]
+        self.model.load_state_dict(training["model"])
+        self._optimizer.load_state_dict(training["optimizer"])
+        if self._scaler.is_enabled():
+            self._scaler.load_state_dict(training["scaler"])
+        if self._ema is not None:
+            self._ema.load(content["state_dict"], training["ema_updates"])
+        self._monitor.start_epoch(LossSums(**training["sums"]))

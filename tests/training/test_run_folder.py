@@ -1,0 +1,50 @@
+import csv
+import json
+
+import pytest
+
+from effdet_fast.training.run_folder import COLUMNS, RunFolder
+
+
+def test_a_run_is_never_replaced_unasked(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.check_free(overwrite=False, resumed_from=None)
+    folder.claim(resumed_from=None)
+    folder.last.write_text("weights")
+    (folder.path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"already holds a run \(last.pt\): pass --resume .*last.pt .*--overwrite"):
+        folder.check_free(overwrite=False, resumed_from=None)
+    with pytest.raises(ValueError, match="already holds a run"):
+        folder.check_free(overwrite=False, resumed_from=tmp_path / "elsewhere" / "last.pt")
+    assert folder.last.read_text() == "weights"
+    folder.check_free(overwrite=False, resumed_from=folder.last)
+    folder.claim(resumed_from=folder.last)
+    assert folder.last.exists()
+    folder.check_free(overwrite=True, resumed_from=None)
+    folder.claim(resumed_from=None)
+    assert not folder.last.exists()
+    assert (folder.path / "notes.txt").exists()
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="exists and is not a folder"):
+        RunFolder(tmp_path / "run").check_free(overwrite=True, resumed_from=None)
+
+
+def test_results_have_one_row_per_epoch_and_blanks_without_evaluation(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = [{"epoch": 1, "step": 4, "loss": 0.5}, {"epoch": 2, "step": 8, "loss": 0.25, "AP": 0.125}]
+    folder.write_results(rows[:1])
+    folder.write_results(rows)
+    with open(tmp_path / "results.csv") as file:
+        read = list(csv.DictReader(file))
+    assert tuple(read[0]) == COLUMNS
+    assert [row["epoch"] for row in read] == ["1", "2"]
+    assert read[0]["AP"] == "" and float(read[1]["AP"]) == 0.125
+
+
+def test_a_failure_is_written_down(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_failure(7, [3, 5], "non-finite loss")
+    assert json.loads(folder.failure.read_text()) == {"step": 7, "image_ids": [3, 5], "message": "non-finite loss"}
