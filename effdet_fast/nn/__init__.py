@@ -2,5 +2,6 @@
 
 from effdet_fast.nn.depthwise_conv import DepthwiseConv2d, SeparableConv2d
 from effdet_fast.nn.focal_loss import FocalLoss
+from effdet_fast.nn.fusion import WeightedFusion
 
-__all__ = ["DepthwiseConv2d", "FocalLoss", "SeparableConv2d"]
+__all__ = ["DepthwiseConv2d", "FocalLoss", "SeparableConv2d", "WeightedFusion"]

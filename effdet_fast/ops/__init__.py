@@ -9,6 +9,12 @@ from effdet_fast.ops.depthwise_conv import (
     depthwise_separable_conv2d_reference,
 )
 from effdet_fast.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
+from effdet_fast.ops.fusion import (
+    fast_normalized_fusion,
+    fast_normalized_fusion_reference,
+    weighted_fusion,
+    weighted_fusion_reference,
+)
 from effdet_fast.ops.nms import (
     Detections,
     batched_nms,
@@ -31,8 +37,12 @@ __all__ = [
     "depthwise_separable_conv2d_reference",
     "nms",
     "nms_reference",
+    "fast_normalized_fusion",
+    "fast_normalized_fusion_reference",
     "set_debug",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_reference",
     "use_reference",
+    "weighted_fusion",
+    "weighted_fusion_reference",
 ]

@@ -1,0 +1,71 @@
+"""Weighted feature fusion as a module."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from effdet_fast.ops._arguments import ACTIVATIONS, check_choice
+from effdet_fast.ops.fusion import METHODS, RESAMPLES, weighted_fusion
+
+
+class WeightedFusion(nn.Module):
+    """:func:`effdet_fast.ops.weighted_fusion` with its options kept and its weights learnt.
+
+    The weights are the parameter ``edge_weights`` ``[num_inputs]``, which starts at ones (as effdet's ``FpnCombine``); for method
+    "sum" it is None.
+
+    Args:
+        num_inputs: 2 to 4.
+        method: "fast", "softmax" or "sum".
+        resample: for each input "none", "nearest" or "max_pool"; default "none" for all.
+        activation: None, "silu", "relu" or "relu6", applied to the sum.
+        eps: added to the sum of the weights by "fast".
+
+    Raises:
+        ValueError: an option is unknown or does not fit ``num_inputs``.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        method: str = "fast",
+        resample: Sequence[str] | None = None,
+        activation: str | None = None,
+        eps: float = 1e-4,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if not 2 <= num_inputs <= 4:
+            raise ValueError(f"{name}: num_inputs must be 2 to 4, got {num_inputs}")
+        check_choice(name, "method", method, METHODS)
+        check_choice(name, "activation", activation, ACTIVATIONS)
+        resample = ("none",) * num_inputs if resample is None else tuple(resample)
+        if len(resample) != num_inputs:
+            raise ValueError(f"{name}: resample must have {num_inputs} entries, got {len(resample)}")
+        for i, how in enumerate(resample):
+            check_choice(name, f"resample[{i}]", how, RESAMPLES)
+        if not eps >= 0:
+            raise ValueError(f"{name}: eps must be >= 0, got {eps}")
+        self.num_inputs = num_inputs
+        self.method = method
+        self.resample = resample
+        self.activation = activation
+        self.eps = eps
+        self.register_parameter("edge_weights", None if method == "sum" else nn.Parameter(torch.ones(num_inputs)))
+
+    def forward(self, inputs: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
+        """Fuses ``num_inputs`` tensors ``[N, C, H_i, W_i]`` to one ``[N, C, H, W]``; ``size`` as in the function."""
+        return weighted_fusion(
+            inputs,
+            self.edge_weights,
+            method=self.method,
+            resample=self.resample,
+            size=size,
+            activation=self.activation,
+            eps=self.eps,
+        )
+
+    def extra_repr(self) -> str:
+        options = f"method={self.method!r}, resample={self.resample}, activation={self.activation!r}, eps={self.eps}"
+        return f"{self.num_inputs}, {options}"

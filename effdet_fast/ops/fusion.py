@@ -1,0 +1,225 @@
+"""Weighted feature fusion of a BiFPN node (Tan et al., "EfficientDet", 2020): resampling, weights, sum, activation in one."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_fast.ops._arguments import (
+    ACTIVATIONS,
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    dtype_name,
+)
+
+METHODS = {"fast": 0, "softmax": 1, "sum": 2}  # numbered as in csrc/fusion/fusion_math.h
+RESAMPLES = {"none": 0, "nearest": 1, "max_pool": 2}
+
+
+def weighted_fusion_reference(
+    inputs: Sequence[Tensor],
+    weights: Tensor | None = None,
+    *,
+    method: str = "fast",
+    resample: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    activation: str | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    resample = ["none"] * len(inputs) if resample is None else list(resample)
+    size = _output_size("weighted_fusion_reference", inputs, resample, size)
+    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    total: Tensor | None = None
+    for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
+        term = _resampled(x.to(dtype), how, size)
+        if weights is not None:
+            term = term * _normalized(weights.to(dtype), method, eps)[i]
+        total = term if total is None else total + term
+    assert total is not None
+    total = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[activation](total)
+    memory_format = torch.channels_last if _is_channels_last(inputs[0]) else torch.contiguous_format
+    return total.to(inputs[0].dtype).contiguous(memory_format=memory_format)
+
+
+def _normalized(weights: Tensor, method: str, eps: float) -> Tensor:
+    if method == "softmax":
+        return torch.softmax(weights, 0)
+    positive = F.relu(weights)
+    return positive / (positive.sum() + eps)
+
+
+def _resampled(x: Tensor, how: str, size: tuple[int, int]) -> Tensor:
+    if how == "none":
+        return x
+    if how == "nearest":
+        for axis in (2, 3):
+            n_out, n_in = size[axis - 2], x.shape[axis]
+            x = x.index_select(axis, torch.arange(n_out, device=x.device) * n_in // max(n_out, 1))
+        return x
+    if x.numel() == 0:
+        return x[:, :, ::2, ::2]
+    # TF's SAME padding adds one row or column before an odd size, none before an even one; ceil_mode supplies the one after.
+    return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Which layout the strides mean; also for sliced tensors, and for sizes of 1, where both layouts count as contiguous."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+
+
+def weighted_fusion(
+    inputs: Sequence[Tensor],
+    weights: Tensor | None = None,
+    *,
+    method: str = "fast",
+    resample: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    activation: str | None = None,
+    eps: float = 1e-4,
+) -> Tensor:
+    """``activation(sum_i w_i * resample_i(x_i))``, in one pass forward.
+
+    The ``w_i`` are normalised in float32 (float64 for float64 inputs): "fast" is ``relu(w_i) / (sum_j relu(w_j) + eps)``,
+    "softmax" is ``softmax(w)_i``, "sum" takes 1 for each. effdet calls them "fastattn", "attn" and "sum".
+
+    Args:
+        inputs: 2 to 4 tensors ``[N, C, H_i, W_i]`` of one dtype (float16, bfloat16, float32, float64; under autocast mixed dtypes
+            are promoted to the widest); NCHW and channels_last are read in place, other strides are copied. The layout of the
+            first input is that of the result; inputs in another one are copied. Arithmetic is in float32 (float64 for float64).
+        weights: ``[len(inputs)]``, floating, not normalised; None for method "sum", which has none.
+        method: "fast", "softmax" or "sum".
+        resample: for each input how it is brought to ``size``: "none"; "nearest", which reads index ``floor(i * H_i / H)``
+            (exact integers, any ratio); or "max_pool", of kernel 3 and stride 2 with TensorFlow's SAME padding (-inf; one row or
+            column after an even size, one on each side of an odd one), which halves the size rounding up. Default: "none" for
+            all. The maximum and its gradient are PyTorch's: NaN propagates, of equal values the first in the window counts.
+        size: ``(H, W)`` of the result. Default: that of the inputs with "none", or of those with "max_pool" after pooling.
+        activation: None, "silu", "relu" or "relu6", applied to the sum.
+        eps: added to the sum of the weights by "fast", >= 0.
+
+    Returns:
+        ``[N, C, H, W]`` of the inputs' dtype. Gradients flow to all inputs and to ``weights``. Deterministic: the same bits in
+        every run and for every thread count.
+
+    Raises:
+        TypeError: an argument has the wrong type, or dtypes are not supported or differ outside autocast.
+        ValueError: numbers of inputs, shapes, sizes or devices do not fit, or an option is unknown.
+    """
+    return _fusion("weighted_fusion", inputs, weights, method, resample, size, activation, eps)
+
+
+def fast_normalized_fusion_reference(
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    eps: float = 1e-4,
+    resample: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """:func:`weighted_fusion_reference` with method "fast"."""
+    return weighted_fusion_reference(inputs, weights, eps=eps, resample=resample, size=size, activation=activation)
+
+
+def fast_normalized_fusion(
+    inputs: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    eps: float = 1e-4,
+    resample: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """:func:`weighted_fusion` with method "fast": weights ``relu(w_i) / (sum_j relu(w_j) + eps)``."""
+    return _fusion("fast_normalized_fusion", inputs, weights, "fast", resample, size, activation, eps)
+
+
+def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Tensor:
+    check_choice(op, "method", method, METHODS)
+    check_choice(op, "activation", activation, ACTIVATIONS)
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    inputs = _check_inputs(op, inputs)
+    resample = _check_resample(op, len(inputs), resample)
+    size = _output_size(op, inputs, resample, size)
+    _check_weights(op, inputs, weights, method)
+    return weighted_fusion_reference(
+        inputs, weights, method=method, resample=resample, size=size, activation=activation, eps=eps
+    )
+
+
+def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    if not isinstance(inputs, list | tuple):
+        raise TypeError(f"{op}: inputs must be a list or tuple of tensors, got {type(inputs).__name__}")
+    if not 2 <= len(inputs) <= 4:
+        raise ValueError(f"{op}: inputs must be 2 to 4 tensors, got {len(inputs)}")
+    first = inputs[0]
+    for i, x in enumerate(inputs):
+        check_floating(op, f"inputs[{i}]", x)
+        check_same_device(op, f"inputs[{i}]", x, "inputs[0]", first)
+        if x.dim() != 4:
+            raise ValueError(f"{op}: inputs[{i}] must have shape [N, C, H, W], got {list(x.shape)}")
+        if x.shape[0] != first.shape[0] or x.shape[1] != first.shape[1]:
+            n, c = first.shape[0], first.shape[1]
+            raise ValueError(f"{op}: inputs[{i}] must have shape [{n}, {c}, H, W] as inputs[0], got {list(x.shape)}")
+    if any(x.dtype != first.dtype for x in inputs):
+        if autocast_dtype(first) is None:
+            names = ", ".join(dtype_name(x.dtype) for x in inputs)
+            raise TypeError(f"{op}: inputs must have one dtype outside autocast, got {names}")
+        widest = first.dtype
+        for x in inputs:
+            widest = torch.promote_types(widest, x.dtype)
+        return [x.to(widest) for x in inputs]
+    return list(inputs)
+
+
+def _check_resample(op: str, count: int, resample: Sequence[str] | None) -> Sequence[str]:
+    if resample is None:
+        return ("none",) * count
+    if not isinstance(resample, list | tuple):
+        raise TypeError(f"{op}: resample must be a list or tuple of strings, got {type(resample).__name__}")
+    if len(resample) != count:
+        raise ValueError(f"{op}: resample must have one entry for each of the {count} inputs, got {len(resample)}")
+    for i, how in enumerate(resample):
+        check_choice(op, f"resample[{i}]", how, RESAMPLES)
+    return resample
+
+
+def _output_size(op: str, inputs: Sequence[Tensor], resample: Sequence[str], size) -> tuple[int, int]:
+    if size is not None:
+        if not isinstance(size, list | tuple) or len(size) != 2:
+            raise TypeError(f"{op}: size must be a pair (height, width), got {size!r}")
+        if size[0] < 0 or size[1] < 0:
+            raise ValueError(f"{op}: size must not be negative, got {tuple(size)}")
+        size = (size[0], size[1])
+    for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
+        if how == "nearest":
+            continue
+        height, width = x.shape[2], x.shape[3]
+        if how == "max_pool":
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if size is None:
+            size = (height, width)
+        elif (height, width) != size:
+            gives = f"{list(x.shape)} is {(height, width)}" + (" after max_pool" if how == "max_pool" else "")
+            raise ValueError(f"{op}: inputs[{i}] must fit the size {size}, got {gives}")
+    if size is None:
+        raise ValueError(f"{op}: size must be given when every input has resample 'nearest', got None")
+    for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
+        if how == "nearest" and (x.shape[2] < min(size[0], 1) or x.shape[3] < min(size[1], 1)):
+            raise ValueError(f"{op}: inputs[{i}] must not be empty to be resampled to {size}, got {list(x.shape)}")
+    return size
+
+
+def _check_weights(op: str, inputs: Sequence[Tensor], weights: Tensor | None, method: str) -> None:
+    if method == "sum":
+        if weights is not None:
+            raise ValueError(f"{op}: weights must be None with method='sum', got {type(weights).__name__}")
+        return
+    check_floating(op, "weights", weights)
+    check_same_device(op, "weights", weights, "inputs", inputs[0])
+    if weights.dim() != 1 or weights.shape[0] != len(inputs):
+        raise ValueError(f"{op}: weights must have shape [{len(inputs)}], got {list(weights.shape)}")
