@@ -26,6 +26,8 @@ class WeightedFusion(nn.Module):
         ValueError: an option is unknown or does not fit ``num_inputs``.
     """
 
+    edge_weights: nn.Parameter | None
+
     def __init__(
         self,
         num_inputs: int,

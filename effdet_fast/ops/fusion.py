@@ -220,6 +220,7 @@ def _check_weights(op: str, inputs: Sequence[Tensor], weights: Tensor | None, me
             raise ValueError(f"{op}: weights must be None with method='sum', got {type(weights).__name__}")
         return
     check_floating(op, "weights", weights)
+    assert weights is not None
     check_same_device(op, "weights", weights, "inputs", inputs[0])
     if weights.dim() != 1 or weights.shape[0] != len(inputs):
         raise ValueError(f"{op}: weights must have shape [{len(inputs)}], got {list(weights.shape)}")
