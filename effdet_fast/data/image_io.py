@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ Size = tuple[int, int]
 def open_image(
     path: str | Path,
     annotated_size: Size | None = None,
-    wanted_size: Size | None = None,
+    wanted_size: Size | Callable[[Size], Size] | None = None,
 ) -> tuple[Image.Image, Size]:
     """Decodes a file to an RGB picture.
 
@@ -37,8 +38,8 @@ def open_image(
     Args:
         path: image file.
         annotated_size: (height, width) from the annotations file, if known.
-        wanted_size: (height, width) that is enough; a JPEG may then be decoded at 1/2, 1/4 or 1/8 of its size, never
-            smaller than that.
+        wanted_size: (height, width) that is enough, or a function of the full size that gives it; a JPEG may then be
+            decoded at 1/2, 1/4 or 1/8 of its size, never smaller than that.
 
     Returns:
         The picture, and its full upright (height, width), which the picture falls short of where it was reduced.
@@ -53,10 +54,9 @@ def open_image(
             size = _turned_size(image, turn)
             _check_size(path, size, annotated_size)
             if wanted_size is not None and image.format == "JPEG":
-                height, width = wanted_size
+                height, width = wanted_size(size) if callable(wanted_size) else wanted_size
                 image.draft("", (height, width) if _swaps(turn) else (width, height))
-            upright = image if turn is None else image.transpose(turn)
-            return to_rgb(upright), size
+            return _settled(to_rgb(image if turn is None else image.transpose(turn))), size
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image file") from None
     except _SizeMismatch:
@@ -109,7 +109,7 @@ def as_picture(image: Any) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         turn = _turn(image, None)
-        return to_rgb(image if turn is None else image.transpose(turn))
+        return _settled(to_rgb(image if turn is None else image.transpose(turn)))
     if not isinstance(image, np.ndarray):
         raise TypeError(f"predict: image must be a path, a PIL image or a NumPy array, got {type(image).__name__}")
     if image.dtype != np.uint8:
@@ -129,6 +129,8 @@ def _check_size(path: str | Path, size: Size, annotated_size: Size | None) -> No
 
 
 def _turn(image: Image.Image, annotated_size: Size | None) -> Image.Transpose | None:
+    if image.format == "TIFF":  # Pillow turns these by itself
+        return None
     try:
         turn = _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken metadata says nothing about the pixels
@@ -138,6 +140,14 @@ def _turn(image: Image.Image, annotated_size: Size | None) -> Image.Transpose | 
         if (image.height, image.width) == (height, width) and height != width:
             return None
     return turn
+
+
+def _settled(picture: Image.Image) -> Image.Image:
+    # A picture that still carries its orientation would be turned again by whoever gets it next.
+    if _turn(picture, None) is not None:
+        picture = picture.copy()
+        picture.info = {}
+    return picture
 
 
 def _swaps(turn: Image.Transpose | None) -> bool:

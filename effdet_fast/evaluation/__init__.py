@@ -2,7 +2,7 @@
 
 from effdet_fast.evaluation.coco_metrics import METRICS, coco_metrics
 from effdet_fast.evaluation.evaluate_model import autocast, detect_all, evaluate_model
-from effdet_fast.evaluation.results import ImageResult, coco_results, image_results
+from effdet_fast.evaluation.results import ImageResult, coco_results, image_results, letterbox_sizes
 
 __all__ = [
     "METRICS",
@@ -13,4 +13,5 @@ __all__ = [
     "detect_all",
     "evaluate_model",
     "image_results",
+    "letterbox_sizes",
 ]

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from effdet_fast.data import Batch, BatchLoader, CocoDetection, normalize
 from effdet_fast.evaluation.coco_metrics import coco_metrics
-from effdet_fast.evaluation.results import coco_results, image_results
+from effdet_fast.evaluation.results import coco_results, image_results, letterbox_sizes
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,7 +143,8 @@ def _detect(
         outputs = model(images)
     # DistributedDataParallel and its like forward calls, not methods.
     plain: Any = getattr(model, "module", model)
-    return plain.detect(outputs, **options)
+    visible = letterbox_sizes(batch.sizes, loader.image_size).to(device, non_blocking=True)
+    return plain.detect(outputs, clip_sizes=visible, **options)
 
 
 def _collect(detections: Any, batch: Batch, dataset: CocoDetection, seen: list[int], results: list[dict]) -> None:

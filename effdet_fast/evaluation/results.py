@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from effdet_fast.data.placement import Placement, Size
+from effdet_fast.data.placement import Placement, Size, fit
 
 
 class ImageResult(NamedTuple):
@@ -51,6 +52,11 @@ def image_results(detections: Any, sizes: Any, image_size: Size) -> list[ImageRe
     if broken:
         warnings.warn(f"{broken} detections with a box or score that is not finite were left out", stacklevel=2)
     return results
+
+
+def letterbox_sizes(sizes: Any, image_size: Size) -> torch.Tensor:
+    """float32 [B, 2]: (height, width) of the part of an input of `image_size` that shows each image, not padding."""
+    return torch.tensor([fit((height, width), image_size) for height, width in np.asarray(sizes).tolist()]).float()
 
 
 def coco_results(results: Sequence[ImageResult], image_ids: Sequence[int], category_ids: Sequence[int]) -> list[dict]:

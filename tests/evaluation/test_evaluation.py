@@ -43,8 +43,10 @@ class Oracle(nn.Module):
         self.next += len(images)
         return [torch.tensor(self.order[self.next - len(images) : self.next])], []
 
-    def detect(self, outputs, *, score_threshold=None, iou_threshold=0.5, max_detections=100):
+    def detect(self, outputs, *, score_threshold=None, iou_threshold=0.5, max_detections=100, clip_sizes=None):
         indices = outputs[0][0].tolist()
+        expected = [Placement.letterbox(self.dataset.size(i), self.image_size).visible for i in indices]
+        assert clip_sizes.tolist() == [list(size) for size in expected]
         n = len(indices)
         boxes, scores = torch.zeros(n, max_detections, 4), torch.zeros(n, max_detections)
         labels, counts = torch.full((n, max_detections), -1), torch.zeros(n, dtype=torch.int64)
