@@ -1,0 +1,49 @@
+# make demo   - set up, train on real photographs, evaluate, write pictures
+# make test   - set up, lint, build, run the test suite
+# make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc setup.py pyproject.toml -type f)
+# Without a GPU one architecture is enough to see that the CUDA kernels compile; with one, setup.py builds for it.
+ifeq ($(shell command -v nvidia-smi),)
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+endif
+
+.PHONY: demo test test-full lint types build gpu clean
+
+$(VENV)/ready: requirements/test.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements/build.txt -r requirements/test.txt -c requirements/constraints.txt
+	touch $@
+
+# Built in place and installed editable, so that the tests see the sources.
+$(VENV)/built: $(VENV)/ready $(NATIVE)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/effdet-fast doctor
+	touch $@
+
+build: $(VENV)/built
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+test: lint types build
+	$(BIN)/python -m pytest -q -m "not slow" --cov=effdet_fast --cov-report=term --cov-fail-under=90 tests
+
+test-full: lint types build
+	$(BIN)/python -m pytest -q tests
+
+demo: build
+	$(BIN)/python examples/neon_trees.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+clean:
+	rm -rf build $(VENV) effdet_fast/*.so

@@ -1,0 +1,207 @@
+"""What this installation consists of, whether each op works on each backend, and what to do about what is missing."""
+
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from effdet_fast import _extension, ops
+from effdet_fast.version import __version__
+
+REBUILD = "in the source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+@dataclass
+class Finding:
+    """One line of the report. `remedy` says in one line what to do; `failed` makes the whole report fail."""
+
+    name: str
+    value: str
+    remedy: str | None = None
+    failed: bool = False
+
+
+@dataclass
+class Report:
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not any(finding.failed for finding in self.findings)
+
+    def add(self, name: str, value: str, remedy: str | None = None, failed: bool = False) -> None:
+        self.findings.append(Finding(name, value, remedy, failed))
+
+
+def diagnose() -> Report:
+    """Looks at versions, at what was built, and runs each op on each backend present against its reference."""
+    report = Report()
+    report.add("effdet_fast", __version__)
+    report.add("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    report.add("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    _add_packages(report)
+    _add_toolchain(report)
+    _add_gpus(report)
+    _add_build(report)
+    for device in _devices():
+        _add_self_tests(report, device)
+    return report
+
+
+def _add_packages(report: Report) -> None:
+    for package in ("numpy", "pycocotools", "pillow", "tqdm"):
+        try:
+            report.add(package, version(package))
+        except PackageNotFoundError:
+            report.add(package, "missing", f"pip install {package}", failed=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        report.add("matplotlib", "not installed (only for curves)", "pip install matplotlib")
+
+
+def _add_toolchain(report: Report) -> None:
+    compiler = _first_line("c++", "--version")
+    remedy = "install a C++20 compiler (g++ >= 10 or clang >= 12) to build the extension from source"
+    report.add("C++ compiler", compiler or "not found", None if compiler else remedy)
+    nvcc = next((line for line in _output("nvcc", "--version").splitlines() if "release" in line), "")
+    remedy = "to build CUDA kernels, install the CUDA toolkit of torch's major version, or set CUDA_HOME"
+    report.add("nvcc", nvcc.strip() or "not on PATH", remedy if not nvcc and torch.version.cuda else None)
+
+
+def _add_gpus(report: Report) -> None:
+    if not torch.cuda.is_available():
+        report.add(
+            "GPU",
+            "none visible",
+            "on a machine with an NVIDIA GPU: see that nvidia-smi works and torch is a CUDA build",
+        )
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        major, minor = torch.cuda.get_device_capability(i)
+        report.add(f"GPU {i}", f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+
+
+def _add_build(report: Report) -> None:
+    info = _extension.build_info()
+    if info is None:
+        report.add("extension", f"not loaded: {_extension.import_error}", REBUILD, failed=True)
+        return
+    cuda = f" + CUDA {info['cuda']} ({info['cuda_archs']})" if info["cuda"] else ""
+    report.add("built", f"CPU ({info['cpu_levels']}){cuda}, by {info['compiler']}, against torch {info['torch']}")
+    report.add("CPU level", f"{info['cpu_level']} chosen on this processor")
+    if torch.cuda.is_available() and not info["cuda"]:
+        remedy = f"{REBUILD} (with EFFDET_FAST_CUDA=1 it tells what is in the way)"
+        report.add("CUDA kernels", "not built, though there is a GPU", remedy, failed=True)
+    elif torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(i)
+            if not _covers(info["cuda_archs"], capability):
+                arch = "{}.{}".format(*capability)
+                remedy = f"with TORCH_CUDA_ARCH_LIST={arch}, {REBUILD}"
+                report.add(
+                    f"GPU {i}", f"built for {info['cuda_archs']}, not for this GPU's sm_{arch}", remedy, failed=True
+                )
+
+
+def _covers(built: str, capability: tuple[int, int]) -> bool:
+    """Code for sm_XY runs on sm_XZ with Z >= Y; PTX of the newest one runs on everything newer."""
+    archs = [(int(a[3:-1]), int(a[-1])) for a in built.replace("a", "").split(", ") if a.startswith("sm_")]
+    same_major = any(major == capability[0] and minor <= capability[1] for major, minor in archs)
+    return same_major or ("PTX" in built and bool(archs) and max(archs) <= capability)
+
+
+def _devices() -> list[torch.device]:
+    native = _extension.native_device_types()
+    names = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return [torch.device(name) for name in names if name in native]
+
+
+def _add_self_tests(report: Report, device: torch.device) -> None:
+    for name, check in SELF_TESTS.items():
+        try:
+            error = check(device)
+            failed = not error <= 1e-4
+            report.add(
+                f"{name} on {device.type}",
+                f"differs from its reference by {error:.1e}" if failed else "ok",
+                failed=failed,
+            )
+        except Exception as error:  # the report must list every op, whatever went wrong in one
+            report.add(f"{name} on {device.type}", f"{type(error).__name__}: {error}", REBUILD, failed=True)
+
+
+def _difference(function: Callable[..., Tensor], *inputs: Tensor) -> float:
+    """Largest difference between an op and its reference, of the result and of the gradients of all inputs."""
+
+    def run() -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = function(*leaves)
+        weight = torch.linspace(0.5, 1.5, y.numel(), device=y.device).view(y.shape)
+        return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
+
+    ours = run()
+    with ops.use_reference():
+        expected = run()
+    return max(float((mine - other).abs().max()) for mine, other in zip(ours, expected, strict=True))
+
+
+def _random(device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _check_focal_loss(device: torch.device) -> float:
+    labels = (torch.arange(41) % 11 - 2).to(device)  # 41 * 9 logits: the last vector is not full
+    return _difference(lambda x: ops.sigmoid_focal_loss(x, labels, reduction="sum"), _random(device, 41, 9))
+
+
+def _check_fusion(device: torch.device) -> float:
+    def fuse(a: Tensor, b: Tensor, c: Tensor, weights: Tensor) -> Tensor:
+        return ops.weighted_fusion([a, b, c], weights, resample=["none", "nearest", "max_pool"], activation="silu")
+
+    shapes = ((2, 8, 6, 6), (2, 8, 3, 3), (2, 8, 12, 12))
+    return _difference(
+        fuse, *(_random(device, *shape) for shape in shapes), torch.tensor([0.7, 0.2, 1.1], device=device)
+    )
+
+
+def _check_depthwise(device: torch.device) -> float:
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.depthwise_conv2d(x, weight, stride=2, padding="same", prologue="silu")
+
+    x = _random(device, 2, 16, 9, 9)
+    return max(
+        _difference(convolve, x.to(memory_format=memory_format), _random(device, 16, 1, 5, 5))
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+    )
+
+
+def _check_nms(device: torch.device) -> float:
+    corners = _random(device, 2, 200, 2).abs() * 40
+    boxes = torch.cat([corners, corners + 25], dim=-1)
+    arguments = (boxes, _random(device, 2, 200), (torch.arange(200) % 3).expand(2, 200).to(device), 0.5)
+    ours = ops.batched_nms_padded(*arguments)
+    with ops.use_reference():
+        expected = ops.batched_nms_padded(*arguments)
+    return float(not torch.equal(ours.indices, expected.indices))
+
+
+SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
+    "sigmoid_focal_loss": _check_focal_loss,
+    "weighted_fusion": _check_fusion,
+    "depthwise_conv2d": _check_depthwise,
+    "batched_nms_padded": _check_nms,
+}
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _first_line(*command: str) -> str:
+    return _output(*command).partition("\n")[0]

@@ -1,0 +1,83 @@
+"""`effdet-fast doctor`: green here, and it says what is wrong when something is."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from effdet_fast import _extension, diagnostics
+from effdet_fast.cli import doctor
+
+
+def test_doctor_is_green(capsys):
+    assert doctor.main() == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "Python",
+        "torch",
+        "built",
+        "sigmoid_focal_loss on cpu",
+        "batched_nms_padded on cpu",
+        "All is well.",
+    ):
+        assert expected in printed
+    assert "FAILED" not in printed
+
+
+def test_module_entry_point():
+    done = subprocess.run([sys.executable, "-m", "effdet_fast", "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "All is well." in done.stdout, done.stdout + done.stderr
+
+
+def test_a_wrong_op_fails_the_report(monkeypatch, capsys):
+    monkeypatch.setitem(diagnostics.SELF_TESTS, "sigmoid_focal_loss", lambda device: 0.5)
+    assert doctor.main() == 1
+    assert "sigmoid_focal_loss on cpu  FAILED differs from its reference by 5.0e-01" in capsys.readouterr().out
+
+
+def test_an_op_that_raises_does_not_hide_the_others(monkeypatch):
+    def broken(device):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(diagnostics.SELF_TESTS, "weighted_fusion", broken)
+    findings = {f.name: f for f in diagnostics.diagnose().findings}
+    assert findings["weighted_fusion on cpu"].failed and "no such kernel" in findings["weighted_fusion on cpu"].value
+    assert findings["weighted_fusion on cpu"].remedy and not findings["depthwise_conv2d on cpu"].failed
+
+
+def test_nan_is_not_a_pass(monkeypatch):
+    monkeypatch.setitem(diagnostics.SELF_TESTS, "sigmoid_focal_loss", lambda device: float("nan"))
+    assert not diagnostics.diagnose().ok
+
+
+def test_a_missing_extension_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(_extension, "_C", None)
+    monkeypatch.setattr(_extension, "import_error", "libcudart.so.13: cannot open shared object file")
+    (finding,) = (f for f in diagnostics.diagnose().findings if f.name == "extension")
+    assert finding.failed and "libcudart.so.13" in finding.value and finding.remedy
+
+
+@pytest.mark.parametrize(
+    "built,capability,covered",
+    [
+        ("sm_80, sm_90, PTX", (9, 0), True),
+        ("sm_80", (8, 6), True),
+        ("sm_86", (8, 0), False),
+        ("sm_90", (10, 0), False),
+        ("sm_80, sm_90, PTX", (12, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("sm_100", (10, 0), True),
+    ],
+)
+def test_architectures(built, capability, covered):
+    assert diagnostics._covers(built, capability) == covered
+
+
+def test_self_tests_can_fail(monkeypatch):
+    """Negative control: a reference that is off by a little is told apart from the op."""
+    from effdet_fast.ops import focal_loss
+
+    sound = focal_loss.sigmoid_focal_loss_reference
+    monkeypatch.setattr(focal_loss, "sigmoid_focal_loss_reference", lambda *a, **k: sound(*a, **k) * 1.01)
+    assert diagnostics.SELF_TESTS["sigmoid_focal_loss"](torch.device("cpu")) > 1e-3
