@@ -1,0 +1,57 @@
+"""The anchor boxes of an EfficientDet, in the order of its head outputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from effdet_fast.models.config import EfficientDetConfig
+
+
+def feature_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -> list[tuple[int, int]]:
+    """(height, width) of each pyramid level; every stride of 2 halves and rounds up."""
+    sizes = [image_size]
+    for _ in range(max_level):
+        height, width = sizes[-1]
+        sizes.append(((height + 1) // 2, (width + 1) // 2))
+    return sizes[min_level:]
+
+
+def generate_anchors(config: EfficientDetConfig) -> torch.Tensor:
+    """Anchor boxes float32 [N, 4] xyxy in input pixels, on the CPU.
+
+    Order: level, row, column, scale, aspect ratio, as in head outputs permuted to [B, H, W, A]. Cell (i, j) is centred
+    on ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side / feature side and need not be whole.
+    Anchors may reach outside of the image.
+    """
+    octaves = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
+    aspects = np.array(config.aspect_ratios, dtype=np.float64)
+    image_h, image_w = config.image_size
+    levels = []
+    for height, width in feature_sizes(config.image_size, config.min_level, config.max_level):
+        stride = np.array([image_w / width, image_h / height])
+        centre_x = stride[0] / 2.0 + np.arange(width) * stride[0]
+        centre_y = stride[1] / 2.0 + np.arange(height) * stride[1]
+        centres = np.stack(np.meshgrid(centre_x, centre_y), axis=-1).reshape(-1, 1, 2)
+        half = (config.anchor_scale * stride * octaves[:, None, None] * aspects / 2.0).reshape(-1, 2)
+        levels.append(np.concatenate([centres - half, centres + half], axis=-1).reshape(-1, 4))
+    return torch.from_numpy(np.concatenate(levels).astype(np.float32))
+
+
+class AnchorCache:
+    """The anchors of a configuration on whichever device they are asked for.
+
+    Not a buffer on purpose: a model cast to half precision or saved keeps exact anchors and an unchanged state dict.
+    """
+
+    def __init__(self, config: EfficientDetConfig) -> None:
+        self.config = config
+        self.sizes = feature_sizes(config.image_size, config.min_level, config.max_level)
+        self.counts = [height * width * config.anchors_per_cell for height, width in self.sizes]
+        self._boxes: dict[torch.device, torch.Tensor] = {}
+
+    def boxes(self, device: torch.device) -> torch.Tensor:
+        """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
+        if device not in self._boxes:
+            self._boxes[device] = generate_anchors(self.config).to(device)
+        return self._boxes[device]

@@ -1,0 +1,186 @@
+"""BiFPN: bidirectional, weighted feature pyramid (Tan, Pang and Le, EfficientDet, arXiv:1911.09070).
+
+Module names are chosen so that the state dict has effdet's keys.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effdet_fast.models.config import EfficientDetConfig
+from effdet_fast.nn import SeparableConv2d, WeightedFusion
+
+BATCH_NORM_EPS = 1e-3
+BATCH_NORM_MOMENTUM = 0.01
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+
+
+class NodeInput(NamedTuple):
+    """Which feature a node reads, and how it is brought to the node's size."""
+
+    offset: int
+    resample: str
+
+
+def bifpn_nodes(num_levels: int) -> list[list[NodeInput]]:
+    """The nodes of one BiFPN cell in order of computation.
+
+    Features 0 to num_levels - 1 are the cell's inputs, finest first; node i adds feature num_levels + i. The last
+    num_levels features are the cell's outputs.
+    """
+    level_features = [[level] for level in range(num_levels)]
+    nodes: list[list[NodeInput]] = []
+
+    def add(level: int, inputs: list[NodeInput]) -> None:
+        level_features[level].append(num_levels + len(nodes))
+        nodes.append(inputs)
+
+    for level in range(num_levels - 2, -1, -1):
+        coarser = NodeInput(level_features[level + 1][-1], "nearest")
+        add(level, [NodeInput(level_features[level][-1], "none"), coarser])
+    for level in range(1, num_levels):
+        finer = NodeInput(level_features[level - 1][-1], "max_pool")
+        add(level, [*(NodeInput(offset, "none") for offset in level_features[level]), finer])
+    return nodes
+
+
+def max_pool_same(x: torch.Tensor) -> torch.Tensor:
+    """Max-pool 3x3 of stride 2 with TensorFlow's SAME padding, without a padded copy."""
+    # SAME pads an odd side by one on both ends and an even side by one at the far end only, which is what a window
+    # that hangs over the end (ceil_mode) gives.
+    return F.max_pool2d(x, 3, stride=2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
+
+
+class ProjectionConv(nn.Module):
+    """1x1 convolution and BatchNorm from a backbone width to the pyramid's."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.bn = batch_norm(out_channels)
+        nn.init.xavier_uniform_(self.conv.weight)
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x))
+
+
+def projection(in_channels: int, out_channels: int, bias: bool) -> nn.Sequential:
+    """A `ProjectionConv` under the name "conv", or nothing where the width already fits."""
+    if in_channels == out_channels:
+        return nn.Sequential()
+    return nn.Sequential(OrderedDict(conv=ProjectionConv(in_channels, out_channels, bias)))
+
+
+class NodeFusion(WeightedFusion):
+    """Weighted fusion of a node's inputs, each projected to the pyramid's width first where it must be."""
+
+    def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: EfficientDetConfig) -> None:
+        super().__init__(
+            len(inputs),
+            method=config.fusion,
+            resample=[entry.resample for entry in inputs],
+            activation=config.activation,
+        )
+        self.offsets = [entry.offset for entry in inputs]
+        self.resample = nn.ModuleDict(
+            {
+                str(offset): projection(channels, config.fpn_channels, config.redundant_bias)
+                for offset, channels in zip(self.offsets, in_channels, strict=True)
+            }
+        )
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        """Fused and activated [B, C, H, W] from all features computed so far; the first input has the node's size."""
+        projections = self.resample.values()
+        inputs = [project(features[offset]) for offset, project in zip(self.offsets, projections, strict=True)]
+        return super().forward(inputs, size=tuple(inputs[0].shape[2:]))
+
+
+class NodeConv(SeparableConv2d):
+    """Separable convolution of an activated fusion, and its BatchNorm."""
+
+    def __init__(self, config: EfficientDetConfig) -> None:
+        channels = config.fpn_channels
+        super().__init__(channels, channels, 3, bias=config.redundant_bias)
+        self.bn = batch_norm(channels)
+        # Fans as the TensorFlow model counts them: a depthwise filter sees and feeds 9 values.
+        nn.init.uniform_(self.conv_dw.weight, -((3 / 9) ** 0.5), (3 / 9) ** 0.5)
+        nn.init.xavier_uniform_(self.conv_pw.weight)
+        if self.conv_pw.bias is not None:
+            nn.init.zeros_(self.conv_pw.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(super().forward(x))
+
+
+class Node(nn.Module):
+    """One BiFPN node: fuse, activate, convolve, normalise."""
+
+    def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: EfficientDetConfig) -> None:
+        super().__init__()
+        self.combine = NodeFusion(inputs, in_channels, config)
+        self.after_combine = nn.Sequential(OrderedDict(conv=NodeConv(config)))
+
+    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+        return self.after_combine(self.combine(features))
+
+
+class BiFpnCell(nn.Module):
+    """One round of top-down and bottom-up nodes over all levels.
+
+    Args:
+        in_channels: Channels of each level, finest first.
+        config: Model configuration.
+    """
+
+    def __init__(self, in_channels: list[int], config: EfficientDetConfig) -> None:
+        super().__init__()
+        self.num_levels = config.num_levels
+        nodes = bifpn_nodes(config.num_levels)
+        channels = in_channels + [config.fpn_channels] * len(nodes)
+        self.fnode = nn.ModuleList(Node(node, [channels[entry.offset] for entry in node], config) for node in nodes)
+
+    def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        features = list(levels)
+        for node in self.fnode:
+            features.append(node(features))
+        return features[-self.num_levels :]
+
+
+class BiFpn(nn.Module):
+    """Adds the levels coarser than the backbone's, then runs the cells.
+
+    Args:
+        in_channels: Channels of the backbone's feature maps, finest first.
+        config: Model configuration.
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], config: EfficientDetConfig) -> None:
+        super().__init__()
+        channels = list(in_channels)
+        self.resample = nn.ModuleDict()
+        for level in range(len(in_channels), config.num_levels):
+            self.resample[str(level)] = projection(channels[-1], config.fpn_channels, config.redundant_bias)
+            channels.append(config.fpn_channels)
+        cells = []
+        for _ in range(config.fpn_cells):
+            cells.append(BiFpnCell(channels, config))
+            channels = [config.fpn_channels] * config.num_levels
+        self.cell = nn.Sequential(*cells)
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each."""
+        levels = list(features)
+        for project in self.resample.values():
+            levels.append(max_pool_same(project(levels[-1])))
+        return self.cell(levels)

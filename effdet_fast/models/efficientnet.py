@@ -1,0 +1,295 @@
+"""EfficientNet and EfficientNet-Lite as detection backbones: one scaling rule, one table of multipliers.
+
+Follows the TensorFlow models ("tf_" in timm): SAME padding and BatchNorm eps 1e-3. Parameter names are those of timm's
+`EfficientNetFeatures`, so its weights load unchanged. Source: Tan and Le, EfficientNet (arXiv:1905.11946).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effdet_fast.models.activation import activate_
+from effdet_fast.nn import DepthwiseConv2d
+
+BATCH_NORM_EPS = 1e-3
+BATCH_NORM_MOMENTUM = 0.1
+
+
+class Stage(NamedTuple):
+    """One row of the EfficientNet-B0 table; the first block has the stride, the others 1."""
+
+    expansion: int
+    kernel_size: int
+    stride: int
+    repeats: int
+    channels: int
+
+
+STEM_CHANNELS = 32
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(6, 3, 2, 2, 24),
+    Stage(6, 5, 2, 2, 40),
+    Stage(6, 3, 2, 3, 80),
+    Stage(6, 5, 1, 3, 112),
+    Stage(6, 5, 2, 4, 192),
+    Stage(6, 3, 1, 1, 320),
+)
+# The last stages of stride 8, 16 and 32.
+FEATURE_STAGES = (2, 4, 6)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a member of the family scales the B0 table.
+
+    Attributes:
+        width: Channel multiplier.
+        depth: Repeat multiplier.
+        lite: EfficientNet-Lite: no squeeze-and-excitation, ReLU6, stem and first and last stage are not scaled.
+    """
+
+    width: float
+    depth: float
+    lite: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "efficientnet_b0": Variant(1.0, 1.0),
+    "efficientnet_b1": Variant(1.0, 1.1),
+    "efficientnet_b2": Variant(1.1, 1.2),
+    "efficientnet_b3": Variant(1.2, 1.4),
+    "efficientnet_b4": Variant(1.4, 1.8),
+    "efficientnet_b5": Variant(1.6, 2.2),
+    "efficientnet_b6": Variant(1.8, 2.6),
+    "efficientnet_b7": Variant(2.0, 3.1),
+    "efficientnet_lite0": Variant(1.0, 1.0, lite=True),
+    "efficientnet_lite1": Variant(1.0, 1.1, lite=True),
+    "efficientnet_lite2": Variant(1.1, 1.2, lite=True),
+    "efficientnet_lite3": Variant(1.2, 1.4, lite=True),
+    "efficientnet_lite4": Variant(1.4, 1.8, lite=True),
+}
+
+
+def scale_channels(channels: int, width: float) -> int:
+    """`channels * width` rounded to the nearest multiple of 8, but never more than 10 % below."""
+    scaled = channels * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+def scaled_stages(variant: Variant) -> list[Stage]:
+    """The stage table of one variant."""
+    stages = []
+    for index, stage in enumerate(STAGES):
+        fixed_depth = variant.lite and index in (0, len(STAGES) - 1)
+        stages.append(
+            stage._replace(
+                repeats=stage.repeats if fixed_depth else math.ceil(stage.repeats * variant.depth),
+                channels=scale_channels(stage.channels, variant.width),
+            )
+        )
+    return stages
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+
+
+class StemConv2d(nn.Conv2d):
+    """3x3 convolution of stride 2 with TensorFlow's SAME padding: the odd pixel goes right and below."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        odd_h, odd_w = input.shape[2] % 2, input.shape[3] % 2
+        return super().forward(F.pad(input, (odd_w, 1, odd_h, 1)))
+
+
+class SqueezeExcite(nn.Module):
+    """Scales each channel by a gate computed from the channel means."""
+
+    def __init__(self, channels: int, squeezed: int, activation: str) -> None:
+        super().__init__()
+        self.conv_reduce = nn.Conv2d(channels, squeezed, 1)
+        self.conv_expand = nn.Conv2d(squeezed, channels, 1)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = self.conv_reduce(x.mean((2, 3), keepdim=True))
+        gate = self.conv_expand(activate_(gate, self.activation))
+        return x * gate.sigmoid()
+
+
+def add_residual(x: torch.Tensor, shortcut: torch.Tensor, drop_path: float, training: bool) -> torch.Tensor:
+    """`x + shortcut`, with x dropped for whole samples with probability `drop_path` in training. May write over x."""
+    if drop_path == 0.0 or not training:
+        return x.add_(shortcut)
+    keep = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(1.0 - drop_path).div_(1.0 - drop_path)
+    return torch.addcmul(shortcut, x, keep)
+
+
+class DepthwiseSeparableBlock(nn.Module):
+    """Block without expansion: depthwise, BN, act, squeeze-excite, pointwise, BN.
+
+    `prologue` is the activation its input still lacks; the depthwise convolution applies it while reading.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        stage: Stage,
+        stride: int,
+        *,
+        squeeze: bool,
+        activation: str,
+        drop_path: float,
+        prologue: str | None,
+    ) -> None:
+        super().__init__()
+        self.conv_dw = DepthwiseConv2d(
+            in_channels, stage.kernel_size, stride, padding="same", bias=False, prologue=prologue
+        )
+        self.bn1 = batch_norm(in_channels)
+        self.se = SqueezeExcite(in_channels, round(in_channels * 0.25), activation) if squeeze else None
+        self.conv_pw = nn.Conv2d(in_channels, stage.channels, 1, bias=False)
+        self.bn2 = batch_norm(stage.channels)
+        self.activation = activation
+        self.drop_path = drop_path
+        self.has_skip = stride == 1 and in_channels == stage.channels
+        if self.has_skip and prologue is not None:
+            raise ValueError("DepthwiseSeparableBlock: a block with a shortcut needs its input activated")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = activate_(self.bn1(self.conv_dw(x)), self.activation)
+        if self.se is not None:
+            x = self.se(x)
+        x = self.bn2(self.conv_pw(x))
+        return add_residual(x, shortcut, self.drop_path, self.training) if self.has_skip else x
+
+
+class InvertedResidualBlock(nn.Module):
+    """MBConv: expand, BN, act, depthwise, BN, act, squeeze-excite, project, BN. The depthwise applies the first act."""
+
+    def __init__(
+        self, in_channels: int, stage: Stage, stride: int, *, squeeze: bool, activation: str, drop_path: float
+    ) -> None:
+        super().__init__()
+        middle = in_channels * stage.expansion
+        self.conv_pw = nn.Conv2d(in_channels, middle, 1, bias=False)
+        self.bn1 = batch_norm(middle)
+        self.conv_dw = DepthwiseConv2d(
+            middle, stage.kernel_size, stride, padding="same", bias=False, prologue=activation
+        )
+        self.bn2 = batch_norm(middle)
+        # A quarter of the block's input channels, before expansion.
+        self.se = SqueezeExcite(middle, round(middle * (0.25 / stage.expansion)), activation) if squeeze else None
+        self.conv_pwl = nn.Conv2d(middle, stage.channels, 1, bias=False)
+        self.bn3 = batch_norm(stage.channels)
+        self.activation = activation
+        self.drop_path = drop_path
+        self.has_skip = stride == 1 and in_channels == stage.channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x
+        x = self.conv_dw(self.bn1(self.conv_pw(x)))
+        x = activate_(self.bn2(x), self.activation)
+        if self.se is not None:
+            x = self.se(x)
+        x = self.bn3(self.conv_pwl(x))
+        return add_residual(x, shortcut, self.drop_path, self.training) if self.has_skip else x
+
+
+class EfficientNet(nn.Module):
+    """EfficientNet without its classifier; gives the feature maps of stride 8, 16 and 32.
+
+    Args:
+        name: A key of `VARIANTS`.
+        drop_path_rate: Probability of dropping the residual branch of the (hypothetical) next block after the last;
+            block i of n uses `drop_path_rate * i / n`.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+
+    def __init__(self, name: str, drop_path_rate: float = 0.0) -> None:
+        super().__init__()
+        if name not in VARIANTS:
+            raise ValueError(f"EfficientNet: name must be one of {list(VARIANTS)}, got {name!r}")
+        variant = VARIANTS[name]
+        activation = "relu6" if variant.lite else "silu"
+        channels = STEM_CHANNELS if variant.lite else scale_channels(STEM_CHANNELS, variant.width)
+        self.conv_stem = StemConv2d(3, channels)
+        self.bn1 = batch_norm(channels)
+
+        stages = scaled_stages(variant)
+        total = sum(stage.repeats for stage in stages)
+        index = 0
+        self.blocks = nn.Sequential()
+        for stage in stages:
+            blocks = nn.Sequential()
+            for repeat in range(stage.repeats):
+                stride = stage.stride if repeat == 0 else 1
+                drop_path = drop_path_rate * index / total
+                if stage.expansion == 1:
+                    blocks.append(
+                        DepthwiseSeparableBlock(
+                            channels,
+                            stage,
+                            stride,
+                            squeeze=not variant.lite,
+                            activation=activation,
+                            drop_path=drop_path,
+                            prologue=activation if index == 0 else None,
+                        )
+                    )
+                else:
+                    blocks.append(
+                        InvertedResidualBlock(
+                            channels,
+                            stage,
+                            stride,
+                            squeeze=not variant.lite,
+                            activation=activation,
+                            drop_path=drop_path,
+                        )
+                    )
+                channels = stage.channels
+                index += 1
+            self.blocks.append(blocks)
+        self.feature_channels = tuple(stages[stage].channels for stage in FEATURE_STAGES)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialises as the TensorFlow models do: normal with variance 2 / fan-out, BatchNorm scale 1, biases 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+                _normal(module.weight, fan_out)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, DepthwiseConv2d):
+                _normal(module.weight, module.weight.shape[2] * module.weight.shape[3])
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of stride 8, 16 and 32 of images [B, 3, H, W]; sizes are ceil-halved at each stride."""
+        # The stem's activation is left to the first depthwise convolution.
+        x = self.bn1(self.conv_stem(images))
+        features = []
+        for index, stage in enumerate(self.blocks):
+            x = stage(x)
+            if index in FEATURE_STAGES:
+                features.append(x)
+        return features
+
+
+def _normal(weight: torch.Tensor, fan_out: int) -> None:
+    nn.init.normal_(weight, 0.0, math.sqrt(2.0 / fan_out))

@@ -1,0 +1,182 @@
+"""Same weights, same numbers as effdet: outputs, losses, gradients, BatchNorm statistics, detections."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from effdet.anchors import AnchorLabeler, Anchors
+from effdet.bench import DetBenchPredict, _batch_detection, _post_process
+from effdet.loss import DetectionLoss
+
+from effdet_fast.models import create_model
+from tests.models.effdet_models import model_pair, peer_model, random_objects, randomise
+
+# The second size has odd feature maps on every level (17x25, 9x13, 5x7, 3x4, 2x2) and strides that are not whole.
+CASES = [("efficientdet_d0", (128, 128)), ("efficientdet_lite0", (136, 200))]
+NAMES = ["efficientdet_d0", "efficientdet_lite0"]
+
+
+def images(batch: int, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_outputs_close(ours, peer, atol: float = 1e-4) -> None:
+    for our_levels, peer_levels in zip(ours, peer, strict=True):
+        assert len(our_levels) == len(peer_levels) == 5
+        for our_level, peer_level in zip(our_levels, peer_levels, strict=True):
+            assert our_level.shape == peer_level.shape
+            # A comparison of outputs that are all alike would say little.
+            assert peer_level.std() > 0.05
+            torch.testing.assert_close(our_level, peer_level, atol=atol, rtol=0)
+
+
+def peer_loss(peer, outputs, gt_boxes, gt_labels):
+    """effdet's labels and loss; its boxes are yxyx and its classes count from 1."""
+    labeler = AnchorLabeler(Anchors.from_config(peer.config), peer.config.num_classes)
+    valid = gt_labels >= 0
+    boxes = [image_boxes[keep][:, [1, 0, 3, 2]] for image_boxes, keep in zip(gt_boxes, valid, strict=True)]
+    labels = [image_labels[keep] + 1 for image_labels, keep in zip(gt_labels, valid, strict=True)]
+    return DetectionLoss(peer.config)(*outputs, *labeler.batch_label_anchors(boxes, labels))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_dict_keys_and_their_order_are_effdets(name):
+    pair = model_pair(name, dict(CASES)[name])
+    assert list(pair.ours.state_dict()) == list(pair.peer.state_dict())
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_head_outputs(name, size, layout):
+    pair = model_pair(name, size)
+    x = images(2, size)
+    ours = copy.deepcopy(pair.ours).to(memory_format=layout)
+    with torch.no_grad():
+        assert_outputs_close(ours(x.to(memory_format=layout)), pair.peer(x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_head_outputs_at_released_size(name):
+    peer = peer_model(name)
+    size = tuple(peer.config.image_size)
+    randomise(peer, size)
+    ours = create_model(name)
+    assert ours.config.image_size == size
+    ours.load_state_dict(peer.state_dict())
+    x = images(1, size)
+    with torch.no_grad():
+        assert_outputs_close(ours.eval()(x), peer.eval()(x))
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_losses_and_gradients_in_eval_mode(name, size):
+    pair = model_pair(name, size)
+    x = images(3, size)
+    gt_boxes, gt_labels = random_objects(3, 12, size, 90)
+    check_losses_and_gradients(pair.peer, pair.ours, x, gt_boxes, gt_labels)
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_training_mode(name, size):
+    """Batch statistics, drop path under one seed, and the running statistics and counters left behind."""
+    peer, ours = copy.deepcopy(model_pair(name, size))
+    peer.train()
+    ours.train()
+    x = images(3, size)
+    gt_boxes, gt_labels = random_objects(3, 12, size, 90)
+    check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels)
+    for (key, our_value), peer_value in zip(ours.state_dict().items(), peer.state_dict().values(), strict=True):
+        torch.testing.assert_close(our_value, peer_value, atol=1e-4, rtol=1e-4, msg=lambda text, key=key: key + text)
+
+
+def check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels) -> None:
+    peer.zero_grad()
+    ours.zero_grad()
+    torch.manual_seed(3)
+    expected = peer_loss(peer, peer(x), gt_boxes, gt_labels)
+    torch.manual_seed(3)
+    actual = ours.loss(ours(x), gt_boxes, gt_labels)
+    assert expected[1] > 0.1 and expected[2] > 1e-3
+    for our_value, peer_value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(our_value, peer_value, rtol=1e-5, atol=0)
+    expected[0].backward()
+    actual.total.backward()
+    peer_gradients = {key: value.grad for key, value in peer.named_parameters()}
+    assert peer_gradients.keys() == {key for key, _ in ours.named_parameters()}
+    # Before a BatchNorm on batch statistics, a bias has no gradient but rounding noise of what flows past it.
+    noise = 1e-7 * torch.stack([gradient.norm() for gradient in peer_gradients.values()]).norm()
+    for key, parameter in ours.named_parameters():
+        error = (parameter.grad - peer_gradients[key]).norm()
+        bound = 1e-3 * peer_gradients[key].norm() + noise
+        assert error <= bound, f"{key}: gradients differ by {error}, allowed {bound}"
+
+
+@pytest.mark.parametrize("what", ["padding only", "no rows"])
+def test_loss_of_a_batch_without_objects(what):
+    name, size = CASES[1]
+    pair = model_pair(name, size)
+    rows = 4 if what == "padding only" else 0
+    gt_boxes, gt_labels = torch.full((2, rows, 4), -1.0), torch.full((2, rows), -1)
+    outputs = pair.ours(images(2, size))
+    loss = pair.ours.loss(outputs, gt_boxes, gt_labels)
+    expected = peer_loss(pair.peer, outputs, gt_boxes, gt_labels)
+    assert loss.box == 0.0
+    torch.testing.assert_close(loss.total, expected[0], rtol=1e-5, atol=0)
+    loss.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in pair.ours.parameters())
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+@pytest.mark.parametrize("clip", [False, True])
+def test_post_processing_of_equal_outputs(name, size, clip):
+    pair = model_pair(name, size)
+    with torch.no_grad():
+        outputs = pair.ours(images(2, size))
+    # effdet takes (width, height) of the original image and scales back; a scale of 1 leaves pixels of the input.
+    sizes = torch.tensor([[100.0, 128.0], [70.0, 55.0]]) if clip else None
+    selected = _post_process(*outputs, num_levels=5, num_classes=90)
+    expected = _batch_detection(
+        2,
+        *selected[:2],
+        Anchors.from_config(pair.peer.config).boxes,
+        *selected[2:],
+        img_scale=torch.ones(2) if clip else None,
+        img_size=sizes.flip(1) if clip else None,
+    )
+    actual = pair.ours.detect(outputs, clip_sizes=sizes)
+    assert actual.counts.tolist() == [100, 100]
+    assert len(actual.labels.unique()) > 5
+    torch.testing.assert_close(actual.boxes, expected[..., :4], rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(actual.scores, expected[..., 4], rtol=1e-6, atol=0)
+    assert torch.equal(actual.labels + 1, expected[..., 5].long())
+
+
+@pytest.mark.parametrize(("name", "size"), CASES)
+def test_detections_from_images(name, size):
+    pair = model_pair(name, size)
+    x = images(2, size)
+    with torch.no_grad():
+        actual = pair.ours.detect(pair.ours(x))
+        expected = DetBenchPredict(pair.peer)(x)
+    torch.testing.assert_close(actual.scores, expected[..., 4], atol=1e-4, rtol=0)
+    # Head outputs differ in the last bits, so detections of nearly equal score may change places.
+    same_box = (actual.boxes.unsqueeze(2) - expected[:, None, :, :4]).abs().amax(-1) < 1e-2
+    same_label = actual.labels.unsqueeze(2) + 1 == expected[:, None, :, 5]
+    assert (same_box & same_label).any(2).float().mean() >= 0.98
+
+
+def test_detect_thresholds_and_padding():
+    name, size = CASES[1]
+    ours = model_pair(name, size).ours
+    with torch.no_grad():
+        outputs = ours(images(2, size))
+    every = ours.detect(outputs, max_detections=20)
+    threshold = float(every.scores[0, 7] + every.scores[0, 8]) / 2
+    few = ours.detect(outputs, max_detections=20, score_threshold=threshold)
+    assert few.counts[0] == 8
+    assert torch.equal(few.boxes[0, :8], every.boxes[0, :8])
+    assert (few.scores[0, :8] > threshold).all() and (few.labels[0, 8:] == -1).all() and (few.scores[0, 8:] == 0).all()
+    looser = ours.detect(outputs, iou_threshold=1.0)
+    assert not torch.equal(looser.boxes, ours.detect(outputs).boxes)
