@@ -51,7 +51,7 @@ class WeightedFusion(nn.Module):
             raise ValueError(f"{name}: eps must be >= 0, got {eps}")
         self.num_inputs = num_inputs
         self.method = method
-        self.resample = resample
+        self.resample_methods = resample  # a BiFPN node keeps its projections under "resample", as effdet does
         self.activation = activation
         self.eps = eps
         self.register_parameter("edge_weights", None if method == "sum" else nn.Parameter(torch.ones(num_inputs)))
@@ -62,12 +62,12 @@ class WeightedFusion(nn.Module):
             inputs,
             self.edge_weights,
             method=self.method,
-            resample=self.resample,
+            resample=self.resample_methods,
             size=size,
             activation=self.activation,
             eps=self.eps,
         )
 
     def extra_repr(self) -> str:
-        options = f"method={self.method!r}, resample={self.resample}, activation={self.activation!r}, eps={self.eps}"
+        options = f"method={self.method!r}, resample={self.resample_methods}, activation={self.activation!r}, eps={self.eps}"
         return f"{self.num_inputs}, {options}"
