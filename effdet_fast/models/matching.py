@@ -30,7 +30,8 @@ def match_anchors(
     """Assigns each anchor the object it overlaps most, if the IoU reaches the threshold.
 
     On top of that every object takes its best anchor, whatever the IoU; where several objects want the same anchor the
-    first one gets it, and of equally good anchors the first is taken. There is no band of ignored anchors. Deterministic.
+    first one gets it, and of equally good anchors the first is taken. There is no band of ignored anchors, and no
+    choice left open.
 
     Args:
         anchors: float32 [N, 4] xyxy.
