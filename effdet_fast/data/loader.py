@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from effdet_fast.data.batch import Batch
 from effdet_fast.data.coco import CocoDetection
-from effdet_fast.data.placement import EXACT_GAP, TRAINING_GAP, Size, padding_colour
+from effdet_fast.data.placement import EXACT_GAP, TRAINING_GAP, Size, blank_input
 from effdet_fast.data.sampler import EvaluationBatches, Key, TrainingBatches
 from effdet_fast.data.transforms import (
     HorizontalFlip,
@@ -139,6 +139,7 @@ class _BatchSource(Dataset):
         self.coco, self.transforms, self.image_size = coco, transforms, image_size
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.seed, self.gap = seed, gap
+        self.blank = blank_input(image_size, self.mean)
 
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
@@ -147,7 +148,7 @@ class _BatchSource(Dataset):
         n = len(keys)
         pixels = torch.empty((n, *self.image_size, 3), dtype=torch.uint8)
         array = pixels.numpy()
-        array[:] = padding_colour(list(self.mean))
+        array[:] = self.blank
         boxes, labels, scales = [], [], []
         for row, (epoch, i) in enumerate(keys):
             placement = place(self.coco.size(i), self.transforms, np.random.default_rng([self.seed, epoch, i]))

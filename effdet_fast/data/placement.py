@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -116,6 +117,7 @@ def fit(size: Size, output: Size, factor: float = 1.0) -> Size:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def padding_colour(mean: tuple[float, ...] | list[float]) -> np.ndarray:
-    """uint8 [3]: the mean colour (given in 0..1), which is nought after normalising."""
-    return np.clip(np.round(np.asarray(mean, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
+def blank_input(image_size: Size, mean: Sequence[float]) -> np.ndarray:
+    """uint8 [H, W, 3] full of padding: the mean colour (given in 0..1), which is nought after normalising."""
+    colour = np.clip(np.round(np.asarray(mean, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
+    return np.tile(colour, (*image_size, 1))

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from effdet_fast.data.placement import EXACT_GAP, Placement, Size, fit, padding_colour
+from effdet_fast.data.placement import EXACT_GAP, Placement, Size, blank_input, fit
 
 # A box with less than this many pixels on a side after clipping has vanished.
 MIN_SIDE = 1.0
@@ -103,8 +103,7 @@ def apply(
     """
     image = sample["image"]
     placement = place(image.shape[:2], transforms, rng)
-    out = np.empty((*placement.output, 3), dtype=np.uint8)
-    out[:] = padding_colour(list(mean))
+    out = blank_input(placement.output, mean)
     placement.render(Image.fromarray(image), out, EXACT_GAP)
     boxes, labels = place_boxes(placement, sample["boxes"], sample["labels"])
     crowd, crowd_labels = place_boxes(placement, sample["crowd_boxes"], sample["crowd_labels"])

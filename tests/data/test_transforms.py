@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from effdet_fast.data import HorizontalFlip, Letterbox, Placement, ScaleJitterCrop, VerticalFlip, apply
-from effdet_fast.data.placement import TRAINING_GAP, fit, padding_colour
+from effdet_fast.data.placement import TRAINING_GAP, blank_input, fit
 from effdet_fast.data.transforms import place, place_boxes
 
 
@@ -150,4 +150,4 @@ def test_bad_arguments():
     for size in ((0, 3), (3,), (2.5, 4)):
         with pytest.raises(ValueError, match="image_size must be"):
             Letterbox(size)
-    assert padding_colour((0.485, 0.456, 0.406)).tolist() == [124, 116, 104]
+    assert blank_input((2, 1), (0.485, 0.456, 0.406)).tolist() == [[[124, 116, 104]]] * 2
