@@ -1,0 +1,97 @@
+"""A trained detector read back from its checkpoint, with all that its outputs need to be understood."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from effdet_fast.models import EfficientDet, EfficientDetConfig, load_checkpoint
+
+FORMAT = 1
+_KEYS = ("model", "config", "class_names", "category_ids", "preprocessing", "state_dict")
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in evaluation mode, and what its labels and inputs mean.
+
+    Attributes:
+        model: the detector, channels_last on `device`.
+        class_names: by label.
+        category_ids: the training file's category of each label.
+        mean, std: RGB normalisation in 0..1.
+        image_size: (height, width) of the model's input.
+    """
+
+    model: EfficientDet
+    class_names: list[str]
+    category_ids: list[int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: tuple[int, int]
+    device: torch.device
+
+
+def load_trained_model(
+    checkpoint: str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> TrainedModel:
+    """Reads a `best.pt` or `last.pt`; nothing in the file is executed (`weights_only=True`).
+
+    Args:
+        checkpoint: the file.
+        device: None takes the GPU if there is one.
+        image_size: another input size than the one trained at.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of this package, or one that contradicts itself.
+    """
+    path = os.fspath(checkpoint)
+    content = _read(path)
+    size = content["preprocessing"]["image_size"] if image_size is None else image_size
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    try:
+        config = dataclasses.replace(EfficientDetConfig.from_dict(content["config"]), image_size=pair)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: holds no usable model configuration: {error}") from error
+    names, ids = [str(n) for n in content["class_names"]], [int(c) for c in content["category_ids"]]
+    if not len(names) == len(ids) == config.num_classes or len(set(ids)) != len(ids):
+        raise ValueError(
+            f"{path}: has {config.num_classes} classes, {len(names)} class names and {len(set(ids))} category ids"
+        )
+    model = EfficientDet(config)
+    load_checkpoint(model, content["state_dict"])
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.eval().requires_grad_(False)
+    preprocessing = content["preprocessing"]
+    return TrainedModel(
+        model, names, ids, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), config.image_size, target
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make the unpickler raise anything
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(
+            f"{path}: is not a checkpoint of a trained detector, it has no {', '.join(missing)}; weights alone are "
+            "loaded with create_model(..., checkpoint=...)"
+        )
+    if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
+        raise ValueError(f"{path}: has checkpoint format {content.get('format')}; this version reads up to {FORMAT}")
+    lacking = [key for key in ("mean", "std", "image_size") if key not in content["preprocessing"]]
+    if lacking:
+        raise ValueError(f"{path}: its preprocessing has no {', '.join(lacking)}")
+    return content
