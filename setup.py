@@ -118,7 +118,7 @@ def native_extension() -> tuple[list, dict, str]:
         define_macros=macros,
         extra_compile_args={
             "cxx": [*flags, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"],
-            "nvcc": ["-O3", "-std=c++20", "-Xptxas", "-v"],
+            "nvcc": ["-O3", "-std=c++20"],
         },
     )
 

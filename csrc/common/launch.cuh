@@ -13,7 +13,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   if (shared_bytes > (48u << 10)) {  // above the default the kernel must opt in
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   }
-  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(device.stream)> > >(static_cast<Params>(args)...);
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(device.stream)>>>(static_cast<Params>(args)...);
   check_launch(name);
 }
 
