@@ -69,5 +69,7 @@ class WeightedFusion(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        options = f"method={self.method!r}, resample={self.resample_methods}, activation={self.activation!r}, eps={self.eps}"
+        options = (
+            f"method={self.method!r}, resample={self.resample_methods}, activation={self.activation!r}, eps={self.eps}"
+        )
         return f"{self.num_inputs}, {options}"

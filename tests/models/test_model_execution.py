@@ -11,6 +11,7 @@ from effdet_fast.models import create_model
 from effdet_fast.models.activation import activate_
 from effdet_fast.models.bifpn import bifpn_nodes, max_pool_same
 from effdet_fast.models.loss import per_anchor_view
+from effdet_fast.models.matching import pairwise_iou
 from tests.models.effdet_models import random_objects
 
 NAMES = ["efficientdet_d0", "efficientdet_lite0"]
@@ -119,12 +120,13 @@ def test_labels_loss_and_detections_do_not_read_values_back():
     """Data-dependent Python control flow fails on fake tensors, so this is what a host sync would trip over."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(), torch.device("cuda"):
-        model = small("efficientdet_d0")
-        outputs = model(torch.zeros(2, 3, 96, 160))
+    model = small("efficientdet_d0", fpn_cells=1, head_repeats=1)
+    with torch.no_grad():
+        shapes = [[level.shape for level in levels] for levels in model(torch.zeros(2, 3, 96, 160))]
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        outputs = tuple([torch.zeros(shape) for shape in levels] for levels in shapes)
         loss = model.loss(outputs, torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64))
-        loss.total.backward()
-        detections = model.detect(outputs, score_threshold=0.1)
+        detections = model.detect(outputs, score_threshold=0.1, clip_sizes=torch.zeros(2, 2))
     assert loss.total.shape == () and loss.total.device.type == "cuda"
     assert detections.boxes.shape == (2, 100, 4) and detections.counts.shape == (2,)
 
@@ -197,19 +199,24 @@ def test_drop_path_drops_whole_samples():
 
 
 def test_a_few_steps_learn_two_boxes():
-    size = (64, 64)
-    model = create_model("efficientdet_lite0", 2, image_size=size, fpn_cells=1, head_repeats=1).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    x = torch.zeros(2, 3, *size)
+    model = small("efficientdet_lite0", image_size=(64, 64), fpn_cells=1, head_repeats=1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    x = torch.zeros(2, 3, 64, 64)
     x[0, 0, 8:40, 8:40] = 2.0
     x[1, 2, 20:60, 24:60] = 2.0
     gt_boxes = torch.tensor([[[8.0, 8.0, 40.0, 40.0]], [[24.0, 20.0, 60.0, 60.0]]])
-    gt_labels = torch.tensor([[0], [1]])
-    for _ in range(60):
+    gt_labels = torch.tensor([[3], [1]])
+    losses = []
+    for _ in range(40):
         optimizer.zero_grad()
         outputs = model(x)
-        model.loss(outputs, gt_boxes, gt_labels).total.backward()
+        loss = model.loss(outputs, gt_boxes, gt_labels).total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
-    detections = model.detect(outputs, score_threshold=0.3)
-    assert detections.labels[:, 0].tolist() == [0, 1]
-    torch.testing.assert_close(detections.boxes[:, 0], gt_boxes[:, 0], atol=3.0, rtol=0)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.25 * losses[0]
+    detections = model.detect(outputs)
+    assert detections.labels[:, 0].tolist() == [3, 1]
+    overlaps = pairwise_iou(detections.boxes[:, 0], gt_boxes[:, 0]).diagonal()
+    assert (overlaps > 0.6).all(), overlaps
