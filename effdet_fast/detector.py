@@ -82,14 +82,32 @@ class Detector:
         return cls(load_trained_model(path, device, image_size))
 
     @overload
-    def predict(self, images: Picture, **options: Any) -> ImageDetections: ...
+    def predict(
+        self,
+        images: Picture,
+        *,
+        score_threshold: float | None = ...,
+        iou_threshold: float = ...,
+        max_detections: int = ...,
+        batch_size: int = ...,
+        amp: str | torch.dtype | None = ...,
+    ) -> ImageDetections: ...
 
     @overload
-    def predict(self, images: Sequence[Picture], **options: Any) -> list[ImageDetections]: ...
+    def predict(
+        self,
+        images: list[Picture] | tuple[Picture, ...],
+        *,
+        score_threshold: float | None = ...,
+        iou_threshold: float = ...,
+        max_detections: int = ...,
+        batch_size: int = ...,
+        amp: str | torch.dtype | None = ...,
+    ) -> list[ImageDetections]: ...
 
     def predict(
         self,
-        images: Picture | Sequence[Picture],
+        images: Picture | list[Picture] | tuple[Picture, ...],
         *,
         score_threshold: float | None = 0.3,
         iou_threshold: float = 0.5,

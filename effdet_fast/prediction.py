@@ -164,7 +164,7 @@ def _annotated_sources(images: str, output: str, annotations: str) -> list[_Sour
     sources = []
     for image_id, name, (height, width) in zip(
         listed.image_ids.tolist(),
-        list(listed.file_names),  # type: ignore[call-overload]
+        list(listed.file_names),
         listed.sizes.tolist(),
         strict=True,
     ):

@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from effdet_fast.data.string_array import StringArray
+
 # COCO's own boxes overshoot the border by rounding errors of this size; beyond it somebody should know.
 CLIP_TOLERANCE = 0.1
 SHOWN = 5
-
-
-class StringArray:
-    """Many strings in one buffer; indexes to `str`, as a list would."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        encoded = [s.encode("utf-8", "surrogatepass") for s in strings]
-        self._ends = np.cumsum([0] + [len(e) for e in encoded])
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: int) -> str:
-        if not -len(self) <= i < len(self):
-            raise IndexError(i)
-        i = int(i) % len(self)
-        return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode("utf-8", "surrogatepass")
 
 
 @dataclass
@@ -99,7 +83,7 @@ class Findings:
         return "; ".join(parts)
 
 
-def read_annotations(path: str | Path, category_ids: Sequence[int] | None = None) -> CocoAnnotations:
+def read_annotations(path: str | os.PathLike[str], category_ids: Sequence[int] | None = None) -> CocoAnnotations:
     """Reads a COCO detection file.
 
     Args:
@@ -110,7 +94,7 @@ def read_annotations(path: str | Path, category_ids: Sequence[int] | None = None
         FileNotFoundError: no such file.
         ValueError: the file is not COCO detection JSON, or ids are duplicate or unknown; names the file and the entry.
     """
-    path = str(path)
+    path = os.fspath(path)
     data = _load_json(path)
     images, annotations, categories = (
         _list_of_dicts(path, data, key, key == "annotations") for key in ("images", "annotations", "categories")

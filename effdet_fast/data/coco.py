@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from effdet_fast.data.annotations import SHOWN, check_boxes, read_annotations
-from effdet_fast.data.image_io import open_image, read_size
-
-Size = tuple[int, int]
+from effdet_fast.data.image_io import Size, open_image, read_size
 
 
 class CocoDetection(Dataset):
@@ -39,14 +36,14 @@ class CocoDetection(Dataset):
 
     def __init__(
         self,
-        images_dir: str | Path,
-        annotations_file: str | Path,
+        images_dir: str | os.PathLike[str],
+        annotations_file: str | os.PathLike[str],
         *,
         category_ids: Sequence[int] | None = None,
         check_images: bool = True,
     ) -> None:
-        self.images_dir = str(images_dir)
-        self.annotations_file = str(annotations_file)
+        self.images_dir = os.fspath(images_dir)
+        self.annotations_file = os.fspath(annotations_file)
         if not os.path.isdir(self.images_dir):
             raise FileNotFoundError(f"{self.images_dir}: no such images folder")
         self.annotations = read_annotations(annotations_file, category_ids)
@@ -67,7 +64,7 @@ class CocoDetection(Dataset):
 
     @property
     def file_names(self) -> list[str]:
-        return list(self.annotations.file_names)  # type: ignore[call-overload]
+        return list(self.annotations.file_names)
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)

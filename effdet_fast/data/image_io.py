@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 
 def open_image(
-    path: str | Path,
+    path: str | os.PathLike[str],
     annotated_size: Size | None = None,
     wanted_size: Size | Callable[[Size], Size] | None = None,
 ) -> tuple[Image.Image, Size]:
@@ -66,7 +66,7 @@ def open_image(
         raise ValueError(f"{path}: cannot be decoded: {error}") from error
 
 
-def read_size(path: str | Path, annotated_size: Size | None = None) -> Size:
+def read_size(path: str | os.PathLike[str], annotated_size: Size | None = None) -> Size:
     """(height, width) from the header alone, upright as `open_image` would give it; the same errors."""
     try:
         with Image.open(path) as image:
@@ -123,7 +123,7 @@ class _SizeMismatch(ValueError):
     pass
 
 
-def _check_size(path: str | Path, size: Size, annotated_size: Size | None) -> None:
+def _check_size(path: str | os.PathLike[str], size: Size, annotated_size: Size | None) -> None:
     if annotated_size is not None and size != tuple(annotated_size):
         raise _SizeMismatch(f"{path}: is {_wh(size)} pixels, but its annotations say {_wh(annotated_size)}")
 

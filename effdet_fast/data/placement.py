@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-Size = tuple[int, int]
+from effdet_fast.data.image_io import Size
 
 # A JPEG is decoded at no less than this many times the size it is scaled to, and other pictures are box-averaged down
 # to it first. 2 cannot be told from a full decode (Pillow's own choice for thumbnails), 1 is good enough to train on.

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from effdet_fast.data import CocoDetection
-from effdet_fast.data.annotations import StringArray
+from effdet_fast.data.string_array import StringArray
 from tests.generated_data import make_dataset
 
 BOX = {"id": 17, "image_id": 4, "category_id": 30, "bbox": [10, 5, 20, 10], "iscrowd": 0}
