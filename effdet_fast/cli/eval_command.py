@@ -19,25 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from effdet_fast import evaluate
-    from effdet_fast.training.distributed import processes_of_run
+    from effdet_fast.training.distributed import join_processes
 
-    with processes_of_run(options.device) as (processes, device):
-        metrics = evaluate(
-            options.checkpoint,
-            options.images,
-            options.annotations,
-            batch_size=options.batch_size,
-            image_size=image_size(options.image_size),  # type: ignore[arg-type]
-            workers=options.workers,
-            device=device,
-            amp=options.amp,
-            score_threshold=options.score_threshold,
-            iou_threshold=options.iou_threshold,
-            max_detections=options.max_detections,
-            output=options.output,
-            overwrite=options.overwrite,
-            progress=options.progress,
-        )
+    processes, device = join_processes(options.device)
+    metrics = evaluate(
+        options.checkpoint,
+        options.images,
+        options.annotations,
+        batch_size=options.batch_size,
+        image_size=image_size(options.image_size),  # type: ignore[arg-type]
+        workers=options.workers,
+        device=device,
+        amp=options.amp,
+        score_threshold=options.score_threshold,
+        iou_threshold=options.iou_threshold,
+        max_detections=options.max_detections,
+        output=options.output,
+        overwrite=options.overwrite,
+        progress=options.progress,
+    )
     if processes.is_main:
         for name, value in metrics.items():
             print(f"{name:<5} {value:.4f}" if value >= 0 else f"{name:<5} - (no such objects in the annotations)")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -123,25 +124,32 @@ def choose_device(name: str | None, local_rank: int) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def processes_of_run(device_name: str | None) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes torchrun started (a no-op without it) and leave them at the end."""
+def join_processes(device_name: str | None) -> tuple[Processes, torch.device]:
+    """The processes torchrun started and this one's device; without torchrun, one process.
+
+    A process joins once, and leaves when it exits: PyTorch cannot leave and join again over the same rendezvous.
+    """
     if not is_launched() or int(os.environ["WORLD_SIZE"]) == 1:
-        yield Processes(), choose_device(device_name, 0)
-        return
+        return Processes(), choose_device(device_name, 0)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(device_name, local_rank)
-    ours = not dist.is_initialized()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if ours:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        host_group = dist.new_group(backend="gloo")
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, host_group), device
-    finally:
-        if ours:
-            dist.destroy_process_group()
+        atexit.register(_leave)
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, _host_group(dist.group.WORLD)), device
+
+
+@functools.lru_cache(maxsize=1)
+def _host_group(_world: Any) -> Any:
+    """One Gloo group beside the given default group."""
+    return dist.new_group(backend="gloo")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def wrap_model(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:

@@ -14,7 +14,7 @@ from effdet_fast.data import CocoDetection, create_loader
 from effdet_fast.models import EfficientDet, create_model, load_checkpoint, model_config
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
-from effdet_fast.training.distributed import Processes, processes_of_run
+from effdet_fast.training.distributed import Processes, join_processes
 from effdet_fast.training.model_options import freeze, set_bn_momentum, share_bn_statistics
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.seeding import algorithm_choice
@@ -77,7 +77,8 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         config = config_from_options(given)
     config.require_paths()
     resumed_from = Path(resume) if resume else None
-    with processes_of_run(config.device) as (processes, device), algorithm_choice(config.deterministic):
+    processes, device = join_processes(config.device)
+    with algorithm_choice(config.deterministic):
         folder = RunFolder(config.output)
         processes.on_main(lambda: folder.check_free(overwrite=config.overwrite, resumed_from=resumed_from))
         model_config(config.model)
@@ -90,6 +91,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         if content is not None:
             trainer.restore(content)
         trainer.fit()
+        processes.gather(None)  # the files are there when any process returns
         return TrainResult(
             output=folder.path,
             best=folder.best,
