@@ -15,6 +15,7 @@ from effdet_fast.models import EfficientDet, create_model, load_checkpoint, mode
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
 from effdet_fast.training.distributed import Processes, join_processes
+from effdet_fast.training.interrupt import Interrupt
 from effdet_fast.training.model_options import freeze, set_bn_momentum, share_bn_statistics
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.seeding import algorithm_choice
@@ -86,12 +87,13 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         model = _build_model(config, len(data.category_ids), processes, device)
         if content is not None:
             _check_fit(content, data, config, processes)
-        processes.on_main(lambda: _claim(folder, config, resumed_from))
-        trainer = Trainer(config, model, data, folder, processes, device)
-        if content is not None:
-            trainer.restore(content)
-        trainer.fit()
-        processes.gather(None)  # the files are there when any process returns
+        with Interrupt(launched=processes.world_size > 1) as interrupt:  # from here on a signal leaves a last.pt
+            processes.on_main(lambda: _claim(folder, config, resumed_from))
+            trainer = Trainer(config, model, data, folder, processes, device, interrupt)
+            if content is not None:
+                trainer.restore(content)
+            trainer.fit()
+            processes.gather(None)  # the files are there when any process returns
         return TrainResult(
             output=folder.path,
             best=folder.best,
@@ -100,7 +102,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
             steps=trainer.step,
             metrics=trainer.metrics,
             best_ap=trainer.best if trainer.metrics else None,
-            signal=trainer.interrupt.signal,
+            signal=interrupt.signal,
             is_main=processes.is_main,
         )
 
@@ -138,8 +140,13 @@ def _open_data(config: TrainConfig, processes: Processes) -> RunData:
     if not train_set.category_ids:
         raise ValueError(f"train: {config.train_annotations} lists no categories")
     released = model_config(config.model)
+    image_size = config.image_size or released.image_size
+    if config.batch_size == 1 and max(image_size) <= 128:  # the coarsest level is one cell
+        raise ValueError(
+            f"train: batch_size 1 at image_size {image_size} leaves BatchNorm a single value per channel; use 2 or more"
+        )
     common: dict[str, Any] = {
-        "image_size": config.image_size or released.image_size,
+        "image_size": image_size,
         "batch_size": config.batch_size,
         "mean": released.mean,
         "std": released.std,

@@ -47,6 +47,7 @@ class Trainer:
         folder: Where the main process writes.
         processes: The processes of the run.
         device: Device of `model`.
+        interrupt: Tells of signals; entered by the caller.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class Trainer:
         folder: RunFolder,
         processes: Processes,
         device: torch.device,
+        interrupt: Interrupt,
     ) -> None:
         self.config, self.model, self.data = config, model, data
-        self.folder, self.processes, self.device = folder, processes, device
+        self.folder, self.processes, self.device, self.interrupt = folder, processes, device, interrupt
         self.epoch = self.batch = self.step = 0  # finished epochs, finished batches of this epoch, finished steps
         self.rows: list[dict[str, Any]] = []
         self.best = -math.inf
         self.metrics: dict[str, float] = {}
-        self.interrupt = Interrupt(launched=processes.world_size > 1)
         self._agreement = Agreement(processes)
         self._images_per_step = config.batch_size * processes.world_size
         self._steps_per_epoch = len(data.train_loader)
@@ -85,17 +86,16 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch, or to the first signal; either way `last.pt` is whole."""
-        with self.interrupt:
-            try:
-                while self.epoch < self.config.epochs:
-                    if not self._train_epoch() or not self._finish_epoch():
-                        return
-            except NonFiniteLoss as error:
-                if self.processes.is_main:
-                    self.folder.write_failure(error.step, error.image_ids, str(error))
-                raise
-            finally:
-                self._reporter.close()
+        try:
+            while self.epoch < self.config.epochs:
+                if not self._train_epoch() or not self._finish_epoch():
+                    return
+        except NonFiniteLoss as error:
+            if self.processes.is_main:
+                self.folder.write_failure(error.step, error.image_ids, str(error))
+            raise
+        finally:
+            self._reporter.close()
 
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if a signal ended it early."""

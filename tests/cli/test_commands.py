@@ -1,0 +1,165 @@
+"""Train, resume, eval and predict through the command line, on generated images with EfficientDet-Lite0."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import effdet_fast
+from effdet_fast.cli.main import main
+from tests.generated_data import make_dataset
+from tests.training.test_distributed import torchrun
+
+ROOT = Path(__file__).parents[2]
+RECIPE = "--model efficientdet_lite0 --image-size 64 --batch-size 2 --workers 0 --no-progress --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder / "train", images=6, size=(60, 80))
+    make_dataset(folder / "val", images=3, size=(60, 80), seed=1)
+    return folder
+
+
+def train_arguments(data, output, *more):
+    paths = []
+    for share in ("train", "val"):
+        paths += [
+            f"--{share}-images",
+            data / share / "images",
+            f"--{share}-annotations",
+            data / share / "annotations.json",
+        ]
+    return ["train", *map(str, paths), "--output", str(output), *RECIPE, *map(str, more)]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run of two epochs, in one go."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    assert main(train_arguments(data, output, "--epochs", 2)) == 0
+    return output
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_weights(a, b):
+    a, b = load(a), load(b)
+    for part in (lambda c: c["state_dict"], lambda c: c["training"]["model"]):
+        assert part(a).keys() == part(b).keys()
+        assert all(torch.equal(value, part(b)[name]) for name, value in part(a).items())
+
+
+def test_a_run_leaves_loadable_weights_and_results(finished):
+    best = load(finished / "best.pt")
+    assert best["model"] == "efficientdet_lite0" and best["category_ids"] == [3, 7, 40]
+    with open(finished / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["3", "6"]
+    assert all(float(row["loss"]) > 0 and float(row["AP"]) >= 0 for row in rows)
+
+
+def test_a_killed_and_resumed_run_gives_the_same_weights(data, finished, tmp_path):
+    arguments = train_arguments(data, tmp_path / "run", "--epochs", 2)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "effdet_fast", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "config.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    last = tmp_path / "run" / "last.pt"
+    assert "to continue: effdet-fast train --resume" in output and "Traceback" not in output
+    assert 0 < load(last)["training"]["step"] < 6
+    assert main(["train", "--resume", str(last)]) == 0
+    assert_same_weights(finished / "last.pt", last)
+
+
+def test_eval_prints_the_runs_own_numbers(data, finished, capsys, tmp_path):
+    arguments = ["--images", str(data / "val" / "images"), "--annotations", str(data / "val" / "annotations.json")]
+    checkpoint = str(finished / "best.pt")
+    command = ["eval", "--checkpoint", checkpoint, *arguments, "--workers", "0", "--no-progress", "--device", "cpu"]
+    assert main([*command, "--output", str(tmp_path / "found.json")]) == 0
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    metrics = load(finished / "best.pt")["metrics"]
+    assert list(printed) == list(metrics)
+    for name, value in metrics.items():
+        assert printed[name].startswith("-") if value < 0 else float(printed[name]) == pytest.approx(value, abs=1e-4)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {row["image_id"] for row in found} <= {100, 103, 106} and {row["category_id"] for row in found} <= {3, 7, 40}
+    assert main([*command, "--output", str(tmp_path / "found.json")]) == 2  # never replaced unasked
+
+
+def test_predict_writes_pictures_and_results(data, finished, capsys, tmp_path):
+    command = ["predict", "--checkpoint", str(finished / "best.pt"), "--images", str(data / "val" / "images")]
+    command += ["--output", str(tmp_path / "out"), "--score-threshold", "0.001", "--no-progress", "--device", "cpu"]
+    assert main(command) == 0
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert f"{len(rows)} detections" in capsys.readouterr().out
+    assert rows and {row["category_id"] for row in rows} <= {3, 7, 40}
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert [Image.open(picture).size for picture in pictures] == [(80, 60)] * 3
+
+
+def test_the_python_functions_are_the_same(data, finished, tmp_path):
+    val = data / "val"
+    metrics = effdet_fast.evaluate(
+        finished / "best.pt", val / "images", val / "annotations.json", workers=0, device="cpu"
+    )
+    assert metrics == pytest.approx(load(finished / "best.pt")["metrics"], abs=1e-6)
+    detector = effdet_fast.Detector.from_checkpoint(finished / "best.pt", device="cpu")
+    picture = val / "images" / "picture_000.png"
+    found = detector.predict(picture, score_threshold=0.001)
+    rows = effdet_fast.predict(detector, picture, tmp_path / "out", score_threshold=0.001)
+    assert len(rows) == len(found.boxes) > 0
+
+
+def test_fine_tuning_to_other_classes_keeps_all_but_the_class_layer(data, finished, tmp_path, capsys):
+    images, annotations = make_dataset(tmp_path / "other", images=2, size=(60, 80), classes=2)
+    options = {
+        "train_images": images,
+        "train_annotations": annotations,
+        "image_size": 64,
+        "batch_size": 2,
+        "workers": 0,
+    }
+    options |= {"model": "efficientdet_lite0", "epochs": 1, "device": "cpu", "progress": False, "lr": 1e-12}
+    result = effdet_fast.train(checkpoint=finished / "best.pt", output=tmp_path / "run", ema_decay=0.0, **options)
+    assert "the class layer starts anew" in capsys.readouterr().out
+    before, after = load(finished / "best.pt")["state_dict"], load(result.last)["state_dict"]
+    weight = "class_net.predict.conv_pw.weight"
+    assert after[weight].shape[0] == 18 and before[weight].shape[0] == 27
+    for name in ("backbone.conv_stem.weight", "box_net.predict.conv_pw.weight"):
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_two_processes_train_and_evaluate_together(data, tmp_path, capsys):
+    arguments = train_arguments(data, tmp_path / "run", "--epochs", 1)
+    done = torchrun("-m", "effdet_fast", *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("finished 1 epochs") == 1
+    last = load(tmp_path / "run" / "last.pt")
+    assert last["training"]["images_per_step"] == 4 and last["training"]["step"] == 2
+    assert len(last["metrics"]) == 12
+    assert main(arguments) == 2
+    assert "already holds a run" in capsys.readouterr().err
