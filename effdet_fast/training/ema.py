@@ -23,8 +23,8 @@ class ModelEma:
         self.decay = decay
         self.updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._averages = list(self.module.parameters())
-        self._parameters = list(model.parameters())
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._parameters: list[Tensor] = list(model.parameters())
         self._buffer_pairs = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()

@@ -155,7 +155,7 @@ def _open_data(config: TrainConfig, processes: Processes) -> RunData:
         "rank": processes.rank,
         "world_size": processes.world_size,
     }
-    augmentation = {"hflip": config.hflip, "vflip": config.vflip, "scale_jitter": config.scale_jitter}
+    augmentation: dict[str, Any] = {"hflip": config.hflip, "vflip": config.vflip, "scale_jitter": config.scale_jitter}
     val_set = val_loader = None
     if config.val_images is not None and config.val_annotations is not None:
         val_set = CocoDetection(config.val_images, config.val_annotations, category_ids=train_set.category_ids)
@@ -185,7 +185,7 @@ def _build_model(config: TrainConfig, classes: int, processes: Processes, device
     if processes.world_size > 1 and config.sync_bn:
         if device.type != "cuda" and processes.is_main:
             warnings.warn("train: PyTorch has sync-BN on GPUs only; here BatchNorm stays per process", stacklevel=3)
-        model = share_bn_statistics(model, device)
+        model = share_bn_statistics(model, device)  # type: ignore[assignment]
     return model
 
 
