@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
     from effdet_fast.models import create_model, list_models
+    from effdet_fast.ops import set_debug
     from effdet_fast.prediction import predict
     from effdet_fast.training import TrainConfig, train
 
@@ -22,6 +23,7 @@ _HOMES = {
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
     "list_models": "effdet_fast.models",
     "predict": "effdet_fast.prediction",
+    "set_debug": "effdet_fast.ops",
     "train": "effdet_fast.training",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "evaluate",
     "list_models",
     "predict",
+    "set_debug",
     "train",
 ]
 
