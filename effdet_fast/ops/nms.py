@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     autocast_dtype,
     check_choice,
@@ -15,6 +16,7 @@ from effdet_fast.ops._arguments import (
 )
 
 _METHODS = ("hard",)
+_MOST_DETECTIONS = 1 << 30  # as in csrc/nms/nms.cpp
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -110,6 +112,23 @@ def batched_nms_padded_reference(
     )
 
 
+_nms = _library.define(
+    "nms(Tensor boxes, Tensor? labels, float iou_threshold) -> Tensor",
+    lambda boxes, labels, iou_threshold: boxes.new_empty(boxes.shape[0], dtype=torch.bool),
+)
+_nms_padded = _library.define(
+    "nms_padded(Tensor boxes, Tensor ranked_scores, Tensor order, Tensor labels, float iou_threshold, float? score_threshold, "
+    "int max_detections) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda boxes, ranked_scores, order, labels, iou_threshold, score_threshold, max_detections: (
+        boxes.new_empty(boxes.shape[0], max_detections, 4),
+        boxes.new_empty(boxes.shape[0], max_detections),
+        labels.new_empty(boxes.shape[0], max_detections),
+        labels.new_empty(boxes.shape[0], max_detections),
+        labels.new_empty(boxes.shape[0]),
+    ),
+)
+
+
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Keeps the boxes that no kept box of a higher score overlaps with an IoU above the threshold.
 
@@ -133,7 +152,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """
     boxes, scores = _check_boxes("nms", boxes, scores, batched=False)
     _check_threshold("nms", "iou_threshold", iou_threshold)
-    return nms_reference(boxes, scores, iou_threshold)
+    if not _library.is_native(boxes):
+        return nms_reference(boxes, scores, iou_threshold)
+    order = scores.argsort(descending=True, stable=True)
+    return order[_nms(boxes[order], None, float(iou_threshold))]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -157,7 +179,12 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     boxes, scores = _check_boxes("batched_nms", boxes, scores, batched=False)
     idxs = _check_classes("batched_nms", "idxs", idxs, scores)
     _check_threshold("batched_nms", "iou_threshold", iou_threshold)
-    return batched_nms_reference(boxes, scores, idxs, iou_threshold)
+    if not _library.is_native(boxes):
+        return batched_nms_reference(boxes, scores, idxs, iou_threshold)
+    ranking = scores.argsort(descending=True, stable=True)
+    classes, by_class = idxs[ranking].sort(stable=True)  # the kernel wants each class in one piece
+    keep = _nms(boxes[ranking[by_class]], classes, float(iou_threshold))
+    return ranking[torch.empty_like(keep).scatter_(0, by_class, keep)]
 
 
 def batched_nms_padded(
@@ -189,8 +216,8 @@ def batched_nms_padded(
         :class:`Detections` with K rows per image, by descending score. Deterministic. No gradient.
 
     Raises:
-        TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast.
-        ValueError: shapes or devices do not fit, a threshold is NaN, ``max_detections`` < 1 or ``method`` is unknown.
+        TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast; a number is not one.
+        ValueError: shapes or devices do not fit, a threshold is NaN, ``max_detections`` < 1, or ``method`` is unknown.
     """
     op = "batched_nms_padded"
     boxes, scores = _check_boxes(op, boxes, scores, batched=True)
@@ -198,12 +225,21 @@ def batched_nms_padded(
     _check_threshold(op, "iou_threshold", iou_threshold)
     if score_threshold is not None:
         _check_threshold(op, "score_threshold", score_threshold)
-    if not isinstance(max_detections, int) or max_detections < 1:
-        raise ValueError(f"{op}: max_detections must be an integer >= 1, got {max_detections!r}")
+    if not isinstance(max_detections, int):
+        raise TypeError(f"{op}: max_detections must be an int, got {type(max_detections).__name__}")
+    if not 1 <= max_detections <= _MOST_DETECTIONS:
+        raise ValueError(f"{op}: max_detections must be in [1, {_MOST_DETECTIONS}], got {max_detections}")
     check_choice(op, "method", method, _METHODS)
-    return batched_nms_padded_reference(
-        boxes, scores, labels, iou_threshold, max_detections=max_detections, score_threshold=score_threshold
+    if not _library.is_native(boxes):
+        return batched_nms_padded_reference(
+            boxes, scores, labels, iou_threshold, max_detections=max_detections, score_threshold=score_threshold
+        )
+    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    threshold = None if score_threshold is None else float(score_threshold)
+    detections = _nms_padded(
+        boxes.contiguous(), ranked, order, labels.contiguous(), float(iou_threshold), threshold, max_detections
     )
+    return Detections(*detections)
 
 
 def _check_boxes(op: str, boxes: Tensor, scores: Tensor, *, batched: bool) -> tuple[Tensor, Tensor]:
