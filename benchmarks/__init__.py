@@ -1,0 +1,1 @@
+"""Measures the ops against their peers: `python -m benchmarks --help`."""

@@ -1,0 +1,121 @@
+"""Depthwise convolutions of EfficientNet-B0 at 512 and of the detection heads, and one separable convolution."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.workload import (
+    BACKWARD,
+    BOTH,
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    FORWARD,
+    OURS,
+    Case,
+    Implementation,
+    Workload,
+    compiled,
+    oracle_copy,
+)
+from effdet_fast import ops
+
+OP = "depthwise_conv"
+
+# channels, kernel, stride, input size; the widest openings first
+BACKBONE = [
+    (240, 5, 1, 64),
+    (480, 3, 1, 32),
+    (96, 3, 2, 256),
+    (672, 5, 1, 32),
+    (144, 3, 1, 128),
+    (144, 5, 2, 128),
+    (240, 3, 2, 64),
+    (672, 5, 2, 32),
+    (1152, 5, 1, 16),
+    (1152, 3, 1, 16),
+    (32, 3, 1, 256),
+]
+ON_CPU = 4  # how many of them a run on a CPU measures
+
+
+def cases(device_type: str) -> list[Case]:
+    on_gpu = device_type == "cuda"
+    batch = 64 if on_gpu else 4
+    layouts = (CHANNELS_LAST, CONTIGUOUS)
+    chosen = []
+    for channels, kernel, stride, size in BACKBONE if on_gpu else BACKBONE[:ON_CPU]:
+        name = f"{kernel}x{kernel} stride {stride}, {batch} x {channels} x {size}^2"
+        shape = dict(batch=batch, channels=channels, kernel=kernel, stride=stride, size=size)
+        chosen.append(Case(name, partial(depthwise, **shape, prologue=None), layouts))
+    head = dict(batch=batch, channels=64, size=64)
+    chosen[1:1] = [
+        Case(
+            f"SiLU + 3x3, {batch} x 64 x 64^2",
+            partial(depthwise, **head, kernel=3, stride=1, prologue="silu"),
+            layouts,
+        ),
+        Case(f"SiLU + separable 3x3, {batch} x 64 x 64^2", partial(separable, **head), layouts),
+    ]
+    return chosen
+
+
+def depthwise(device, dtype, layout, *, batch: int, channels: int, kernel: int, stride: int, size: int, prologue):
+    x = feature_map((batch, channels, size, size), device, dtype, layout)
+    weight = filters((channels, 1, kernel, kernel), device, dtype)
+
+    def reference(x, weight):
+        return ops.depthwise_conv2d_reference(x, weight, None, stride, "same", prologue=prologue)
+
+    def ours():
+        return ops.depthwise_conv2d(x, weight, None, stride, "same", prologue=prologue)
+
+    workload = all_implementations(ours, reference, (x, weight), batch * channels * (size // stride) ** 2)
+    if device.type == "cpu" and stride == 1 and prologue is None:  # eager does not always choose it
+        pads, ones = (kernel // 2, kernel // 2), (1, 1)
+        direct = partial(torch.mkldnn_convolution, x, weight, None, pads, ones, ones, channels)
+        workload.peers.append(Implementation("oneDNN", direct, (x, weight)))
+    return workload
+
+
+def separable(device, dtype, layout, *, batch: int, channels: int, size: int) -> Workload:
+    x = feature_map((batch, channels, size, size), device, dtype, layout)
+    weights = filters((channels, 1, 3, 3), device, dtype), filters((channels, channels, 1, 1), device, dtype)
+    bias = torch.randn(channels, device=device).to(dtype).requires_grad_()
+
+    def reference(x, depthwise_weight, pointwise_weight, bias):
+        return ops.depthwise_separable_conv2d_reference(
+            x, depthwise_weight, pointwise_weight, bias, 1, "same", prologue="silu"
+        )
+
+    def ours():
+        return ops.depthwise_separable_conv2d(x, *weights, bias, 1, "same", prologue="silu")
+
+    return all_implementations(ours, reference, (x, *weights, bias), x.numel())
+
+
+def all_implementations(ours, reference, leaves, output_elements: int) -> Workload:
+    """The reference is also how one would write it in PyTorch: activation, padding where asymmetric, grouped convolution."""
+    exact = tuple(oracle_copy(leaf) for leaf in leaves)
+    x = leaves[0]
+    read, written = x.numel() * x.element_size(), output_elements * x.element_size()
+    return Workload(
+        ours=Implementation(OURS, ours, leaves),
+        oracle=Implementation("float64", lambda: reference(*exact), exact),
+        bytes={FORWARD: read + written, BACKWARD: 2 * read + written, BOTH: 3 * read + 2 * written},
+        peers=[
+            Implementation("eager", partial(reference, *leaves), leaves),
+            Implementation("torch.compile", partial(compiled(reference), *leaves), leaves),
+        ],
+    )
+
+
+def feature_map(shape, device, dtype, layout) -> torch.Tensor:
+    memory_format = torch.channels_last if layout == CHANNELS_LAST else torch.contiguous_format
+    x = torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
+    return x.contiguous(memory_format=memory_format).requires_grad_()
+
+
+def filters(shape, device, dtype) -> torch.Tensor:
+    """Scaled so that outputs are about as large as inputs."""
+    fan_in = shape[1] * shape[2] * shape[3]
+    return torch.randn(shape, device=device).mul_(fan_in**-0.5).to(dtype).requires_grad_()

@@ -1,0 +1,109 @@
+"""`make gpu`: builds for the visible GPU, tests, looks for memory errors and races, measures; at most 9 minutes.
+
+Records go to the folder in OUT, else to benchmarks/results/. Needs PyTorch with CUDA, nvcc, pybind11, ninja, pytest.
+"""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # also runs as a script
+
+from benchmarks.steps import Step, run_all, summary  # noqa: E402
+
+LIMIT = 530.0  # seconds for everything, below 9 minutes
+BUILD, TESTS, SANITIZER, BENCHMARK = 200.0, 130.0, 40.0, 70.0
+OPS = ("focal_loss", "fusion", "depthwise_conv", "nms")
+
+
+def steps(sanitizer: str | None, output: Path, pictures: bool) -> list[Step]:
+    python = sys.executable
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    common = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    uncached = {**common, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    build = Step(
+        "build",
+        [python, "setup.py", "build_ext", "--inplace"],
+        BUILD,
+        {**common, "EFFDET_FAST_CUDA": "1"},
+        output_lines=1,
+    )
+    tests = Step(
+        "tests", [python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests"], TESTS, common, ("build",),
+        output_lines=12,
+    )  # fmt: skip
+    checks = [
+        Step(
+            tool,
+            [
+                sanitizer or "compute-sanitizer",
+                "--tool",
+                tool,
+                "--error-exitcode",
+                "86",
+                python,
+                "-m",
+                "benchmarks.smoke",
+            ],
+            SANITIZER,
+            uncached,
+            ("build",),
+            skip=None if sanitizer else "compute-sanitizer is not installed",
+        )
+        for tool in ("memcheck", "racecheck", "initcheck")
+    ]
+    # A process per op: a kernel that faults leaves its process without a GPU, but not the other ops'.
+    measurements = [
+        Step(
+            f"benchmark {op}",
+            [
+                python,
+                "-m",
+                "benchmarks",
+                op,
+                "--device",
+                "cuda",
+                "--output",
+                str(output),
+                "--seconds",
+                "0.3",
+                "--budget",
+                str(BENCHMARK - 20),
+                *([] if pictures else ["--no-pictures"]),
+            ],
+            BENCHMARK,
+            common,
+            ("build",),
+        )  # fmt: skip
+        for op in OPS
+    ]
+    return [build, tests, *checks, *measurements]
+
+
+def main() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("make gpu: PyTorch sees no GPU here; on a machine with one this builds, tests, checks and measures.")
+        return 1
+    os.chdir(ROOT)
+    out = os.environ.get("OUT")
+    output = Path(out) if out else ROOT / "benchmarks/results"
+    output.mkdir(parents=True, exist_ok=True)
+    log_folder = output if out else ROOT / "build"
+    log_folder.mkdir(exist_ok=True)
+    start = time.monotonic()
+    with open(log_folder / "gpu.log", "w") as log:
+        results = run_all(steps(shutil.which("compute-sanitizer"), output, pictures=not out), LIMIT, log)
+        text = f"== summary: {torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n{summary(results)}"
+        text += f"\n{time.monotonic() - start:.0f} s; records in {output}, everything printed in {log.name}"
+        log.write(text + "\n")
+    print(text)
+    return 0 if all(result.good for result in results) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,111 @@
+"""Measures one case: checks every implementation, then times those that are right, taking turns."""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from benchmarks.correctness import WrongResultError, as_tuple, check, evaluate, upstream_gradients
+from benchmarks.records import Row, Timing
+from benchmarks.timing import Task, clock_for, copy_task, interleaved
+from benchmarks.workload import BACKWARD, FORWARD, OURS, Case, Implementation, Workload
+
+COPY = "copy"
+
+
+def measure(
+    op: str,
+    case: Case,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: str,
+    *,
+    seconds: float = 1.0,
+    min_rounds: int = 5,
+    phases: tuple[str, ...] | None = None,
+    peers: tuple[str, ...] | None = None,
+) -> Iterator[Row]:
+    """Yields a row per phase.
+
+    Args:
+        seconds: aimed at per phase, for all implementations together.
+        min_rounds: how often each implementation runs at least, however slow.
+        phases: the ones wanted; None for all that the case has.
+        peers: names of the peers wanted; None for all.
+    """
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # each case is compiled for its own shapes, and must not run into the recompilation limit
+    workload = case.build(device, dtype, layout)
+    workload.peers = [peer for peer in workload.peers if peers is None or peer.name in peers]
+    upstream, errors, problems = passing(workload, dtype)
+    right = [i for i in (workload.ours, *workload.peers) if i.name in errors]
+    release(device)
+    clock = clock_for(device)
+    for phase in workload.phases:
+        if phases is None or phase in phases:
+            dtype_name = str(dtype).removeprefix("torch.")
+            row = Row(op, case.name, dtype_name, layout, phase, workload.bytes[phase], problems=problems)
+            if OURS not in errors:
+                yield row
+                continue
+            tasks = {i.name: task_of(i, phase, upstream) for i in right}
+            samples = interleaved({**tasks, COPY: copy_task(row.bytes, device)}, clock, seconds, min_rounds)
+            timings = {name: Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name])) for name in tasks}
+            yield replace(row, copy=Timing.of(samples[COPY]), timings=timings)
+
+
+def passing(
+    workload: Workload, dtype: torch.dtype
+) -> tuple[tuple[torch.Tensor, ...] | None, dict[str, float], dict[str, str]]:
+    """Upstream gradients in use, the error of each implementation that is right, and what keeps the others out."""
+    upstream = None
+    if workload.oracle.leaves:
+        outputs = as_tuple(workload.oracle.forward())
+        if any(output.dim() for output in outputs):
+            upstream = tuple(torch.randn_like(output, dtype=torch.float32).to(dtype) for output in outputs)
+        del outputs
+    expected = evaluate(workload.oracle, upstream)
+    errors: dict[str, float] = {}
+    problems = dict(workload.absent)
+    for implementation in (workload.ours, *workload.peers):
+        is_peer = implementation is not workload.ours
+        compared = workload.results_of_peers if is_peer else None
+        try:
+            errors[implementation.name] = check(implementation, expected, upstream, dtype, is_peer, compared)
+        except WrongResultError as error:
+            problems[implementation.name] = f"wrong result: {error}"
+        except Exception as error:  # a peer may fail in any way; the others are still worth timing
+            problems[implementation.name] = (
+                f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+            )
+    return upstream, errors, problems
+
+
+def task_of(implementation: Implementation, phase: str, upstream: tuple[torch.Tensor, ...] | None) -> Task:
+    """Forward runs without autograd; backward gets a fresh graph each time, built outside the timed part."""
+
+    def forward_only(_):
+        with torch.no_grad():
+            return implementation.forward()
+
+    def graph():
+        outputs = as_tuple(implementation.forward())
+        return outputs, upstream_gradients(outputs, upstream)
+
+    def backward(prepared):
+        return torch.autograd.grad(prepared[0], implementation.leaves, prepared[1])
+
+    if phase == FORWARD:
+        return Task(forward_only)
+    if phase == BACKWARD:
+        return Task(backward, graph)
+    with torch.enable_grad():
+        gradients = graph()[1]
+    return Task(lambda _: torch.autograd.grad(as_tuple(implementation.forward()), implementation.leaves, gradients))
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

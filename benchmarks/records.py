@@ -1,0 +1,140 @@
+"""What a run leaves behind: raw figures per case and phase, in a JSON file that is never overwritten."""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+RESULTS = Path(__file__).parent / "results"
+OURS = "effdet_fast"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: median, 20 % and 80 % quantile over the rounds."""
+
+    median: float
+    q20: float
+    q80: float
+    rounds: int
+    error: float | None = None  # relative error of the results against the oracle
+    peak_bytes: int | None = None  # None where it is not measured (CPU)
+
+    @staticmethod
+    def of(samples: list[float], error: float | None = None, peak_bytes: int | None = None) -> "Timing":
+        return Timing(
+            statistics.median(samples), quantile(samples, 0.2), quantile(samples, 0.8), len(samples), error, peak_bytes
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One phase of one case: who took how long, and who could not take part."""
+
+    op: str
+    case: str
+    dtype: str
+    layout: str
+    phase: str
+    bytes: int  # the fewest that must be moved
+    copy: Timing | None = None  # a copy of as many bytes, in the same rounds
+    timings: dict[str, Timing] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # implementation -> wrong result, error, or why it is absent
+
+    @property
+    def ours(self) -> Timing | None:
+        return self.timings.get(OURS)
+
+    @property
+    def best_peer(self) -> tuple[str, Timing] | None:
+        peers = [(name, timing) for name, timing in self.timings.items() if name != OURS]
+        return min(peers, key=lambda peer: peer[1].median, default=None)
+
+    @property
+    def speed_up(self) -> float | None:
+        """Time of the fastest peer over ours."""
+        return self.best_peer[1].median / self.ours.median if self.ours and self.best_peer else None
+
+    def gigabytes_per_second(self, timing: Timing) -> float:
+        return self.bytes / timing.median / 1e9
+
+    def copy_percent(self, timing: Timing) -> float | None:
+        return 100 * self.copy.median / timing.median if self.copy else None
+
+
+@dataclass
+class Record:
+    """All rows of one run on one device, and what they were measured with (`environment.describe`)."""
+
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def device_type(self) -> str:
+        return self.environment["device"]["type"]
+
+    @property
+    def device_slug(self) -> str:
+        return self.environment["device"]["slug"]
+
+    @property
+    def date(self) -> str:
+        return self.environment["date"]
+
+
+def quantile(samples: list[float], q: float) -> float:
+    """Linear interpolation between the ordered samples."""
+    ordered = sorted(samples)
+    position = q * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def to_json(record: Record) -> str:
+    rows = [asdict(row) for row in record.rows]
+    return json.dumps({"format": FORMAT, "environment": record.environment, "rows": rows}, indent=1) + "\n"
+
+
+def from_json(text: str) -> Record:
+    data = json.loads(text)
+    if data.get("format") != FORMAT:
+        raise ValueError(f"benchmark record: format must be {FORMAT}, got {data.get('format')!r}")
+    rows = []
+    for row in data["rows"]:
+        copy = Timing(**row.pop("copy")) if row["copy"] else row.pop("copy")
+        timings = {name: Timing(**timing) for name, timing in row.pop("timings").items()}
+        rows.append(Row(**row, copy=copy, timings=timings))
+    return Record(data["environment"], rows)
+
+
+def new_file(folder: Path, record: Record) -> Path:
+    """Creates and returns a file of the record's device and date that did not exist before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{record.device_slug}-{record.date[:10]}"
+    number = 1
+    while True:
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def load_all(folder: Path = RESULTS) -> list[Record]:
+    """Records of a folder, oldest first."""
+    records = [from_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted(records, key=lambda record: record.date)
+
+
+def newest_rows(records: list[Record], device_slug: str) -> dict[str, tuple[Record, list[Row]]]:
+    """For each op the newest record of the device that has it, with that op's rows."""
+    newest: dict[str, tuple[Record, list[Row]]] = {}
+    for record in records:
+        if record.device_slug == device_slug:
+            for op in dict.fromkeys(row.op for row in record.rows):
+                newest[op] = (record, [row for row in record.rows if row.op == op])
+    return newest

@@ -1,0 +1,63 @@
+"""Every op once, forward and backward, on small odd shapes on the GPU: what compute-sanitizer watches."""
+
+from collections.abc import Callable
+
+import torch
+
+from effdet_fast import ops
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def focal_loss(dtype: torch.dtype) -> None:
+    logits = random((3, 129, 7), dtype)
+    classes = torch.randint(-2, 7, (3, 129), device="cuda")
+    for reduction in ("none", "sum"):
+        ops.sigmoid_focal_loss(logits, classes, 0.25, 1.5, reduction).sum().backward()
+    ops.sigmoid_focal_loss(logits, torch.rand_like(logits, requires_grad=False), 0.25, 2.0, "none").sum().backward()
+
+
+def fusion(dtype: torch.dtype) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for channels in (8, 11):
+            inputs = [random((2, channels, side, side), dtype, memory_format) for side in (9, 5, 17)]
+            weights = random((3,), torch.float32)
+            resample = ("none", "nearest", "max_pool")
+            ops.weighted_fusion(inputs, weights, resample=resample, activation="silu").sum().backward()
+
+
+def depthwise_conv(dtype: torch.dtype) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for channels, kernel, stride in ((8, 3, 1), (40, 5, 1), (88, 3, 2), (7, 5, 2)):
+            x = random((2, channels, 13, 17), dtype, memory_format)
+            weight, bias = random((channels, 1, kernel, kernel), dtype), random((channels,), dtype)
+            ops.depthwise_conv2d(x, weight, bias, stride, "same", prologue="silu").sum().backward()
+
+
+def nms(dtype: torch.dtype) -> None:
+    corners = 100 * torch.rand(3, 333, 2, device="cuda")
+    boxes = torch.cat([corners, corners + 20], -1).to(dtype)
+    scores, labels = torch.rand(3, 333, device="cuda").to(dtype), torch.randint(5, (3, 333), device="cuda")
+    ops.batched_nms_padded(boxes, scores, labels, 0.5, max_detections=50, score_threshold=0.1)
+    ops.batched_nms(boxes[0], scores[0], labels[0], 0.5)
+    ops.nms(boxes[0], scores[0], 0.5)
+
+
+RUNS: tuple[Callable[[torch.dtype], None], ...] = (focal_loss, fusion, depthwise_conv, nms)
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, memory_format=torch.contiguous_format) -> torch.Tensor:
+    return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for run in RUNS:
+        for dtype in DTYPES:
+            run(dtype)
+            torch.cuda.synchronize()  # so that what goes wrong is told beside its op
+            print(f"{run.__name__} {dtype}: ran", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Times functions that take turns, so that drift of the machine hits all of them alike."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MAX_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Task:
+    """`run(prepare())` with only `run` timed."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+
+class CpuClock:
+    def seconds(self, task: Task) -> float:
+        prepared = task.prepare()
+        start = time.perf_counter()
+        task.run(prepared)
+        return time.perf_counter() - start
+
+    def peak_bytes(self, task: Task) -> int | None:
+        """Not measured: the CPU allocator of PyTorch keeps no count."""
+        return None
+
+
+class CudaClock:
+    """Events around the run, with the L2 cache overwritten before it.
+
+    The overwriting keeps the GPU busy while the host enqueues the run, so launch costs of the host show only where a run
+    needs more host time than that.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush_buffer = torch.empty(max(2 * l2_bytes, 256 << 20), dtype=torch.int8, device=device)
+
+    def seconds(self, task: Task) -> float:
+        prepared = task.prepare()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.flush_buffer.zero_()
+        start.record()
+        task.run(prepared)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, task: Task) -> int | None:
+        """Most memory allocated at once during the run, beyond what was allocated before it."""
+        prepared = task.prepare()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        task.run(prepared)
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def clock_for(device: torch.device) -> CpuClock | CudaClock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def interleaved(
+    tasks: dict[str, Task], clock: CpuClock | CudaClock, seconds: float, min_rounds: int = 5
+) -> dict[str, list[float]]:
+    """Runs every task in turn, in rotating order, for about `seconds` altogether and at least `min_rounds` times each."""
+    for task in tasks.values():
+        clock.seconds(task)
+    estimate = sum(clock.seconds(task) for task in tasks.values())
+    rounds = min(MAX_ROUNDS, max(min_rounds, int(seconds / max(estimate, 1e-9))))
+    names = list(tasks)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(rounds):
+        for i in range(len(names)):
+            name = names[(r + i) % len(names)]
+            samples[name].append(clock.seconds(tasks[name]))
+    return samples
+
+
+def copy_task(num_bytes: int, device: torch.device) -> Task:
+    """A copy that reads half of the bytes and writes the other half; random data, since zeros can move faster."""
+    source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return Task(lambda _: target.copy_(source))

@@ -1,0 +1,109 @@
+"""Every op's benchmark, with tiny shapes: ours and all peers compute the same, and the bytes are the fewest possible."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+
+from benchmarks import bench_depthwise_conv, bench_focal_loss, bench_fusion, bench_nms, smoke
+from benchmarks.__main__ import OPS
+from benchmarks.harness import passing
+from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, OURS
+
+CPU = torch.device("cpu")
+BOTH_LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
+ALL_PHASES = ("forward", "backward", "both")
+
+
+def check(workload, dtype, peers: set[str]) -> None:
+    """Compiled peers are left to the benchmark itself: they are the same functions, and slow to compile."""
+    assert {peer.name for peer in workload.peers} >= peers
+    workload.peers = [peer for peer in workload.peers if "compile" not in peer.name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, errors, problems = passing(workload, dtype)
+    assert problems == {} and set(errors) == {OURS, *(peer.name for peer in workload.peers)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_focal_loss(dtype, monkeypatch):
+    monkeypatch.setattr(bench_focal_loss, "ANCHORS", 500)
+    workload = bench_focal_loss.labels(CPU, dtype, CONTIGUOUS, batch=2, gamma=1.5)
+    logits = 2 * 500 * 90 * dtype.itemsize
+    assert workload.bytes == {"forward": logits + 8000, "backward": 2 * logits + 8000, "both": 2 * logits + 8000}
+    check(workload, dtype, {"eager", "torch.compile", "torchvision", "torchvision, compiled", "effdet"})
+
+
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+def test_focal_loss_of_soft_targets(layout):
+    workload = bench_focal_loss.soft_targets(CPU, torch.float32, layout, batch=1, gamma=2.0, size=4)
+    assert workload.ours.leaves[0].is_contiguous() == (layout == CONTIGUOUS)
+    check(workload, torch.float32, {"eager", "torchvision", "effdet"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+@pytest.mark.parametrize("resample, transfers", [(bench_fusion.TOP_DOWN, 5.75), (bench_fusion.BOTTOM_UP, 20)])
+def test_fusion(resample, transfers, layout, dtype):
+    workload = bench_fusion.node(CPU, dtype, layout, batch=2, channels=8, size=8, resample=resample)
+    assert workload.bytes["both"] == transfers * 2 * 8 * 8 * 8 * dtype.itemsize
+    check(workload, dtype, {"eager", "torch.compile", "effdet", "effdet, compiled"})
+
+
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+@pytest.mark.parametrize("kernel, stride, prologue", [(3, 1, None), (5, 1, None), (3, 2, None), (5, 2, "silu")])
+def test_depthwise_conv(kernel, stride, prologue, layout):
+    shape = dict(batch=2, channels=8, kernel=kernel, stride=stride, size=12)
+    workload = bench_depthwise_conv.depthwise(CPU, torch.float32, layout, **shape, prologue=prologue)
+    read, written = 2 * 8 * 144 * 4, 2 * 8 * 144 * 4 // stride**2
+    assert workload.bytes == {"forward": read + written, "backward": 2 * read + written, "both": 3 * read + 2 * written}
+    has_onednn = stride == 1 and prologue is None
+    check(workload, torch.float32, {"eager", "torch.compile"} | ({"oneDNN"} if has_onednn else set()))
+
+
+def test_separable_conv():
+    check(
+        bench_depthwise_conv.separable(CPU, torch.bfloat16, CHANNELS_LAST, batch=2, channels=8, size=12),
+        torch.bfloat16,
+        {"eager", "torch.compile"},
+    )
+
+
+def test_nms():
+    workload = bench_nms.padded(CPU, torch.float32, CONTIGUOUS, batch=2, count=400)
+    assert workload.phases == ("forward",) and workload.bytes == {"forward": 2 * 400 * (16 + 4 + 8)}
+    kept = workload.oracle.forward()[1]
+    assert (kept > 20).all() and (kept <= 100).all()
+    check(workload, torch.float32, {"torchvision, loop over images"})
+    check(bench_nms.single(CPU, torch.float32, CONTIGUOUS, count=300), torch.float32, {"torchvision"})
+
+
+def test_candidates_overlap_and_have_scores_of_their_own():
+    boxes, scores, labels = bench_nms.candidates(2, 1000, CPU, torch.float32)
+    assert (boxes[..., 2:] >= boxes[..., :2]).all() and boxes.min() >= 0 and boxes.max() <= 512
+    assert all(row.unique().numel() == 1000 for row in scores)
+    assert labels.min() >= 0 and labels.max() < 90
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("op", OPS)
+def test_cases_are_named_once_and_say_what_they_support(op, device_type):
+    module = importlib.import_module(f"benchmarks.bench_{op}")
+    found = module.cases(device_type)
+    assert module.OP == op and found and len({case.name for case in found}) == len(found)
+    assert all(
+        case.layouts and set(case.layouts) <= set(BOTH_LAYOUTS) and torch.float32 in case.dtypes for case in found
+    )
+
+
+def test_the_small_set_for_the_sanitizer_has_every_op(monkeypatch):
+    assert tuple(run.__name__ for run in smoke.RUNS) == OPS
+    on_cpu = torch.randn, torch.rand, torch.randint
+    for function in on_cpu:
+        monkeypatch.setattr(
+            torch, function.__name__, lambda *a, f=function, **k: f(*a, **{**k, "device": None} if "device" in k else k)
+        )
+    for run in smoke.RUNS:
+        for dtype in smoke.DTYPES:
+            run(dtype)

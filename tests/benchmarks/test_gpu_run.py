@@ -1,0 +1,114 @@
+"""The order, the limits and the summary of `make gpu`, with commands that need no GPU."""
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks import gpu, steps
+from benchmarks.steps import FAILED, OK, OUT_OF_TIME, SKIPPED, Step
+
+
+def python(name: str, code: str, limit: float = 20.0, **options) -> Step:
+    return Step(name, [sys.executable, "-c", code], limit, **options)
+
+
+def test_good_bad_and_skipped_steps(capfd):
+    log = io.StringIO()
+    results = steps.run_all(
+        [
+            python(
+                "speaks",
+                "import os; print('one\\ntwo\\n' + os.environ['WORD'])",
+                environment={"WORD": "three"},
+                output_lines=2,
+            ),
+            python("fails", "import sys; print('why', file=sys.stderr); sys.exit(3)"),
+            python("depends", "print('never')", needs=("speaks", "fails")),
+            python("left out", "print('never')", skip="no such tool"),
+            Step("no program", ["/no/such/program"], 5.0),
+            python("last", "pass", needs=("speaks",)),
+        ],
+        60.0,
+        log,
+    )
+    assert [r.status for r in results] == [OK, FAILED, FAILED, SKIPPED, FAILED, OK]
+    assert [r.detail for r in results[:4]] == ["two\nthree", "why", "not run: it needs fails", "no such tool"]
+    assert "/no/such/program" in results[4].detail
+    assert [r.good for r in results] == [True, False, False, True, False, True]
+    assert "one\ntwo\nthree\n" in log.getvalue() and "one\ntwo\nthree\n" in capfd.readouterr().out
+    lines = steps.summary(results).splitlines()
+    assert lines[0].split()[:2] == ["speaks", "ok"] and lines[1:3] == ["    two", "    three"]
+
+
+def test_a_step_over_its_limit_ends_with_all_it_started(tmp_path):
+    child = tmp_path / "child"
+    code = f"""
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({str(child)!r}, "w").write(str(process.pid))
+print("started", flush=True)
+time.sleep(60)
+"""
+    start = time.monotonic()
+    (result,) = steps.run_all([python("hangs", code, limit=2.0)], 60.0)
+    assert time.monotonic() - start < 15
+    assert result.status == OUT_OF_TIME and result.detail == "started"
+    status = Path(f"/proc/{child.read_text()}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_an_interrupted_step_can_still_write_what_it_has():
+    code = """
+import time
+print("up", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("saved", flush=True)
+"""
+    (result,) = steps.run_all([python("saves", code, limit=2.0)], 60.0)
+    assert (result.status, result.detail) == (OUT_OF_TIME, "up\nsaved")
+
+
+def test_the_limit_of_all_steps_cuts_the_last_ones():
+    limit = steps.GRACE_SECONDS + 2.0
+    start = time.monotonic()
+    results = steps.run_all(
+        [python("long", "import time; time.sleep(60)", limit=50.0), python("late", "print('never')")], limit
+    )
+    assert time.monotonic() - start < limit + steps.GRACE_SECONDS
+    assert [r.status for r in results] == [OUT_OF_TIME, OUT_OF_TIME]
+    assert results[1].detail == "not run: no time left"
+
+
+def test_the_plan():
+    planned = gpu.steps("/opt/compute-sanitizer", Path("/somewhere"), pictures=False)
+    assert [s.name for s in planned] == [
+        "build",
+        "tests",
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        *(f"benchmark {op}" for op in gpu.OPS),
+    ]
+    by_name = {s.name: s for s in planned}
+    assert by_name["build"].environment["EFFDET_FAST_CUDA"] == "1"
+    assert by_name["tests"].command[-5:] == ["-m", "cuda", "-p", "no:cacheprovider", "tests"]
+    assert by_name["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
+    assert by_name["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert by_name["benchmark nms"].command[2:6] == ["benchmarks", "nms", "--device", "cuda"]
+    assert all(s.needs == ("build",) for s in planned[1:]) and gpu.LIMIT < 9 * 60
+    without = {s.name: s for s in gpu.steps(None, Path("/somewhere"), pictures=True)}
+    assert without["initcheck"].skip == "compute-sanitizer is not installed"
+    assert "--no-pictures" not in without["benchmark nms"].command
+
+
+def test_without_a_gpu_it_says_so():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, gpu.__file__], env=environment, capture_output=True, text=True, cwd="/")
+    assert run.returncode == 1
+    assert run.stdout.startswith("make gpu: PyTorch sees no GPU here") and run.stdout.count("\n") == 1

@@ -1,0 +1,144 @@
+"""The harness on tiny cases: what is wrong is not timed, what is right is, and who fails is named."""
+
+import pytest
+import torch
+
+from benchmarks.correctness import TOLERANCE, WrongResultError, check
+from benchmarks.harness import measure
+from benchmarks.records import OURS
+from benchmarks.table import format_row
+from benchmarks.timing import Task, copy_task, interleaved
+from benchmarks.workload import Case, Implementation, Workload, optional
+
+CPU = torch.device("cpu")
+
+
+def doubling(scale_of_ours: float = 2.0, spoil_gradient: bool = False, spoil_one: bool = False) -> Case:
+    """The function 2 x, with ways to get ours wrong."""
+
+    def build(device: torch.device, dtype: torch.dtype, layout: str) -> Workload:
+        x = torch.randn(1000, device=device).to(dtype).requires_grad_()
+        exact = x.detach().double().requires_grad_()
+
+        def ours():
+            y = scale_of_ours * x
+            if spoil_gradient:
+                y = y.detach() + 0.5 * (y - y.detach())
+            if spoil_one:
+                y = y + torch.nn.functional.one_hot(torch.tensor(500), 1000) * 0.1
+            return y
+
+        def breaks():
+            raise NotImplementedError("not on this device\nand more")
+
+        return Workload(
+            ours=Implementation(OURS, ours, (x,)),
+            oracle=Implementation("float64", lambda: 2 * exact, (exact,)),
+            bytes={"forward": 8000, "backward": 8000, "both": 16000},
+            peers=[
+                Implementation("sum", lambda: x + x, (x,)),
+                Implementation("wrong", lambda: 3 * x, (x,)),
+                Implementation("broken", breaks, (x,)),
+            ],
+            absent={"missing": "ModuleNotFoundError: No module named 'missing'"},
+        )
+
+    return Case("doubling", build)
+
+
+def rows_of(case: Case, **options):
+    return list(measure("doubling", case, CPU, torch.float32, "contiguous", seconds=0.001, min_rounds=3, **options))
+
+
+def test_times_what_is_right_in_each_phase():
+    rows = rows_of(doubling())
+    assert [row.phase for row in rows] == ["forward", "backward", "both"]
+    for row in rows:
+        assert set(row.timings) == {OURS, "sum"}
+        assert row.ours.rounds >= 3 and row.copy.rounds == row.ours.rounds
+        assert 0 < row.ours.q20 <= row.ours.median <= row.ours.q80
+        assert row.ours.error < 1e-6
+        assert row.ours.peak_bytes is None
+        assert row.best_peer[0] == "sum"
+        assert row.speed_up == row.timings["sum"].median / row.ours.median
+
+
+def test_names_peers_that_are_wrong_broken_or_missing():
+    problems = rows_of(doubling())[0].problems
+    assert problems["wrong"].startswith("wrong result: result 0 is off by")
+    assert problems["broken"] == "failed: NotImplementedError: not on this device"
+    assert problems["missing"] == "ModuleNotFoundError: No module named 'missing'"
+
+
+@pytest.mark.parametrize(
+    "wrong, result",
+    [
+        ({"scale_of_ours": 2.01}, 0),
+        ({"scale_of_ours": float("nan")}, 0),
+        ({"spoil_gradient": True}, 1),
+        ({"spoil_one": True}, 0),
+    ],
+)
+def test_a_wrong_op_is_reported_and_not_timed(wrong, result):
+    for row in rows_of(doubling(**wrong)):
+        assert row.ours is None and row.timings == {} and row.copy is None and row.speed_up is None
+        assert row.problems[OURS].startswith(f"wrong result: result {result} is off by")
+        assert row.problems[OURS] in format_row(row)
+
+
+def test_the_wanted_phases_and_peers_only():
+    (row,) = rows_of(doubling(), phases=("both",), peers=())
+    assert row.phase == "both" and set(row.timings) == {OURS} and set(row.problems) == {"missing"}
+
+
+def test_integer_results_must_be_equal():
+    expected = [torch.tensor([1, 2, 3])]
+    assert check(Implementation("x", lambda: torch.tensor([1, 2, 3])), expected, None, torch.float32, False) == 0
+    with pytest.raises(WrongResultError, match="differs in 1 of 3 values"):
+        check(Implementation("x", lambda: torch.tensor([1, 2, 4])), expected, None, torch.float32, True)
+
+
+def test_shapes_and_number_of_results_are_checked():
+    expected = [torch.ones(2, 3)]
+    with pytest.raises(WrongResultError, match=r"shape \[3\] instead of \[2, 3\]"):
+        check(Implementation("x", lambda: torch.ones(3)), expected, None, torch.float32, False)
+    with pytest.raises(WrongResultError, match="2 results instead of 1"):
+        check(Implementation("x", lambda: (torch.ones(2, 3), torch.ones(1))), expected, None, torch.float32, False)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_gate_lets_correct_rounding_through(dtype):
+    exact = torch.randn(10000, dtype=torch.float64)
+    assert check(Implementation("x", lambda: exact.to(dtype)), [exact], None, dtype, False) < TOLERANCE[dtype]
+
+
+class FakeClock:
+    """Each run takes a second; remembers who ran."""
+
+    def __init__(self):
+        self.ran = []
+
+    def seconds(self, task):
+        self.ran.append(task.run(None))
+        return 1.0
+
+
+@pytest.mark.parametrize("seconds, rounds", [(0, 5), (21, 7), (10000, 200)])
+def test_turns_are_taken_in_rotating_order(seconds, rounds):
+    clock = FakeClock()
+    tasks = {name: Task(lambda _, name=name: name) for name in "abc"}
+    samples = interleaved(tasks, clock, seconds)
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", rounds)
+    assert "".join(clock.ran[6:15]) == "abcbcacab"
+
+
+def test_a_copy_moves_the_bytes_and_no_zeros():
+    target = copy_task(1000, CPU).run(None)
+    assert target.numel() == 500 and target.unique().numel() > 100
+
+
+def test_a_missing_module_is_noted():
+    absent: dict[str, str] = {}
+    assert optional("no_such_package.at_all", absent) is None
+    assert absent == {"no_such_package": "ModuleNotFoundError: No module named 'no_such_package'"}
+    assert optional("json", absent).dumps({}) == "{}"
