@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     ACTIVATIONS,
     autocast_dtype,
@@ -69,6 +70,54 @@ def _resampled(x: Tensor, how: str, size: tuple[int, int]) -> Tensor:
 def _is_channels_last(x: Tensor) -> bool:
     """Which layout the strides mean; also for sliced tensors, and for sizes of 1, where both layouts count as contiguous."""
     return x.stride(1) == 1 and x.stride(3) >= x.shape[1]
+
+
+def _fusion_fake(inputs, weights, method, eps, resample, h, w, activation, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = inputs[0]
+    return torch.empty((x.shape[0], x.shape[1], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _fusion_backward_fake(grad, inputs, weights, method, eps, resample, activation, channels_last, needs):
+    wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
+    return [torch.empty_like(x) for x in (wanted + [weights] if needs[-1] else wanted)]
+
+
+_fusion_forward = _library.define(
+    "fusion(Tensor[] inputs, Tensor? weights, int method, float eps, int[] resample, SymInt h, SymInt w, int activation, "
+    "bool channels_last) -> Tensor",
+    _fusion_fake,
+)
+_fusion_backward = _library.define(
+    "fusion_backward(Tensor grad, Tensor[] inputs, Tensor? weights, int method, float eps, int[] resample, int activation, "
+    "bool channels_last, bool[] needs) -> Tensor[]",
+    _fusion_backward_fake,
+)
+
+
+class _Fusion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, options, arguments, weights, *inputs):
+        ctx.save_for_backward(weights, *inputs)
+        ctx.options = options
+        ctx.arguments = arguments
+        return _fusion_forward(inputs, weights, *options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weights, *inputs = ctx.saved_tensors
+        method, eps, resample, h, w, activation, channels_last = ctx.options
+        needs = [*ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
+        if _library.wants_second_derivative():
+            wanted = [x for x, need in zip([*inputs, weights], needs, strict=True) if need]
+            out = weighted_fusion_reference(inputs, weights, **ctx.arguments)
+            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        else:
+            grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            options = (method, eps, resample, activation, channels_last)
+            grads = iter(_fusion_backward(grad, inputs, weights, *options, needs))
+        *grad_inputs, grad_weights = [next(grads) if need else None for need in needs]
+        return None, None, grad_weights, *grad_inputs
 
 
 def weighted_fusion(
@@ -146,9 +195,22 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     resample = _check_resample(op, len(inputs), resample)
     size = _output_size(op, inputs, resample, size)
     _check_weights(op, inputs, weights, method)
-    return weighted_fusion_reference(
-        inputs, weights, method=method, resample=resample, size=size, activation=activation, eps=eps
-    )
+    arguments = {"method": method, "resample": resample, "size": size, "activation": activation, "eps": eps}
+    first = inputs[0]
+    if not _library.is_native(first):
+        return weighted_fusion_reference(inputs, weights, **arguments)
+
+    channels_last = _is_channels_last(first)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    inputs = [x.contiguous(memory_format=memory_format) for x in inputs]
+    if weights is not None:
+        weights = weights.to(torch.float64 if first.dtype == torch.float64 else torch.float32).contiguous()
+    codes = [RESAMPLES[how] for how in resample]
+    options = (METHODS[method], float(eps), codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
+    needs_gradient = any(x.requires_grad for x in inputs) or (weights is not None and weights.requires_grad)
+    if torch.is_grad_enabled() and needs_gradient:
+        return _Fusion.apply(options, arguments, weights, *inputs)
+    return _fusion_forward(inputs, weights, *options)
 
 
 def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,137 @@
+// Tensor boundary of the weighted fusion: check, allocate, dispatch dtype and layout once, register.
+#include "fusion.h"
+
+#include "../common/tensor.h"
+
+namespace ef::fusion {
+namespace {
+struct Options {
+  const std::vector<Tensor>& inputs;
+  const std::optional<Tensor>& weights;
+  int64_t method;
+  double eps;
+  const std::vector<int64_t>& resample;
+  int64_t h, w, activation;
+  bool channels_last;
+};
+
+bool is_dense(const Tensor& x, bool channels_last) {
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t nchw[4] = {c * h * w, h * w, w, 1}, nhwc[4] = {h * w * c, 1, w * c, c}, sizes[4] = {n, c, h, w};
+  for (int axis = 0; axis < 4; ++axis)
+    if (sizes[axis] > 1 && x.stride(axis) != (channels_last ? nhwc : nchw)[axis] && x.numel() > 0) return false;
+  return true;
+}
+
+bool fits(const Tensor& x, int64_t resample, int64_t h, int64_t w) {
+  if (resample == int64_t(Resample::kNone)) return x.size(2) == h && x.size(3) == w;
+  if (resample == int64_t(Resample::kMaxPool)) return (x.size(2) + 1) / 2 == h && (x.size(3) + 1) / 2 == w;
+  return resample == int64_t(Resample::kNearest) && (x.size(2) > 0 || h == 0) && (x.size(3) > 0 || w == 0);
+}
+
+template <typename scalar_t>
+Problem<scalar_t> problem_of(const Options& options) {
+  const std::vector<Tensor>& inputs = options.inputs;
+  STD_TORCH_CHECK(inputs.size() >= 1 && inputs.size() <= kMaxInputs && options.resample.size() == inputs.size(),
+                  "fusion: 1 to 4 inputs, with a resampling for each");
+  Problem<scalar_t> problem{};
+  problem.count = int(inputs.size());
+  for (int i = 0; i < problem.count; ++i) {
+    const Tensor& x = inputs[i];
+    STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == inputs[0].scalar_type() && x.size(0) == inputs[0].size(0) &&
+                        x.size(1) == inputs[0].size(1) && is_dense(x, options.channels_last) &&
+                        fits(x, options.resample[i], options.h, options.w),
+                    "fusion: inputs must be dense [N, C, H, W] of one dtype and layout that fit the output");
+    problem.inputs[i] = {const_data<scalar_t>(x), x.size(2), x.size(3), static_cast<Resample>(options.resample[i])};
+  }
+  const int64_t n = inputs[0].size(0), c = inputs[0].size(1);
+  problem.n = options.channels_last ? n : n * c;
+  problem.c = options.channels_last ? c : 1;
+  problem.h = options.h;
+  problem.w = options.w;
+  problem.method = static_cast<Method>(options.method);
+  if (problem.method != Method::kSum) {
+    STD_TORCH_CHECK(options.weights.has_value() && options.weights->numel() == problem.count && options.weights->is_contiguous() &&
+                        options.weights->scalar_type() == acc_dtype(inputs[0].scalar_type()),
+                    "fusion: weights must be float32 (float64 for float64 inputs), one per input");
+    problem.weights = const_data<acc_t<scalar_t>>(options.weights);
+  }
+  problem.eps = acc_t<scalar_t>(options.eps);
+  problem.activation = static_cast<Activation>(options.activation);
+  return problem;
+}
+
+template <class Device>
+Tensor forward(const std::vector<Tensor>& inputs, const std::optional<Tensor>& weights, int64_t method, double eps,
+               const std::vector<int64_t>& resample, int64_t h, int64_t w, int64_t activation, bool channels_last) {
+  const Tensor& first = inputs.at(0);
+  const DeviceScope<Device> scope(first);
+  Tensor out = allocate(first, {first.size(0), first.size(1), h, w}, first.scalar_type(),
+                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  dispatch_floating(first.scalar_type(), "fusion", [&]<typename scalar_t>() {
+    const auto problem = problem_of<scalar_t>({inputs, weights, method, eps, resample, h, w, activation, channels_last});
+    if (out.numel() > 0) launch_forward<scalar_t>(scope.device, problem, mutable_data<scalar_t>(out));
+  });
+  return out;
+}
+
+// `needs` says for each input, and last for the weights, whether its gradient is wanted; those wanted are returned in that order.
+template <class Device>
+std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inputs, const std::optional<Tensor>& weights, int64_t method,
+                             double eps, const std::vector<int64_t>& resample, int64_t activation, bool channels_last,
+                             const std::vector<bool>& needs) {
+  const DeviceScope<Device> scope(grad);
+  STD_TORCH_CHECK(grad.dim() == 4 && is_dense(grad, channels_last) && needs.size() == inputs.size() + 1 &&
+                      grad.scalar_type() == inputs.at(0).scalar_type() && grad.size(0) == inputs[0].size(0) &&
+                      grad.size(1) == inputs[0].size(1),
+                  "fusion_backward: grad must be dense and like the output, needs one per input and one for the weights");
+  std::vector<Tensor> results, workspaces;
+  dispatch_floating(grad.scalar_type(), "fusion_backward", [&]<typename scalar_t>() {
+    using A = acc_t<scalar_t>;
+    const auto problem =
+        problem_of<scalar_t>({inputs, weights, method, eps, resample, grad.size(2), grad.size(3), activation, channels_last});
+    const Cells cells = Cells::of(problem);
+    Backward<scalar_t> work{};
+    work.grad = const_data<scalar_t>(grad);
+    bool reads_grad_sum = false;
+    for (int i = 0; i < problem.count; ++i) {
+      if (!needs[i]) continue;
+      results.push_back(allocate_like(inputs[i]));
+      work.grad_inputs[i] = mutable_data<scalar_t>(results.back());
+      if (problem.inputs[i].resample == Resample::kMaxPool) {
+        workspaces.push_back(allocate(grad, {grad.numel()}, ScalarType::Byte));
+        work.taps[i] = mutable_data<uint8_t>(workspaces.back());
+      }
+      reads_grad_sum |= problem.inputs[i].resample != Resample::kNone && !cells.own(problem.inputs[i]);
+    }
+    if (needs.back()) {
+      STD_TORCH_CHECK(weights.has_value(), "fusion_backward: there are no weights to have a gradient");
+      results.push_back(allocate_like(*weights));
+      work.grad_weights = mutable_data<A>(results.back());
+    }
+    if (grad.numel() == 0) {
+      for (Tensor& result : results) torch::stable::zero_(result);
+      return;
+    }
+    if (work.grad_weights) {
+      workspaces.push_back(allocate(grad, {partial_count(scope.device, problem) * problem.count}, acc_dtype(grad.scalar_type())));
+      work.partials = mutable_data<A>(workspaces.back());
+    }
+    if (reads_grad_sum && problem.activation != Activation::kNone) {  // without an activation it is grad itself
+      workspaces.push_back(allocate(grad, {grad.numel()}, grad.scalar_type()));
+      work.grad_sum = mutable_data<scalar_t>(workspaces.back());
+    }
+    launch_backward<scalar_t>(scope.device, problem, work);
+  });
+  return results;
+}
+
+template <class Device>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("fusion", TORCH_BOX(&forward<Device>));
+  m.impl("fusion_backward", TORCH_BOX(&backward<Device>));
+}
+}  // namespace
+}  // namespace ef::fusion
+
+EF_REGISTER(ef::fusion::register_ops)

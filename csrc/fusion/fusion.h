@@ -1,0 +1,70 @@
+// What the Tensor boundary may call; raw pointers only. Every tensor is dense [n, h, w, c]: channels_last as it is, NCHW as n * c
+// images of one channel. Only h and w differ between the inputs.
+#pragma once
+#include <cstdint>
+
+#include "../common/activation.h"
+#include "../common/platform.h"
+#include "fusion_math.h"
+
+namespace ef::fusion {
+template <typename scalar_t>
+struct Input {
+  const scalar_t* x;  // [n, h, w, c]
+  int64_t h, w;
+  Resample resample;
+};
+
+template <typename scalar_t>
+struct Problem {
+  Input<scalar_t> inputs[kMaxInputs];
+  int count;
+  int64_t n, h, w, c;  // of the output
+  const acc_t<scalar_t>* weights;  // [count], or null with Method::kSum
+  Method method;
+  acc_t<scalar_t> eps;
+  Activation activation;
+};
+
+// out: [n, h, w, c]
+template <typename scalar_t>
+void launch_forward(Cpu, const Problem<scalar_t>& problem, scalar_t* out);
+template <typename scalar_t>
+void launch_forward(Cuda, const Problem<scalar_t>& problem, scalar_t* out);
+
+// The backward runs over "cells": the pixels of the first nearest input, whose children divide the output among them; without one,
+// the pixels of the output.
+struct Cells {
+  int64_t h, w;
+  template <typename scalar_t>
+  static Cells of(const Problem<scalar_t>& problem) {
+    for (int i = 0; i < problem.count; ++i)
+      if (problem.inputs[i].resample == Resample::kNearest) return {problem.inputs[i].h, problem.inputs[i].w};
+    return {problem.h, problem.w};
+  }
+  // A nearest input of the cells' size gets its gradient in the pass over the cells; any other from the stored grad_sum.
+  template <typename scalar_t>
+  EF_HD bool own(const Input<scalar_t>& input) const {
+    return input.resample == Resample::kNearest && input.h == h && input.w == w;
+  }
+};
+
+template <typename scalar_t>
+struct Backward {
+  const scalar_t* grad;                // [n, h, w, c]
+  scalar_t* grad_inputs[kMaxInputs];   // like the inputs, null where not wanted
+  acc_t<scalar_t>* grad_weights;       // [count], or null
+  scalar_t* grad_sum;                  // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
+  uint8_t* taps[kMaxInputs];           // workspace [n, h, w, c]: tap of each maximum of a max_pool input with a gradient, else null
+  acc_t<scalar_t>* partials;           // workspace [partial_count, count], null without grad_weights
+};
+
+template <typename scalar_t>
+void launch_backward(Cpu, const Problem<scalar_t>& problem, const Backward<scalar_t>& backward);
+template <typename scalar_t>
+void launch_backward(Cuda, const Problem<scalar_t>& problem, const Backward<scalar_t>& backward);
+template <typename scalar_t>
+int64_t partial_count(Cpu, const Problem<scalar_t>& problem);
+template <typename scalar_t>
+int64_t partial_count(Cuda, const Problem<scalar_t>& problem);
+}  // namespace ef::fusion

@@ -1,0 +1,257 @@
+// The output is walked in segments of about kSegment elements: whole rows where they are short, else pieces of one row. A segment's
+// inputs are resampled into small buffers (or read in place), so that every loop in fusion_rows.h is plain, and runs in the cache.
+// Backward, first pass: units of cell rows (see Cells), the same whatever the number of threads; each keeps its part of the weights'
+// gradient, added in order at the end. Second pass: rows of the inputs that gather from grad_sum.
+#include <algorithm>
+#include <vector>
+
+#include "../common/dtypes.h"
+#include "../common/parallel.h"
+#include "fusion_rows.h"
+
+namespace ef::fusion {
+namespace {
+constexpr int64_t kSegment = 1024, kUnit = 8192;
+
+using Columns = std::vector<int32_t>;  // for each output column, the column of a nearest input
+
+template <typename scalar_t>
+class Walker {
+  using A = acc_t<scalar_t>;
+
+ public:
+  explicit Walker(const Problem<scalar_t>& problem) : p_(problem), weights_(normalized_weights(p_.weights, p_.count, p_.method, p_.eps)) {
+    for (int i = 0; i < p_.count; ++i) {
+      if (p_.inputs[i].resample != Resample::kNearest) continue;
+      columns_[i].resize(p_.w);
+      for (int64_t x = 0; x < p_.w; ++x) columns_[i][x] = int32_t(nearest_source(x, p_.inputs[i].w, p_.w));
+    }
+  }
+  const NormalizedWeights<A>& weights() const { return weights_; }
+  const Columns& columns(int i) const { return columns_[i]; }
+
+  // Calls f(first row, first column, rows, columns) for segments that cover the output rows [begin, end).
+  template <class F>
+  void for_each_segment(int64_t begin, int64_t end, const F& f) const {
+    if (p_.w * p_.c <= kSegment) {
+      const int64_t step = kSegment / (p_.w * p_.c);
+      for (int64_t row = begin; row < end; row += step) f(row, int64_t(0), std::min(step, end - row), p_.w);
+      return;
+    }
+    const int64_t step = std::max<int64_t>(1, kSegment / p_.c);
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t x = 0; x < p_.w; x += step) f(row, x, int64_t(1), std::min(step, p_.w - x));
+  }
+
+  // Buffers of one thread.
+  struct Buffers {
+    std::vector<A> inputs[kMaxInputs], sum, grad;
+    std::vector<int32_t> taps;
+    explicit Buffers(const Walker& walker) : sum(walker.segment_size()), grad(walker.segment_size()), taps(walker.segment_size()) {
+      for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
+    }
+  };
+
+  // The resampled input i over a segment; `taps` [n, h, w, c] is filled for max_pool where it is not null.
+  const A* resampled(int i, int64_t row, int64_t x, int64_t rows, int64_t columns, Buffers& buffers, uint8_t* taps) const {
+    const Input<scalar_t>& in = p_.inputs[i];
+    A* out = buffers.inputs[i].data();
+    const int64_t at = (row * p_.w + x) * p_.c, m = columns * p_.c;
+    if (in.resample == Resample::kNone) {
+      if constexpr (std::is_same_v<scalar_t, A>) return in.x + at;
+      convert(in.x + at, rows * m, out);
+      return out;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
+      const scalar_t* source = in.x + image * in.h * in.w * p_.c;
+      if (in.resample == Resample::kNearest) {
+        nearest_row(source + nearest_source(y, in.h, p_.h) * in.w * p_.c, columns_[i].data() + x, columns, p_.c, out + r * m);
+      } else if (taps) {
+        pool_row<true>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, buffers.taps.data() + r * m);
+      } else {
+        pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, static_cast<int32_t*>(nullptr));
+      }
+    }
+    if (taps) convert(buffers.taps.data(), rows * m, taps + at);
+    return out;
+  }
+
+  // The sum before the activation, in buffers.sum.
+  void sum(const A* const* rows, int64_t m, Buffers& buffers) const {
+    switch (p_.count) {
+      case 2:
+        return weighted_sum<2>(rows, weights_.v, m, buffers.sum.data());
+      case 3:
+        return weighted_sum<3>(rows, weights_.v, m, buffers.sum.data());
+      default:
+        return weighted_sum<4>(rows, weights_.v, m, buffers.sum.data());
+    }
+  }
+
+ private:
+  int64_t segment_size() const { return std::max(kSegment, p_.c); }
+
+  const Problem<scalar_t>& p_;
+  const NormalizedWeights<A> weights_;
+  Columns columns_[kMaxInputs];
+};
+
+template <typename scalar_t>
+int64_t cell_rows_per_unit(const Problem<scalar_t>& p) {
+  const Cells cells = Cells::of(p);
+  const int64_t elements = std::max<int64_t>(1, ceil_div(p.h * p.w * p.c, cells.h));  // of the output, in one row of cells
+  return std::max<int64_t>(1, kUnit / elements);
+}
+
+// The first output row under the cell row `row` of n * cells.h.
+template <typename scalar_t>
+int64_t first_output_row(const Problem<scalar_t>& p, const Cells& cells, int64_t row) {
+  return row / cells.h * p.h + first_child(row % cells.h, cells.h, p.h);
+}
+
+// First pass over the cell rows [begin, end): gradients of the inputs with no resampling and of the cells' own, grad_sum, taps; the
+// sums of grad_sum times input go to `dots`.
+template <typename scalar_t>
+void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const Walker<scalar_t>& walker, const Cells& cells,
+                   int64_t begin, int64_t end, typename Walker<scalar_t>::Buffers& buffers, std::vector<acc_t<scalar_t>>& cell_sums,
+                   acc_t<scalar_t>* dots) {
+  using A = acc_t<scalar_t>;
+  const A* weights = walker.weights().v;
+  int owner = -1;
+  for (int i = 0; i < p.count; ++i)
+    if (work.grad_inputs[i] && cells.own(p.inputs[i])) owner = i;
+  if (owner >= 0) cell_sums.assign((end - begin) * cells.w * p.c, A(0));
+  const bool reads_inputs = work.grad_weights || p.activation != Activation::kNone;
+
+  walker.for_each_segment(
+      first_output_row(p, cells, begin), first_output_row(p, cells, end), [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
+        const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
+        const A* inputs[kMaxInputs] = {};
+        for (int i = 0; i < p.count; ++i)
+          if (reads_inputs || work.taps[i]) inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, work.taps[i]);
+        A* grad = buffers.grad.data();
+        if (p.activation == Activation::kNone) {
+          convert(work.grad + at, m, grad);
+        } else {
+          walker.sum(inputs, m, buffers);
+          dispatch_activation(int64_t(p.activation), [&]<Activation kActivation>() {
+            activate_grad_row<kActivation>(buffers.sum.data(), work.grad + at, m, grad);
+          });
+        }
+        if (work.grad_sum) convert(grad, m, work.grad_sum + at);
+        for (int i = 0; i < p.count; ++i) {
+          if (dots) dots[i] += dot(grad, inputs[i], m);
+          if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone) scale(grad, weights[i], m, work.grad_inputs[i] + at);
+        }
+        for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
+          const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
+          const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
+          add_to_parents(grad + r * columns * p.c, walker.columns(owner).data() + x, columns, p.c,
+                         cell_sums.data() + cell_row * cells.w * p.c);
+        }
+      });
+  for (int i = 0; i < p.count; ++i)
+    if (work.grad_inputs[i] && cells.own(p.inputs[i]))
+      scale(cell_sums.data(), weights[i], int64_t(cell_sums.size()), work.grad_inputs[i] + begin * cells.w * p.c);
+}
+
+// Second pass for a nearest input that is not of the cells' size.
+template <typename scalar_t>
+void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Input<scalar_t>& in, const Columns& columns,
+                      acc_t<scalar_t> weight, scalar_t* grad_input) {
+  const int64_t size = in.w * p.c;
+  parallel_for(p.n * in.h, std::max<int64_t>(1, kUnit / (size + 1)), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t<scalar_t>> sums(size);
+    for (int64_t row = begin; row < end; ++row) {
+      std::fill(sums.begin(), sums.end(), 0);
+      const int64_t first = row / in.h * p.h, y = row % in.h;
+      for (int64_t child = first + first_child(y, in.h, p.h); child < first + first_child(y + 1, in.h, p.h); ++child)
+        add_to_parents(grad_sum + child * p.w * p.c, columns.data(), p.w, p.c, sums.data());
+      scale(sums.data(), weight, size, grad_input + row * size);
+    }
+  });
+}
+
+template <typename scalar_t>
+void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Input<scalar_t>& in, const uint8_t* taps,
+                       acc_t<scalar_t> weight, scalar_t* grad_input) {
+  const int64_t m = p.w * p.c, size = in.w * p.c;
+  parallel_for(p.n * in.h, std::max<int64_t>(1, kUnit / (size + 1)), [&](int64_t begin, int64_t end) {
+    std::vector<acc_t<scalar_t>> even(m + p.c), odd(m);
+    for (int64_t row = begin; row < end; ++row) {
+      std::fill(even.begin(), even.end(), 0);
+      std::fill(odd.begin(), odd.end(), 0);
+      const int64_t t = row % in.h + pool_before(in.h);  // counted from the first tap of window 0
+      for (int64_t window = std::max<int64_t>(0, (t - 1) / 2); window <= std::min(t / 2, p.h - 1); ++window) {
+        const int64_t at = (row / in.h * p.h + window) * m;
+        unpool_row(grad_sum + at, taps + at, int(t - 2 * window), m, p.c, even.data(), odd.data());
+      }
+      interleave(even.data(), odd.data(), weight, in.w, p.c, grad_input + row * size);
+    }
+  });
+}
+}  // namespace
+
+template <typename scalar_t>
+int64_t partial_count(Cpu, const Problem<scalar_t>& p) {
+  return ceil_div(p.n * Cells::of(p).h, cell_rows_per_unit(p));
+}
+
+template <typename scalar_t>
+void launch_forward(Cpu, const Problem<scalar_t>& p, scalar_t* out) {
+  const Walker<scalar_t> walker(p);
+  parallel_for(p.n * p.h, std::max<int64_t>(1, kUnit / (p.w * p.c)), [&](int64_t begin, int64_t end) {
+    typename Walker<scalar_t>::Buffers buffers(walker);
+    walker.for_each_segment(begin, end, [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
+      const acc_t<scalar_t>* inputs[kMaxInputs] = {};
+      for (int i = 0; i < p.count; ++i) inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, nullptr);
+      const int64_t m = rows * columns * p.c;
+      walker.sum(inputs, m, buffers);
+      dispatch_activation(int64_t(p.activation), [&]<Activation kActivation>() {
+        activate_row<kActivation>(buffers.sum.data(), m, out + (row * p.w + x) * p.c);
+      });
+    });
+  });
+}
+
+template <typename scalar_t>
+void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scalar_t>& work) {
+  const Walker<scalar_t> walker(p);
+  const Cells cells = Cells::of(p);
+  const int64_t rows = p.n * cells.h, step = cell_rows_per_unit(p);
+  if (work.partials) std::fill_n(work.partials, partial_count(device, p) * p.count, 0);
+  parallel_for(ceil_div(rows, step), 1, [&](int64_t begin, int64_t end) {
+    typename Walker<scalar_t>::Buffers buffers(walker);
+    std::vector<acc_t<scalar_t>> cell_sums;
+    for (int64_t unit = begin; unit < end; ++unit)
+      backward_unit(p, work, walker, cells, unit * step, std::min(rows, (unit + 1) * step), buffers, cell_sums,
+                    work.partials ? work.partials + unit * p.count : nullptr);
+  });
+  const scalar_t* grad_sum = work.grad_sum ? work.grad_sum : work.grad;
+  for (int i = 0; i < p.count; ++i) {
+    const Input<scalar_t>& in = p.inputs[i];
+    if (!work.grad_inputs[i] || cells.own(in)) continue;
+    if (in.resample == Resample::kNearest)
+      backward_nearest(p, grad_sum, in, walker.columns(i), walker.weights().v[i], work.grad_inputs[i]);
+    if (in.resample == Resample::kMaxPool)
+      backward_max_pool(p, grad_sum, in, work.taps[i], walker.weights().v[i], work.grad_inputs[i]);
+  }
+  if (!work.grad_weights) return;
+  acc_t<scalar_t> totals[kMaxInputs];
+  for (int i = 0; i < p.count; ++i) {
+    double total = 0;
+    for (int64_t unit = 0; unit < partial_count(device, p); ++unit) total += work.partials[unit * p.count + i];
+    totals[i] = acc_t<scalar_t>(total);
+  }
+  weight_gradients(p.weights, p.count, p.method, p.eps, totals);
+  std::copy_n(totals, p.count, work.grad_weights);
+}
+
+#define EF_DEFINE(scalar_t)                                                                   \
+  template void launch_forward<scalar_t>(Cpu, const Problem<scalar_t>&, scalar_t*);           \
+  template void launch_backward<scalar_t>(Cpu, const Problem<scalar_t>&, const Backward<scalar_t>&); \
+  template int64_t partial_count<scalar_t>(Cpu, const Problem<scalar_t>&);
+EF_FOR_EACH_FLOATING(EF_DEFINE)
+#undef EF_DEFINE
+}  // namespace ef::fusion

@@ -1,0 +1,72 @@
+// Formulas of the weighted fusion: normalised weights and their chain rule, and which pixels a resampling reads. No memory, no torch.
+//   out = act(sum_i v_i r_i)    r_i = input i resampled    v = normalised weights
+//   fast     v_i = relu(w_i) / (sum_j relu(w_j) + eps)     dL/dw_i = [w_i > 0] (d_i - sum_j d_j v_j) / (sum_j relu(w_j) + eps)
+//   softmax  v_i = exp(w_i) / sum_j exp(w_j)               dL/dw_i = v_i (d_i - sum_j d_j v_j)         with d_i = dL/dv_i
+//   sum      v_i = 1
+#pragma once
+#include "../common/math.h"
+
+namespace ef::fusion {
+inline constexpr int kMaxInputs = 4;
+enum class Method : int { kFast = 0, kSoftmax = 1, kSum = 2 };       // numbered as in effdet_fast/ops/fusion.py
+enum class Resample : int { kNone = 0, kNearest = 1, kMaxPool = 2 };
+
+template <typename A>
+struct NormalizedWeights {
+  A v[kMaxInputs];
+  A divisor;
+};
+
+template <typename A>
+EF_HD NormalizedWeights<A> normalized_weights(const A* w, int count, Method method, A eps) {
+  NormalizedWeights<A> result;
+  if (method == Method::kSum) {
+    for (int i = 0; i < kMaxInputs; ++i) result.v[i] = A(1);
+    result.divisor = A(1);
+    return result;
+  }
+  A highest = w[0];
+  for (int i = 1; i < count; ++i) highest = w[i] > highest ? w[i] : highest;
+  A sum = 0;
+  for (int i = 0; i < kMaxInputs; ++i) {
+    result.v[i] = 0;
+    if (i < count) result.v[i] = method == Method::kSoftmax ? exp_of(w[i] - highest) : (w[i] < A(0) ? A(0) : w[i]);
+    sum += result.v[i];
+  }
+  result.divisor = method == Method::kSoftmax ? sum : sum + eps;
+  for (int i = 0; i < kMaxInputs; ++i) result.v[i] = result.v[i] / result.divisor;
+  return result;
+}
+
+// grad_w[i] from grad_v[i], in place of it.
+template <typename A>
+EF_HD void weight_gradients(const A* w, int count, Method method, A eps, A* grad) {
+  if (method == Method::kSum) return;
+  const NormalizedWeights<A> normalized = normalized_weights(w, count, method, eps);
+  A mean = 0;
+  for (int i = 0; i < count; ++i) mean += grad[i] * normalized.v[i];
+  for (int i = 0; i < count; ++i) {
+    grad[i] = method == Method::kSoftmax ? normalized.v[i] * (grad[i] - mean) : (w[i] <= A(0) ? A(0) : (grad[i] - mean) / normalized.divisor);
+  }
+}
+
+// a / b for a >= 0, b > 0; 64-bit division is slow on a GPU and seldom needed.
+EF_HD int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? int64_t(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
+}
+
+// Nearest: output i reads input floor(i in / out), so input j is read by the outputs [first_child(j), first_child(j + 1)).
+EF_HD int64_t nearest_source(int64_t i, int64_t n_in, int64_t n_out) { return n_in == n_out ? i : quotient(i * n_in, n_out); }
+EF_HD int64_t first_child(int64_t j, int64_t n_in, int64_t n_out) {
+  return n_in == n_out ? j : quotient(j * n_out + n_in - 1, n_in);
+}
+
+// Max pooling of kernel 3 and stride 2: window o starts at 2 o - pool_before(size). Its taps are numbered 3 row + column; the first
+// of the largest inside the input counts, and NaN counts as larger than anything, as in PyTorch.
+EF_HD int64_t pool_before(int64_t size) { return size & 1; }
+template <typename A>
+EF_HD bool is_new_maximum(A x, A highest) { return x > highest || x != x; }
+EF_HD int first_tap(bool first_row_is_padding, bool first_column_is_padding) {
+  return (first_row_is_padding ? 3 : 0) + (first_column_is_padding ? 1 : 0);
+}
+}  // namespace ef::fusion
