@@ -12,14 +12,16 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// Sum over the block, valid in thread 0. `scratch` holds one T per warp; blockDim.x is a multiple of 32 and at most 1024.
+// Sum over the block of one or two dimensions, valid in its first thread. `scratch` holds one T per warp; the number of threads is a
+// multiple of 32 and at most 1024.
 template <typename T>
 __device__ T block_sum(T value, T* scratch) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   value = warp_sum(value);
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  if (warp == 0) value = warp_sum(lane < int(blockDim.x) / kWarpSize ? scratch[lane] : T(0));
+  if (warp == 0) value = warp_sum(lane < threads / kWarpSize ? scratch[lane] : T(0));
   return value;
 }
 }  // namespace ef

@@ -180,7 +180,6 @@ __global__ void fusion_backward_kernel(Problem<scalar_t> p, Cells cells, Backwar
   if (!work.grad_weights) return;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    // linear thread number, as block_sum counts by threadIdx.x
     dots[i] = block_sum(dots[i], shared_memory<A>() + i * kWarpSize);
     if (threadIdx.x == 0 && threadIdx.y == 0) work.partials[(int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kCount + i] = dots[i];
   }
