@@ -19,7 +19,7 @@ template <typename scalar_t>
 struct Problem {
   Input<scalar_t> inputs[kMaxInputs];
   int count;
-  int64_t n, h, w, c;  // of the output
+  int64_t n, h, w, c;              // of the output
   const acc_t<scalar_t>* weights;  // [count], or null with Method::kSum
   Method method;
   acc_t<scalar_t> eps;
@@ -51,12 +51,12 @@ struct Cells {
 
 template <typename scalar_t>
 struct Backward {
-  const scalar_t* grad;                // [n, h, w, c]
-  scalar_t* grad_inputs[kMaxInputs];   // like the inputs, null where not wanted
-  acc_t<scalar_t>* grad_weights;       // [count], or null
-  scalar_t* grad_sum;                  // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
-  uint8_t* taps[kMaxInputs];           // workspace [n, h, w, c]: tap of each maximum of a max_pool input with a gradient, else null
-  acc_t<scalar_t>* partials;           // workspace [partial_count, count], null without grad_weights
+  const scalar_t* grad;               // [n, h, w, c]
+  scalar_t* grad_inputs[kMaxInputs];  // like the inputs, null where not wanted
+  acc_t<scalar_t>* grad_weights;      // [count], or null
+  scalar_t* grad_sum;                 // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
+  uint8_t* taps[kMaxInputs];          // workspace [n, h, w, c]: tap of each maximum of a max_pool input with a gradient, else null
+  acc_t<scalar_t>* partials;          // workspace [partial_count, count], null without grad_weights
 };
 
 template <typename scalar_t>

@@ -124,33 +124,35 @@ void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, c
   if (owner >= 0) cell_sums.assign((end - begin) * cells.w * p.c, A(0));
   const bool reads_inputs = work.grad_weights || p.activation != Activation::kNone;
 
-  walker.for_each_segment(
-      first_output_row(p, cells, begin), first_output_row(p, cells, end), [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
-        const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
-        const A* inputs[kMaxInputs] = {};
-        for (int i = 0; i < p.count; ++i)
-          if (reads_inputs || work.taps[i]) inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, work.taps[i]);
-        A* grad = buffers.grad.data();
-        if (p.activation == Activation::kNone) {
-          convert(work.grad + at, m, grad);
-        } else {
-          walker.sum(inputs, m, buffers);
-          dispatch_activation(int64_t(p.activation), [&]<Activation kActivation>() {
-            activate_grad_row<kActivation>(buffers.sum.data(), work.grad + at, m, grad);
-          });
-        }
-        if (work.grad_sum) convert(grad, m, work.grad_sum + at);
-        for (int i = 0; i < p.count; ++i) {
-          if (dots) dots[i] += dot(grad, inputs[i], m);
-          if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone) scale(grad, weights[i], m, work.grad_inputs[i] + at);
-        }
-        for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
-          const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
-          const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
-          add_to_parents(grad + r * columns * p.c, walker.columns(owner).data() + x, columns, p.c,
-                         cell_sums.data() + cell_row * cells.w * p.c);
-        }
-      });
+  walker.for_each_segment(first_output_row(p, cells, begin), first_output_row(p, cells, end),
+                          [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
+                            const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
+                            const A* inputs[kMaxInputs] = {};
+                            for (int i = 0; i < p.count; ++i)
+                              if (reads_inputs || work.taps[i])
+                                inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, work.taps[i]);
+                            A* grad = buffers.grad.data();
+                            if (p.activation == Activation::kNone) {
+                              convert(work.grad + at, m, grad);
+                            } else {
+                              walker.sum(inputs, m, buffers);
+                              dispatch_activation(int64_t(p.activation), [&]<Activation kActivation>() {
+                                activate_grad_row<kActivation>(buffers.sum.data(), work.grad + at, m, grad);
+                              });
+                            }
+                            if (work.grad_sum) convert(grad, m, work.grad_sum + at);
+                            for (int i = 0; i < p.count; ++i) {
+                              if (dots) dots[i] += dot(grad, inputs[i], m);
+                              if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone)
+                                scale(grad, weights[i], m, work.grad_inputs[i] + at);
+                            }
+                            for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
+                              const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
+                              const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
+                              add_to_parents(grad + r * columns * p.c, walker.columns(owner).data() + x, columns, p.c,
+                                             cell_sums.data() + cell_row * cells.w * p.c);
+                            }
+                          });
   for (int i = 0; i < p.count; ++i)
     if (work.grad_inputs[i] && cells.own(p.inputs[i]))
       scale(cell_sums.data(), weights[i], int64_t(cell_sums.size()), work.grad_inputs[i] + begin * cells.w * p.c);
@@ -208,9 +210,8 @@ void launch_forward(Cpu, const Problem<scalar_t>& p, scalar_t* out) {
       for (int i = 0; i < p.count; ++i) inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, nullptr);
       const int64_t m = rows * columns * p.c;
       walker.sum(inputs, m, buffers);
-      dispatch_activation(int64_t(p.activation), [&]<Activation kActivation>() {
-        activate_row<kActivation>(buffers.sum.data(), m, out + (row * p.w + x) * p.c);
-      });
+      dispatch_activation(int64_t(p.activation),
+                          [&]<Activation kActivation>() { activate_row<kActivation>(buffers.sum.data(), m, out + (row * p.w + x) * p.c); });
     });
   });
 }
@@ -232,10 +233,8 @@ void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scal
   for (int i = 0; i < p.count; ++i) {
     const Input<scalar_t>& in = p.inputs[i];
     if (!work.grad_inputs[i] || cells.own(in)) continue;
-    if (in.resample == Resample::kNearest)
-      backward_nearest(p, grad_sum, in, walker.columns(i), walker.weights().v[i], work.grad_inputs[i]);
-    if (in.resample == Resample::kMaxPool)
-      backward_max_pool(p, grad_sum, in, work.taps[i], walker.weights().v[i], work.grad_inputs[i]);
+    if (in.resample == Resample::kNearest) backward_nearest(p, grad_sum, in, walker.columns(i), walker.weights().v[i], work.grad_inputs[i]);
+    if (in.resample == Resample::kMaxPool) backward_max_pool(p, grad_sum, in, work.taps[i], walker.weights().v[i], work.grad_inputs[i]);
   }
   if (!work.grad_weights) return;
   acc_t<scalar_t> totals[kMaxInputs];
@@ -248,8 +247,8 @@ void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scal
   std::copy_n(totals, p.count, work.grad_weights);
 }
 
-#define EF_DEFINE(scalar_t)                                                                   \
-  template void launch_forward<scalar_t>(Cpu, const Problem<scalar_t>&, scalar_t*);           \
+#define EF_DEFINE(scalar_t)                                                                          \
+  template void launch_forward<scalar_t>(Cpu, const Problem<scalar_t>&, scalar_t*);                  \
   template void launch_backward<scalar_t>(Cpu, const Problem<scalar_t>&, const Backward<scalar_t>&); \
   template int64_t partial_count<scalar_t>(Cpu, const Problem<scalar_t>&);
 EF_FOR_EACH_FLOATING(EF_DEFINE)

@@ -33,7 +33,7 @@ Grid cell_grid(const Problem<scalar_t>& p, int vec) {
 
 // Calls f.template operator()<kVec>() for the channel vectors that channels and addresses allow.
 template <typename scalar_t, class F>
-void dispatch_vec(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const scalar_t* out, F&& f) {
+void dispatch_vec(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const void* out, F&& f) {
   constexpr int kVec = kVecSize<scalar_t>;
   bool aligned = p.c % kVec == 0 && is_vec_aligned(out, work.grad, work.grad_sum);
   for (int i = 0; i < p.count; ++i) aligned = aligned && is_vec_aligned(p.inputs[i].x, work.grad_inputs[i], work.taps[i]);

@@ -10,7 +10,6 @@
 // fewest possible); two plain and one max_pool 7 + (10 + 1 / s) + (5 + 1 / s), where a single pass would take 7 + 13.
 // Weights: per thread, per block in a fixed tree, then over the blocks in order by one block: no atomics.
 #pragma once
-#include <limits>
 
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
@@ -61,7 +60,7 @@ __device__ Values<acc_t<scalar_t>, kVec> pooled(const scalar_t* source, const In
   Vec<uint8_t, kVec> tap;
 #pragma unroll
   for (int k = 0; k < kVec; ++k) {
-    highest.v[k] = -std::numeric_limits<A>::infinity();
+    highest.v[k] = A(-INFINITY);
     tap.v[k] = uint8_t(first_tap(top < 0, left < 0));
   }
 #pragma unroll

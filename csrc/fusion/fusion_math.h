@@ -8,7 +8,7 @@
 
 namespace ef::fusion {
 inline constexpr int kMaxInputs = 4;
-enum class Method : int { kFast = 0, kSoftmax = 1, kSum = 2 };       // numbered as in effdet_fast/ops/fusion.py
+enum class Method : int { kFast = 0, kSoftmax = 1, kSum = 2 };  // numbered as in effdet_fast/ops/fusion.py
 enum class Resample : int { kNone = 0, kNearest = 1, kMaxPool = 2 };
 
 template <typename A>
@@ -46,7 +46,8 @@ EF_HD void weight_gradients(const A* w, int count, Method method, A eps, A* grad
   A mean = 0;
   for (int i = 0; i < count; ++i) mean += grad[i] * normalized.v[i];
   for (int i = 0; i < count; ++i) {
-    grad[i] = method == Method::kSoftmax ? normalized.v[i] * (grad[i] - mean) : (w[i] <= A(0) ? A(0) : (grad[i] - mean) / normalized.divisor);
+    grad[i] =
+        method == Method::kSoftmax ? normalized.v[i] * (grad[i] - mean) : (w[i] <= A(0) ? A(0) : (grad[i] - mean) / normalized.divisor);
   }
 }
 
@@ -57,15 +58,15 @@ EF_HD int64_t quotient(int64_t a, int64_t b) {
 
 // Nearest: output i reads input floor(i in / out), so input j is read by the outputs [first_child(j), first_child(j + 1)).
 EF_HD int64_t nearest_source(int64_t i, int64_t n_in, int64_t n_out) { return n_in == n_out ? i : quotient(i * n_in, n_out); }
-EF_HD int64_t first_child(int64_t j, int64_t n_in, int64_t n_out) {
-  return n_in == n_out ? j : quotient(j * n_out + n_in - 1, n_in);
-}
+EF_HD int64_t first_child(int64_t j, int64_t n_in, int64_t n_out) { return n_in == n_out ? j : quotient(j * n_out + n_in - 1, n_in); }
 
 // Max pooling of kernel 3 and stride 2: window o starts at 2 o - pool_before(size). Its taps are numbered 3 row + column; the first
 // of the largest inside the input counts, and NaN counts as larger than anything, as in PyTorch.
 EF_HD int64_t pool_before(int64_t size) { return size & 1; }
 template <typename A>
-EF_HD bool is_new_maximum(A x, A highest) { return x > highest || x != x; }
+EF_HD bool is_new_maximum(A x, A highest) {
+  return x > highest || x != x;
+}
 EF_HD int first_tap(bool first_row_is_padding, bool first_column_is_padding) {
   return (first_row_is_padding ? 3 : 0) + (first_column_is_padding ? 1 : 0);
 }

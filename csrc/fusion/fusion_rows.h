@@ -1,6 +1,5 @@
 // Loops of the CPU kernels over short runs of elements that stay in the first-level cache; each is compiled per instruction set.
 #pragma once
-#include <limits>
 
 #include "fusion.h"
 
@@ -29,7 +28,7 @@ EF_CPU_CLONES void pool_row(const scalar_t* __restrict x, int64_t h, int64_t w, 
                             acc_t<scalar_t>* __restrict out, int32_t* __restrict taps) {
   using A = acc_t<scalar_t>;
   const int64_t top = 2 * row - pool_before(h), before = pool_before(w);
-  for (int64_t j = 0; j < m * c; ++j) out[j] = -std::numeric_limits<A>::infinity();
+  for (int64_t j = 0; j < m * c; ++j) out[j] = A(-INFINITY);
   if constexpr (kTaps) {
     const int tap = first_tap(top < 0, false);
     for (int64_t j = 0; j < m * c; ++j) taps[j] = tap;
@@ -69,8 +68,7 @@ EF_CPU_CLONES void pool_row(const scalar_t* __restrict x, int64_t h, int64_t w, 
 template <int kCount, typename A>
 EF_CPU_CLONES void weighted_sum(const A* const* rows, const A* weights, int64_t m, A* __restrict sum) {
   const A w0 = weights[0], w1 = weights[1], w2 = kCount > 2 ? weights[2] : 0, w3 = kCount > 3 ? weights[3] : 0;
-  const A *__restrict r0 = rows[0], *__restrict r1 = rows[1], *__restrict r2 = rows[kCount > 2 ? 2 : 0],
-          *__restrict r3 = rows[kCount > 3 ? 3 : 0];
+  const A* __restrict r0 = rows[0], * __restrict r1 = rows[1], * __restrict r2 = rows[kCount > 2 ? 2 : 0], * __restrict r3 = rows[kCount > 3 ? 3 : 0];
   for (int64_t j = 0; j < m; ++j) {
     A total = w0 * r0[j] + w1 * r1[j];
     if constexpr (kCount > 2) total += w2 * r2[j];
