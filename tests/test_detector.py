@@ -150,6 +150,10 @@ def test_predict_never_replaces_unasked(finder, folder, tmp_path):
     with pytest.raises(FileExistsError, match="will not be replaced"):
         predict(finder, folder, folder, overwrite=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    (out / "detections.json").unlink()
+    (out / "detections.json").mkdir()
+    with pytest.raises(FileExistsError, match=r"detections\.json: is a folder"):
+        predict(finder, folder, out, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file, the output must be a folder"):
         predict(finder, folder, tmp_path / "file")

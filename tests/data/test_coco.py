@@ -79,6 +79,7 @@ def test_generated_data_set_raises_no_warning(tmp_path):
 BAD_BOXES = [
     ([float("nan"), 5, 20, 10], "not finite"),
     ([1, float("inf"), 20, 10], "not finite"),
+    ([10**400, 5, 20, 10], "not finite"),
     ([10, 5, 0, 10], "without width or height"),
     ([10, 5, 20, -10], "without width or height"),
     ([70, 5, 20, 10], "outside the image, left out"),

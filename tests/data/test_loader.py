@@ -47,6 +47,13 @@ def test_batches(dataset):
         assert (sides >= 1).all() and (batch.gt_boxes[real] <= torch.tensor([64.0, 48, 64, 48])).all()
 
 
+def test_batch_moves_as_a_whole(dataset):
+    batch = next(iter(loader_of(dataset)))
+    moved = batch.to("meta")
+    assert all(t.device.type == "meta" for t in moved) and moved.images.shape == batch.images.shape
+    assert type(moved) is type(batch)
+
+
 def test_evaluation_batches_are_letterboxed_in_order(dataset):
     batches = list(loader_of(dataset, training=False, image_size=64))
     assert [len(b.images) for b in batches] == [4, 4, 3]

@@ -84,6 +84,16 @@ def test_letterbox_and_back(height, width, out_h, out_w, seed):
     np.testing.assert_allclose(placement.undo_boxes(placement.apply_boxes(boxes)), boxes, rtol=1e-5, atol=1e-3)
 
 
+def test_mirrored_and_back():
+    boxes = np.array([[10, 20, 50, 60], [0, 0, 90, 70]], dtype=float)
+    plain = Placement.letterbox((70, 90), (64, 64))
+    for x, y in ((True, False), (False, True), (True, True)):
+        placement = plain.mirrored(x, y)
+        assert not np.allclose(placement.apply_boxes(boxes[:1]), plain.apply_boxes(boxes[:1]))
+        np.testing.assert_allclose(placement.undo_boxes(placement.apply_boxes(boxes)), boxes, atol=1e-4)
+        np.testing.assert_allclose(placement.mirrored(x, y).apply_boxes(boxes), plain.apply_boxes(boxes))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**20), st.floats(0.05, 3))
 def test_jitter_boxes_stay_inside_and_have_area(height, width, seed, scale):

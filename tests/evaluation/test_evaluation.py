@@ -81,6 +81,18 @@ def test_perfect_detections_have_ap_one(dataset, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_unknown_precision_is_refused(dataset):
+    with pytest.raises(ValueError, match="amp must be None, 'bf16' or 'fp16', got 'fp8'"):
+        evaluate_model(Oracle(dataset), loader_of(dataset), dataset, device="cpu", amp="fp8")
+
+
+def test_mode_comes_back_after_an_error(dataset):
+    model = Oracle(dataset, order=[99] * 99).train()
+    with pytest.raises(IndexError):
+        evaluate_model(model, loader_of(dataset), dataset, device="cpu")
+    assert model.training
+
+
 def test_shifted_classes_have_ap_zero(dataset):
     assert evaluate_model(Oracle(dataset, label_shift=1), loader_of(dataset), dataset, device="cpu")["AP"] < 0.05
 
