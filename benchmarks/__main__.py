@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--quick", action="store_true", help="the first case of each op, in one dtype and layout, briefly")
     p.add_argument("--seconds", type=float, help="aimed at per measurement; default 1, with --quick 0.2")
-    p.add_argument("--budget", type=float, help="seconds after which no further case is started")
+    p.add_argument("--end-within", type=float, metavar="SECONDS", help="start no case that would not end by then")
     p.add_argument("--threads", type=int, help="CPU threads; default as PyTorch chooses")
     p.add_argument("--output", type=Path, default=records.RESULTS, help="folder for the record and the pictures")
     p.add_argument("--no-pictures", action="store_true")
@@ -84,7 +84,7 @@ def main(command_line: list[str] | None = None) -> int:
     save(record, path)
     print(f"{record.environment['device']['name']}, {len(wanted)} cases, record {path}\n", flush=True)
     try:
-        run(wanted, device, record, path, start + (arguments.budget or float("inf")), options)
+        run(wanted, device, record, path, start + (arguments.end_within or float("inf")), options)
     except KeyboardInterrupt:  # what has been measured is on disk
         print("Interrupted.")
         return 130
@@ -98,19 +98,22 @@ def main(command_line: list[str] | None = None) -> int:
 
 
 def run(wanted, device, record, path, end, options) -> None:
+    longest = 0.0
     for done, (op, case, dtype, layout) in enumerate(wanted):
-        if time.monotonic() > end:
+        start = time.monotonic()
+        if start + longest > end:
             print(f"Out of time: {len(wanted) - done} of {len(wanted)} cases were not run.")
             return
         for row in measure(op, case, device, dtype, layout, **options):
             record.rows.append(row)
+            save(record, path)
             print(format_row(row) + "\n", flush=True)
         release(device)
-        save(record, path)
+        longest = max(longest, time.monotonic() - start)
 
 
 def save(record: records.Record, path: Path) -> None:
-    """After every case, in one step, so that a run that is cut short leaves what it has measured."""
+    """After every row, in one step, so that a run that is cut short leaves what it has measured."""
     unfinished = path.with_suffix(".part")
     unfinished.write_text(records.to_json(record))
     os.replace(unfinished, path)

@@ -1,4 +1,7 @@
-"""Non-maximum suppression of candidate boxes as a detector makes them: many overlapping boxes round each object."""
+"""Non-maximum suppression of candidate boxes as a detector makes them: many overlapping boxes round each object.
+
+torchvision has no function for a batch of images; it is called in a loop over them, as its users do.
+"""
 
 from functools import partial
 
@@ -45,7 +48,7 @@ def padded(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int,
     peers = []
     if torchvision := optional("torchvision.ops", absent):
         loop = partial(loop_over_images, torchvision.batched_nms, boxes, scores, labels)
-        peers.append(Implementation("torchvision, loop over images", loop))
+        peers.append(Implementation("torchvision", loop))
     workload = workload_of(ours, reference, peers, absent, boxes, scores, labels)
     # torchvision shifts the boxes of a class by an offset, which rounds: which of two boxes near the threshold stays can differ.
     workload.results_of_peers = 2

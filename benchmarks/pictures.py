@@ -16,18 +16,18 @@ COPY = "copy of as many bytes"
 
 def draw_all(record: records.Record, folder: Path) -> list[Path]:
     """Draws each op of the record into `<op>-<device>.png`, over an older picture of the same."""
-    return [draw(record, op, folder) for op in dict.fromkeys(row.op for row in record.rows if row.ours)]
+    return [draw(record, op, folder) for op in dict.fromkeys(row.op for row in records.shown(record.rows) if row.ours)]
 
 
 def draw(record: records.Record, op: str, folder: Path) -> Path:
-    rows = [row for row in record.rows if row.op == op and row.ours]
+    rows = [row for row in records.shown(record.rows) if row.op == op and row.ours]
     names = list(dict.fromkeys(name for row in rows for name in row.timings))
     names.sort(key=lambda name: name != records.OURS)
     bars = [*names, COPY]
     height = 0.9 / len(bars)
     figure, axes = plt.subplots(figsize=(10, 1.5 + len(rows) * (0.25 + 0.16 * len(bars))), layout="constrained")
     for b, name in enumerate(bars):
-        timings = [row.copy if name == COPY else row.timings.get(name) for row in rows]
+        timings = [(row.copy if row.is_large else None) if name == COPY else row.timings.get(name) for row in rows]
         there = [(i, timing) for i, timing in enumerate(timings) if timing]
         medians = [timing.median * 1e3 for _, timing in there]
         spread = [
@@ -39,9 +39,14 @@ def draw(record: records.Record, op: str, folder: Path) -> Path:
         axes.barh(
             positions, medians, height, xerr=spread, color=colour, label=name, error_kw={"lw": 0.8, "ecolor": "#444444"}
         )
-        for position, median in zip(positions, medians, strict=True):
+        for position, (_, timing) in zip(positions, there, strict=True):
             axes.annotate(
-                f"{median:.3g}", (median, position), (4, 0), textcoords="offset points", va="center", fontsize=6
+                f"{1e3 * timing.median:.3g}",
+                (1e3 * max(timing.median, timing.q80), position),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=6,
             )
     axes.set_yticks(
         range(len(rows)), [f"{row.case}\n{row.dtype} {row.layout}, {row.phase}" for row in rows], fontsize=7
@@ -68,7 +73,7 @@ def main() -> None:
     everything = records.load_all(folder)
     for slug in dict.fromkeys(record.device_slug for record in everything):
         for op, (record, rows) in records.newest_rows(everything, slug).items():
-            if any(row.ours for row in rows):
+            if any(row.ours for row in records.shown(rows)):
                 print(draw(record, op, folder))
 
 

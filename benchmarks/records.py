@@ -9,6 +9,7 @@ from typing import Any
 FORMAT = 1
 RESULTS = Path(__file__).parent / "results"
 OURS = "effdet_fast"
+LARGE = 4_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Row:
     copy: Timing | None = None  # a copy of as many bytes, in the same rounds
     timings: dict[str, Timing] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # implementation -> wrong result, error, or why it is absent
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it moves enough for a share of a copy to mean something."""
+        return self.bytes >= LARGE
 
     @property
     def ours(self) -> Timing | None:
@@ -128,6 +134,11 @@ def load_all(folder: Path = RESULTS) -> list[Record]:
     """Records of a folder, oldest first."""
     records = [from_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return sorted(records, key=lambda record: record.date)
+
+
+def shown(rows: list[Row]) -> list[Row]:
+    """For README and pictures: forward alone, and forward with backward. The backward alone stays in the record."""
+    return [row for row in rows if row.phase != "backward"]
 
 
 def newest_rows(records: list[Record], device_slug: str) -> dict[str, tuple[Record, list[Row]]]:

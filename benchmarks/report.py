@@ -36,7 +36,7 @@ def device_section(by_op: dict[str, tuple[Record, list[Row]]]) -> str:
         "| op | case | dtype, layout | phase | ours | of a copy | best peer | speed-up |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [table_row(row) for _, rows in by_op.values() for row in shown(rows)]
+    lines += [table_row(row) for _, rows in by_op.values() for row in records.shown(rows)]
     return "\n".join(lines)
 
 
@@ -46,16 +46,11 @@ def commit_text(record: Record) -> str:
     return f"{commit[:10]}{changed}" if commit else "unknown"
 
 
-def shown(rows: list[Row]) -> list[Row]:
-    """Forward alone and forward with backward; the backward alone is in the record."""
-    return [row for row in rows if row.phase != "backward"]
-
-
 def table_row(row: Row) -> str:
     cells = [row.op, row.case, f"{row.dtype}, {row.layout}", "forward + backward" if row.phase == "both" else row.phase]
     if not row.ours:
         return "| " + " | ".join([*cells, row.problems.get(records.OURS, "not measured"), "", "", ""]) + " |"
-    percent = row.copy_percent(row.ours)
+    percent = row.copy_percent(row.ours) if row.is_large else None
     cells += [milliseconds(row.ours.median), f"{percent:.0f} %" if percent is not None else ""]
     cells += (
         [f"{milliseconds(row.best_peer[1].median)} ({row.best_peer[0]})", f"{row.speed_up:.2f}x"]

@@ -17,7 +17,11 @@ GRACE_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Step:
-    """A command. `needs` names steps that must have succeeded; `skip` is a reason not to run it at all."""
+    """A command; `{limit}` in an argument becomes the seconds it has.
+
+    `needs` names steps that must have succeeded; `skip` is a reason not to run it at all. Steps that `share` get at most an equal
+    part of the time that is left when they start.
+    """
 
     name: str
     command: list[str]
@@ -25,6 +29,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     skip: str | None = None
+    share: bool = False
     output_lines: int = 3  # how many of its last lines the summary shows
 
 
@@ -46,8 +51,10 @@ def run_all(
     """Runs the steps for at most `limit` seconds in all. What a step needs and did not get, or time, skips it."""
     start = now()
     results: dict[str, Result] = {}
-    for step in steps:
+    for i, step in enumerate(steps):
         left = limit - (now() - start)
+        if step.share:
+            left /= sum(later.share for later in steps[i:])
         missing = [name for name in step.needs if results[name].status != OK]
         if step.skip:
             result = Result(step.name, SKIPPED, 0.0, step.skip)
@@ -63,11 +70,12 @@ def run_all(
 
 def run(step: Step, limit: float, log: TextIO | None = None) -> Result:
     """Runs one command, showing and logging its output; ends it and all it started when the limit is over."""
-    _tell(f"== {step.name} (at most {limit:.0f} s): {' '.join(step.command)}\n", log)
+    command = [argument.replace("{limit}", f"{limit:.0f}") for argument in step.command]
+    _tell(f"== {step.name} (at most {limit:.0f} s): {' '.join(command)}\n", log)
     start = time.monotonic()
     try:
         process = subprocess.Popen(
-            step.command,
+            command,
             env={**os.environ, **step.environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

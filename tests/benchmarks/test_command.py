@@ -54,7 +54,7 @@ def test_a_wrong_op_fails_the_command(tmp_path, capsys, monkeypatch):
 
 
 def test_out_of_time(tmp_path, capsys):
-    assert run(tmp_path, "--phase", "forward", "--budget", "1e-9", "--no-pictures") == 0
+    assert run(tmp_path, "--phase", "forward", "--end-within", "1e-9", "--no-pictures") == 0
     assert "Out of time: 3 of 3 cases were not run." in capsys.readouterr().out
     assert load_all(tmp_path)[0].rows == []
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from benchmarks import records, report
@@ -16,6 +18,12 @@ def test_a_table_per_device():
     row = "| focal_loss | a case | float32, contiguous | forward + backward | 2.00 ms | 50 % | 3.00 ms (torch.compile) | 1.50x |"
     assert row in gpu and row in cpu
     assert "backward |" in cpu and "| backward |" not in cpu
+
+
+def test_no_share_of_a_tiny_copy():
+    record = some_record()
+    record.rows = [replace(record.rows[0], bytes=1000)]
+    assert "| forward | 2.00 ms |  | 3.00 ms" in report.generate([record])
 
 
 def test_what_was_not_measured_is_said():
