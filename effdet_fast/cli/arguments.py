@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from effdet_fast.training.config import AMP_MODES
+from effdet_fast.training.config import AMP_MODES, default_workers
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
@@ -24,7 +24,10 @@ def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int)
         "--iou-threshold", type=float, default=0.5, metavar="T", help="NMS drops boxes above this IoU (default: 0.5)"
     )
     parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="boxes per image (default: 100)")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="image-reading workers (default: 4)")
+    workers = default_workers()
+    parser.add_argument(
+        "--workers", type=int, default=workers, metavar="N", help=f"image-reading workers (default: {workers})"
+    )
     parser.add_argument("--device", metavar="DEV", help="cpu, cuda or cuda:1 (default: the GPU if there is one)")
     parser.add_argument("--amp", choices=AMP_MODES, default="none", help="mixed precision (default: none)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")

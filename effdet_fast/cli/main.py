@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if options.traceback:
             raise
-        return _report(f"error: {error}", options.command, 2)
+        return _report(f"error: {_own_words(error)}", options.command, 2)
     except RuntimeError as error:
         # Only the failures this package names itself; any other RuntimeError is a defect and keeps its traceback.
         if options.traceback or type(error).__module__.partition(".")[0] != "effdet_fast":
@@ -72,6 +72,14 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def _module(command: str) -> Any:
     return importlib.import_module(f"effdet_fast.cli.{command}_command")
+
+
+def _own_words(error: Exception) -> str:
+    """The error's message; of one that PyTorch passes on from a data-loading process, without the traceback round it."""
+    message = str(error)
+    if "Original Traceback" not in message:
+        return message
+    return message.strip().rpartition(f"\n{type(error).__name__}: ")[2]
 
 
 def _report(message: str, command: str, status: int) -> int:

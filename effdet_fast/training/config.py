@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,11 @@ FIXED_ON_RESUME = (
 )
 
 
+def default_workers() -> int:
+    """4, or the number of processors if that is smaller."""
+    return min(4, os.cpu_count() or 1)
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """A training run.
@@ -57,7 +63,8 @@ class TrainConfig:
         amp: "none" (float32), "bf16" or "fp16" (with a gradient scaler).
         channels_last: Keep images and weights in channels_last.
         deterministic: Choose deterministic algorithms where PyTorch has both kinds.
-        workers: Data-loading processes per training process; 0 loads in the training process.
+        workers: Data-loading processes per training process; 0 loads in the training process. The default is 4, or the
+            number of processors if that is smaller.
         seed: Seed of initial weights, order of the samples and augmentation.
         device: "cuda", "cuda:1", "cpu"; None: the GPU if there is one.
         checkpoint: Local file to start from; a class head of another size is left at its initial values.
@@ -96,7 +103,7 @@ class TrainConfig:
     amp: Literal["none", "bf16", "fp16"] = "none"
     channels_last: bool = True
     deterministic: bool = True
-    workers: int = 4
+    workers: int = dataclasses.field(default_factory=default_workers)
     seed: int = 0
     device: str | None = None
     checkpoint: str | None = None

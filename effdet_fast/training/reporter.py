@@ -6,11 +6,15 @@ import math
 import sys
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from effdet_fast.evaluation import METRICS
 from effdet_fast.training.config import TrainConfig
+from effdet_fast.training.run_data import RunData
 from effdet_fast.training.run_folder import RunFolder
+
+_LOADER_BOUND = 0.25
 
 
 class Reporter:
@@ -26,7 +30,7 @@ class Reporter:
         self._config = config
         self._enabled = enabled and config.progress
         self._bar: tqdm | None = None
-        self._seconds = self._images = 0.0
+        self._seconds = self._images = self._waited = 0.0
         self._writer: Any = None
         if config.tensorboard and enabled:
             try:
@@ -34,6 +38,18 @@ class Reporter:
             except ImportError as error:
                 raise ValueError("train: --tensorboard needs `pip install effdet_fast[tensorboard]`") from error
             self._writer = SummaryWriter(str(folder.path))
+
+    def start_run(self, model_config: Any, data: RunData, device: torch.device, per_step: int, step: int) -> None:
+        if not self._enabled:
+            return
+        height, width = model_config.image_size
+        images, classes = len(data.train_loader.coco), len(data.class_names)
+        print(
+            f"{model_config.name} at {height} x {width} px on {device}: {images} images, {classes} classes, "
+            f"{len(data.train_loader)} steps of {per_step} images per epoch"
+            + (f"; continuing after step {step}" if step else ""),
+            flush=True,
+        )
 
     def start_epoch(self, epoch: int, steps: int, start: int) -> None:
         if not self._enabled:
@@ -57,8 +73,8 @@ class Reporter:
         self._bar.set_postfix_str(f"loss {shown}, lr {lr:.3g}, {rate:.3g} img/s", refresh=False)
         self._bar.update()
 
-    def end_epoch(self, seconds: float, images: int) -> None:
-        self._seconds, self._images = seconds, images
+    def end_epoch(self, seconds: float, images: int, waited: float) -> None:
+        self._seconds, self._images, self._waited = seconds, images, waited
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -82,6 +98,9 @@ class Reporter:
             parts.append(f"AP {row['AP']:.4f} AP50 {row['AP50']:.4f}" + (" (best)" if best else ""))
         parts.append(f"lr {row['lr']:.3g}")
         parts.append(f"{row['images_per_second']:.3g} img/s")
+        share = self._waited / self._seconds if self._seconds else 0.0
+        if share > _LOADER_BOUND:
+            parts.append(f"({share:.0%} of the time waiting for data: more --workers may help)")
         print("  ".join(parts), flush=True)
 
     def close(self) -> None:

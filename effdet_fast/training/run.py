@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from effdet_fast.data import CocoDetection, create_loader
 from effdet_fast.models import EfficientDet, create_model, load_checkpoint, model_config
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
 from effdet_fast.training.distributed import Processes, join_processes
 from effdet_fast.training.interrupt import Interrupt
 from effdet_fast.training.model_options import freeze, set_bn_momentum, share_bn_statistics
+from effdet_fast.training.run_data import RunData, open_data
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.seeding import algorithm_choice
-from effdet_fast.training.trainer import RunData, Trainer
+from effdet_fast.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         folder = RunFolder(config.output)
         processes.on_main(lambda: folder.check_free(overwrite=config.overwrite, resumed_from=resumed_from))
         model_config(config.model)
-        data = _open_data(config, processes)
+        data = open_data(config, processes)
         model = _build_model(config, len(data.category_ids), processes, device)
         if content is not None:
             _check_fit(content, data, config, processes)
@@ -131,43 +130,6 @@ def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) 
             stacklevel=4,
         )
     return config
-
-
-def _open_data(config: TrainConfig, processes: Processes) -> RunData:
-    train_set = CocoDetection(config.train_images, config.train_annotations)
-    if len(train_set) == 0:
-        raise ValueError(f"train: {config.train_annotations} lists no images")
-    if not train_set.category_ids:
-        raise ValueError(f"train: {config.train_annotations} lists no categories")
-    released = model_config(config.model)
-    image_size = config.image_size or released.image_size
-    if config.batch_size == 1 and max(image_size) <= 128:  # the coarsest level is one cell
-        raise ValueError(
-            f"train: batch_size 1 at image_size {image_size} leaves BatchNorm a single value per channel; use 2 or more"
-        )
-    common: dict[str, Any] = {
-        "image_size": image_size,
-        "batch_size": config.batch_size,
-        "mean": released.mean,
-        "std": released.std,
-        "workers": config.workers,
-        "seed": config.seed,
-        "rank": processes.rank,
-        "world_size": processes.world_size,
-    }
-    augmentation: dict[str, Any] = {"hflip": config.hflip, "vflip": config.vflip, "scale_jitter": config.scale_jitter}
-    val_set = val_loader = None
-    if config.val_images is not None and config.val_annotations is not None:
-        val_set = CocoDetection(config.val_images, config.val_annotations, category_ids=train_set.category_ids)
-        val_loader = create_loader(val_set, training=False, **common)
-    return RunData(
-        train_loader=create_loader(train_set, training=True, **common, **augmentation),
-        val_loader=val_loader,
-        val_dataset=val_set,
-        class_names=train_set.class_names,
-        category_ids=train_set.category_ids,
-        fingerprint=f"{len(train_set)} images, ids crc32 {zlib.crc32(repr(train_set.image_ids).encode()):08x}",
-    )
 
 
 def _build_model(config: TrainConfig, classes: int, processes: Processes, device: torch.device) -> EfficientDet:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effdet_fast.data import normalize
+from effdet_fast.data import BatchLoader, CocoDetection, normalize
 from effdet_fast.evaluation import autocast, evaluate_model
 from effdet_fast.training.checkpoint import FORMAT, save_atomically
 from effdet_fast.training.config import TrainConfig
@@ -20,21 +20,10 @@ from effdet_fast.training.model_options import enter_training
 from effdet_fast.training.monitor import LossMonitor, LossSums, NonFiniteLoss
 from effdet_fast.training.optimizer import clip_gradients, create_optimizer, set_learning_rate, set_skip_flag
 from effdet_fast.training.reporter import Reporter
+from effdet_fast.training.run_data import RunData
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.schedule import WarmupCosine
 from effdet_fast.training.seeding import seed_step
-
-
-@dataclasses.dataclass
-class RunData:
-    """The data of a run, as `run.py` makes it: loaders of this process's share, and what the labels mean."""
-
-    train_loader: Any
-    val_loader: Any
-    val_dataset: Any
-    class_names: list[str]
-    category_ids: list[int]
-    fingerprint: str
 
 
 class Trainer:
@@ -86,6 +75,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last epoch, or to the first signal; either way `last.pt` is whole."""
+        self._reporter.start_run(self.model.config, self.data, self.device, self._images_per_step, self.step)
         try:
             while self.epoch < self.config.epochs:
                 if not self._train_epoch() or not self._finish_epoch():
@@ -105,20 +95,23 @@ class Trainer:
         self._reporter.start_epoch(self.epoch, self._steps_per_epoch, self.batch)
         if self.batch == 0:
             self._monitor.start_epoch()
-        images_seen, started = 0, time.perf_counter()
-        stop = 0
+        images_seen = stop = 0
+        waited, started = 0.0, time.perf_counter()
+        ready = started
         for batch in loader:
+            waited += time.perf_counter() - ready
             self._train_step(batch)
             images_seen += self._images_per_step
             self._reporter.step(self._monitor.latest, self._schedule(self.step - 1), images_seen)
             stop = self._agreement.exchange(self.interrupt.signal or 0)
             if stop:
                 break
+            ready = time.perf_counter()
         stop = max(stop, self._agreement.drain())
         self._monitor.flush()
         seconds = time.perf_counter() - started
         self.processes.broadcast_buffers(self.model)
-        self._reporter.end_epoch(seconds, images_seen)
+        self._reporter.end_epoch(seconds, images_seen, waited)
         if stop:
             self.interrupt.signal = stop
             self.save_last()
@@ -157,13 +150,13 @@ class Trainer:
         """Evaluate where due, write the row and the checkpoints; False if a signal cut the evaluation short."""
         config, epoch = self.config, self.epoch
         last = epoch + 1 == config.epochs
-        due = self.data.val_loader is not None and ((epoch + 1) % config.eval_every == 0 or last)
+        loader, dataset = self.data.val_loader, self.data.val_dataset
         metrics: dict[str, float] = {}
-        if due:
+        if loader is not None and dataset is not None and ((epoch + 1) % config.eval_every == 0 or last):
             self.save_last()  # an evaluation can take minutes; a signal need not wait for it
             try:
                 with self.interrupt.raising():
-                    metrics = self._evaluate()
+                    metrics = self._evaluate(loader, dataset)
             except KeyboardInterrupt:
                 return False
         total, cls, box = self._monitor.sums.means()
@@ -181,7 +174,7 @@ class Trainer:
         self.epoch, self.batch = epoch + 1, 0
         self._monitor.start_epoch()
         self.metrics = metrics or self.metrics
-        better = metrics.get("AP", -math.inf) >= self.best if metrics else self.data.val_loader is None
+        better = metrics.get("AP", -math.inf) >= self.best if metrics else loader is None
         if metrics and better:
             self.best = metrics["AP"]
         if self.processes.is_main:
@@ -192,7 +185,7 @@ class Trainer:
         self.save_last()
         return True
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self, loader: BatchLoader, dataset: CocoDetection) -> dict[str, float]:
         model = self.model
         if self._ema is not None:
             self._ema.copy_buffers()
@@ -200,8 +193,8 @@ class Trainer:
         model.eval()
         return evaluate_model(
             model,
-            self.data.val_loader,
-            self.data.val_dataset,
+            loader,
+            dataset,
             device=self.device,
             amp=self.config.amp,
             rank=self.processes.rank,

@@ -74,7 +74,8 @@ def test_a_killed_and_resumed_run_gives_the_same_weights(data, finished, tmp_pat
     arguments = train_arguments(data, tmp_path / "run", "--epochs", 2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "effdet_fast", *arguments],
+        [sys.executable, "-m", "effdet_fast", *arguments, "--workers", "1"],
+        start_new_session=True,
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -85,7 +86,7 @@ def test_a_killed_and_resumed_run_gives_the_same_weights(data, finished, tmp_pat
     while not (tmp_path / "run" / "config.json").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, loader workers included
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     last = tmp_path / "run" / "last.pt"
@@ -151,6 +152,17 @@ def test_fine_tuning_to_other_classes_keeps_all_but_the_class_layer(data, finish
     assert after[weight].shape[0] == 18 and before[weight].shape[0] == 27
     for name in ("backbone.conv_stem.weight", "box_net.predict.conv_pw.weight"):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+
+def test_a_picture_that_breaks_on_decoding_is_one_line(data, tmp_path, capsys):
+    make_dataset(tmp_path / "train", images=4, size=(60, 80), suffix=".jpg")
+    for picture in (tmp_path / "train" / "images").iterdir():
+        picture.write_bytes(picture.read_bytes()[:-600])
+    (tmp_path / "val").symlink_to(data / "val")
+    arguments = train_arguments(tmp_path, tmp_path / "run", "--epochs", 1, "--workers", 1)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "picture_00" in error and ".jpg" in error and len(error.splitlines()) == 1
 
 
 def test_two_processes_train_and_evaluate_together(data, tmp_path, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from effdet_fast.training import NonFiniteLoss, run, train
+from effdet_fast.training import NonFiniteLoss, run, run_data, train
 from effdet_fast.training.distributed import Agreement, Processes, join_processes
 from tests.training.tiny_detector import create_tiny, tiny_config
 
@@ -59,7 +59,8 @@ def main(folder: Path) -> None:
         models.append(model)
         return model
 
-    run.create_model, run.model_config = create, tiny_config
+    run.create_model = create
+    run.model_config = run_data.model_config = tiny_config
     options = {
         "train_images": images,
         "train_annotations": annotations,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from effdet_fast.training import NonFiniteLoss, run, train
+from effdet_fast.training import NonFiniteLoss, run, run_data, train
 from effdet_fast.training.trainer import Trainer
 from tests.generated_data import make_dataset
 from tests.training.tiny_detector import create_tiny, tiny_config
@@ -51,6 +51,7 @@ def start(data, monkeypatch):
     start.prepare = lambda model: None
     monkeypatch.setattr(run, "create_model", create)
     monkeypatch.setattr(run, "model_config", tiny_config)
+    monkeypatch.setattr(run_data, "model_config", tiny_config)
     return start
 
 
@@ -287,3 +288,24 @@ def test_tensorboard_is_asked_for_by_name_when_missing(start, tmp_path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with warnings.catch_warnings(), pytest.raises(ValueError, match=r"pip install effdet_fast\[tensorboard\]"):
         start(tmp_path / "run", epochs=1, tensorboard=True)
+
+
+def test_the_screen_shows_the_run_and_its_epochs(start, tmp_path, capsys):
+    start(tmp_path / "run", epochs=1, progress=True)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "tiny at 32 x 32 px on cpu: 10 images, 3 classes, 4 steps of 3 images per epoch"
+    assert out[1].startswith("epoch 1/1  loss ") and " AP " in out[1] and "img/s" in out[1]
+
+
+def test_one_image_of_one_cell_is_refused(start, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 1 at image_size \(32, 32\)"):
+        start(tmp_path / "run", batch_size=1)
+
+
+@pytest.mark.parametrize("broken", ["images", "categories"])
+def test_a_file_with_nothing_to_train_on_is_named(start, tmp_path, data, broken):
+    content = json.loads(data["train_annotations"].read_text())
+    content |= {"annotations": [], broken: []}
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"empty.json.* {broken}"):
+        start(tmp_path / "run", train_annotations=tmp_path / "empty.json")

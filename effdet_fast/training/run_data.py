@@ -1,0 +1,69 @@
+"""The data a run trains and evaluates on, and what its labels mean."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from typing import Any
+
+from effdet_fast.data import BatchLoader, CocoDetection, create_loader
+from effdet_fast.models import model_config
+from effdet_fast.training.config import TrainConfig
+from effdet_fast.training.distributed import Processes
+
+
+@dataclasses.dataclass
+class RunData:
+    """The data of a run: loaders of this process's share, and what the labels mean.
+
+    `fingerprint` tells whether a resumed run sees the same images.
+    """
+
+    train_loader: BatchLoader
+    val_loader: BatchLoader | None
+    val_dataset: CocoDetection | None
+    class_names: list[str]
+    category_ids: list[int]
+    fingerprint: str
+
+
+def open_data(config: TrainConfig, processes: Processes) -> RunData:
+    """Read and check both data sets of a run, before anything else is made.
+
+    Raises:
+        ValueError: No images, no categories, or what `CocoDetection` finds wrong.
+    """
+    train_set = CocoDetection(config.train_images, config.train_annotations)
+    if len(train_set) == 0:
+        raise ValueError(f"train: {config.train_annotations} lists no images")
+    if not train_set.category_ids:
+        raise ValueError(f"train: {config.train_annotations} lists no categories")
+    released = model_config(config.model)
+    image_size = config.image_size or released.image_size
+    if config.batch_size == 1 and max(image_size) <= 128:  # the coarsest level is one cell
+        raise ValueError(
+            f"train: batch_size 1 at image_size {image_size} leaves BatchNorm a single value per channel; use 2 or more"
+        )
+    common: dict[str, Any] = {
+        "image_size": image_size,
+        "batch_size": config.batch_size,
+        "mean": released.mean,
+        "std": released.std,
+        "workers": config.workers,
+        "seed": config.seed,
+        "rank": processes.rank,
+        "world_size": processes.world_size,
+    }
+    augmentation: dict[str, Any] = {"hflip": config.hflip, "vflip": config.vflip, "scale_jitter": config.scale_jitter}
+    val_set = val_loader = None
+    if config.val_images is not None and config.val_annotations is not None:
+        val_set = CocoDetection(config.val_images, config.val_annotations, category_ids=train_set.category_ids)
+        val_loader = create_loader(val_set, training=False, **common)
+    return RunData(
+        train_loader=create_loader(train_set, training=True, **common, **augmentation),
+        val_loader=val_loader,
+        val_dataset=val_set,
+        class_names=train_set.class_names,
+        category_ids=train_set.category_ids,
+        fingerprint=f"{len(train_set)} images, ids crc32 {zlib.crc32(repr(train_set.image_ids).encode()):08x}",
+    )
