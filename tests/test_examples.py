@@ -1,0 +1,69 @@
+"""The pieces of the tree example that need no download."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effdet_fast.data import CocoDetection
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import neon_trees
+
+
+@pytest.fixture
+def photograph():
+    return Image.fromarray(np.arange(70 * 100 * 3, dtype=np.uint32).astype(np.uint8).reshape(70, 100, 3))
+
+
+def test_tiles_cover_the_photograph_and_boxes_are_cut(tmp_path, photograph):
+    boxes = np.array([[5.0, 5, 15, 15], [36, 10, 46, 20], [38, 60, 48, 70]])
+    file = neon_trees.cut_tiles(photograph, boxes, side=40, stride=40, folder=tmp_path / "val")
+    content = json.loads(file.read_text())
+    sizes = {image["file_name"]: (image["width"], image["height"]) for image in content["images"]}
+    assert sizes["00000_00000.png"] == (40, 40) and sizes["00080_00040.png"] == (20, 30) and len(sizes) == 6
+    pieces = np.array(photograph)
+    for name in sizes:
+        left, top = int(name[:5]), int(name[6:11])
+        tile = np.array(Image.open(tmp_path / "val" / name))
+        assert (tile == pieces[top : top + 40, left : left + 40]).all()
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    found = {(names[a["image_id"]], *a["bbox"]): a["iscrowd"] for a in content["annotations"]}
+    assert found == {
+        ("00000_00000.png", 5, 5, 10, 10): 0,
+        ("00000_00000.png", 36, 10, 4, 10): 1,  # less than half of it is in this tile
+        ("00040_00000.png", 0, 10, 6, 10): 0,
+        ("00000_00040.png", 38, 20, 2, 10): 1,
+        ("00040_00040.png", 0, 20, 8, 10): 0,
+    }
+    dataset = CocoDetection(tmp_path / "val", file)
+    assert len(dataset) == 6 and list(dataset.class_names) == ["tree"]
+
+
+def test_overlapping_tiles_show_every_box_whole_somewhere(tmp_path, photograph):
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, [88, 58], (40, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(3, 12, (40, 2))], axis=1)
+    file = neon_trees.cut_tiles(photograph, boxes, side=40, stride=20, folder=tmp_path / "train")
+    areas = [a["area"] for a in json.loads(file.read_text())["annotations"] if not a["iscrowd"]]
+    for box in boxes:
+        whole = (box[2:] - box[:2]).prod()
+        assert any(abs(area - whole) < 1e-6 for area in areas)
+
+
+def test_boxes_are_read_from_pascal_voc(tmp_path):
+    path = tmp_path / "boxes.xml"
+    corners = "<xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax>"
+    path.write_text(f"<annotation><object><name>Tree</name><bndbox>{corners}</bndbox></object></annotation>")
+    assert neon_trees.read_boxes(path).tolist() == [[0, 1, 10, 20]]
+
+
+def test_no_run_overwrites_another(tmp_path):
+    folder = tmp_path / "run"
+    for expected in ("run", "run-2", "run-3"):
+        free = neon_trees.free_folder(folder)
+        assert free.name == expected
+        free.mkdir()
