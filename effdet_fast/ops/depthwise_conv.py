@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     ACTIVATIONS,
     autocast_dtype,
@@ -56,6 +57,89 @@ def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     return F.conv2d(x, weight, bias, geometry.stride, pads, geometry.dilation, groups=x.shape[1])
 
 
+def _empty(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
+    return x.new_empty(sizes).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+_GEOMETRY = "int stride, SymInt left, SymInt top"
+_depthwise_conv = _library.define(
+    f"depthwise_conv(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, SymInt out_height, SymInt out_width, int prologue, "
+    "bool channels_last) -> Tensor",
+    lambda x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last: _empty(
+        x, (x.shape[0], x.shape[1], out_height, out_width), channels_last
+    ),
+)
+_depthwise_conv_grad_input = _library.define(
+    f"depthwise_conv_grad_input(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, int prologue, bool channels_last) -> Tensor",
+    lambda grad, x, weight, stride, left, top, prologue, channels_last: _empty(x, x.shape, channels_last),
+)
+_depthwise_conv_grad_weight = _library.define(
+    f"depthwise_conv_grad_weight(Tensor grad, Tensor x, int kernel, {_GEOMETRY}, int prologue, bool channels_last, "
+    "bool with_bias) -> (Tensor, Tensor)",
+    lambda grad, x, kernel, stride, left, top, prologue, channels_last, with_bias: (
+        x.new_empty(x.shape[1], 1, kernel, kernel),
+        x.new_empty(x.shape[1] if with_bias else 0),
+    ),
+)
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last):
+        ctx.save_for_backward(x, weight)
+        ctx.options = (stride, left, top, prologue, channels_last)
+        ctx.has_bias = bias is not None
+        return _depthwise_conv(x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_bias = need_bias and ctx.has_bias
+        grad = grad.contiguous(memory_format=torch.channels_last if ctx.options[-1] else torch.contiguous_format)
+        grad_x = grad_weight = grad_bias = None
+        if need_x:
+            grad_x = _depthwise_conv_grad_input(grad, x, weight, *ctx.options)
+        if need_weight or need_bias:
+            grad_weight, grad_bias = _depthwise_conv_grad_weight(grad, x, weight.shape[2], *ctx.options, need_bias)
+        return (
+            grad_x,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+            *(None,) * 7,
+        )
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, prologue: str | None) -> Tensor:
+    left, _, top, _ = geometry.sides
+    stride = geometry.stride[0]
+    out_height, out_width = ((n - k) // stride + 1 for n, k in zip(_padded(x, geometry), geometry.kernel, strict=True))
+    channels_last = _is_channels_last(x)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    options = (stride, left, top, out_height, out_width, ACTIVATIONS[prologue], channels_last)
+    needs_gradient = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    if torch.is_grad_enabled() and needs_gradient:
+        return _DepthwiseConv.apply(x, weight, bias, *options)
+    return _depthwise_conv(x, weight, bias, *options)
+
+
+def _has_kernel(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    return (
+        _library.is_native(x)
+        and geometry.kernel in ((3, 3), (5, 5))
+        and geometry.stride in ((1, 1), (2, 2))
+        and geometry.dilation == (1, 1)
+        and weight.shape[0] == x.shape[1]
+    )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.stride() != (1, 1, 1, 1)
+
+
 def depthwise_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -104,7 +188,8 @@ def depthwise_conv2d(
             raise ValueError(f"{op}: bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
     check_choice(op, "prologue", prologue, ACTIVATIONS)
     x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
-    return _pytorch(x, weight, bias, geometry, prologue)
+    run = _native if _has_kernel(x, weight, geometry) else _pytorch
+    return run(x, weight, bias, geometry, prologue)
 
 
 def depthwise_separable_conv2d_reference(
@@ -189,6 +274,8 @@ def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation) -> Geometry:
     if x.dim() != 4:
         raise ValueError(f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{op}: x must have at least one row and one column, got {list(x.shape)}")
     channels = x.shape[1]
     fits = weight.dim() == 4 and weight.shape[1] == 1 and min(weight.shape[2:]) >= 1
     if not fits or (

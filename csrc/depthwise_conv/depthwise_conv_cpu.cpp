@@ -1,0 +1,108 @@
+// Cuts the work into parts that depend on the shape only, hands them to the layout's code on several threads, and adds the weight
+// gradient's parts in order: the results do not depend on the threads.
+#include "depthwise_conv_cpu.h"
+
+#include "../common/parallel.h"
+
+namespace ef::depthwise_conv {
+namespace {
+constexpr int64_t kRowsPerBlock = 16;         // a block reads kernel - 1 rows more than it makes
+constexpr int64_t kScratchBytes = 256 << 10;  // the rows a block works on stay in the second-level cache
+constexpr int64_t kGrainMultiplies = 1 << 16;
+constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kMinChunkPositions = 512;  // far more than the taps that adding a chunk costs
+
+// Channels cut into groups of near equal size.
+struct Groups {
+  int64_t count, size;
+  Groups(const Shape& s, int64_t columns) {
+    const int64_t bytes = 2 * s.kernel * columns * int64_t(sizeof(float));
+    const int64_t most = s.channels_last ? std::clamp<int64_t>(kScratchBytes / bytes / 16 * 16, 16, 256) : 16;
+    count = ceil_div(s.c, most);
+    size = s.channels_last ? ceil_div(ceil_div(s.c, count), 16) * 16 : most;
+    count = ceil_div(s.c, size);
+  }
+};
+
+template <class F>
+void for_each_part(int64_t parts, int64_t multiplies, const F& f) {
+  const int64_t grain = std::clamp<int64_t>(kGrainMultiplies * parts / std::max<int64_t>(1, multiplies), 1, parts);
+  parallel_for(parts, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) f(part);
+  });
+}
+
+// f(block) over images, blocks of `rows` rows of `columns` columns, and groups of channels.
+template <class F>
+void for_each_block(const Shape& s, int64_t rows, int64_t columns, const F& f) {
+  const Groups groups(s, std::max(s.w, s.ow));
+  const int64_t blocks = ceil_div(rows, kRowsPerBlock), step = ceil_div(rows, blocks);
+  const int64_t multiplies = s.n * s.c * s.oh * s.ow * s.kernel * s.kernel;
+  for_each_part(s.n * blocks * groups.count, multiplies, [&](int64_t part) {
+    const int64_t group = part % groups.count, block = part / groups.count % blocks, n = part / groups.count / blocks;
+    f(Block{n, std::min(rows, block * step), std::min(rows, (block + 1) * step), group * groups.size,
+            std::min(s.c, (group + 1) * groups.size)});
+  });
+}
+
+template <class F>
+void with_layout(const Shape& s, const F& f) {
+  s.channels_last ? f(Nhwc{}) : f(Nchw{});
+}
+}  // namespace
+
+template <typename scalar_t>
+void launch_forward(Cpu, const Shape& s, const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* y) {
+  using A = acc_t<scalar_t>;
+  const std::vector<A> biases = bias ? std::vector<A>(bias, bias + s.c) : std::vector<A>();
+  with_layout(s, [&]<class Layout>(Layout) {
+    const std::vector<A> filter = Layout::pack_filter(s, weight, false);
+    for_each_block(s, s.oh, s.ow,
+                   [&](const Block& block) { Layout::forward(s, x, filter.data(), bias ? biases.data() : nullptr, y, block); });
+  });
+}
+
+template <typename scalar_t>
+void launch_grad_input(Cpu, const Shape& s, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x) {
+  with_layout(s, [&]<class Layout>(Layout) {
+    const std::vector<acc_t<scalar_t>> filter = Layout::pack_filter(s, weight, true);
+    for_each_block(s, s.h, s.w, [&](const Block& block) { Layout::grad_input(s, grad, x, filter.data(), grad_x, block); });
+  });
+}
+
+int64_t chunk_count(Cpu, const Shape& s) {
+  return std::clamp<int64_t>(s.n * s.oh * s.ow / kMinChunkPositions, 1, std::min(kMaxChunks, s.n * s.oh));
+}
+
+template <typename scalar_t>
+void launch_grad_weight(Cpu, const Shape& s, const scalar_t* grad, const scalar_t* x, acc_t<scalar_t>* partials, scalar_t* grad_weight,
+                        scalar_t* grad_bias) {
+  using A = acc_t<scalar_t>;
+  const int64_t chunks = chunk_count(Cpu{}, s), rows = s.n * s.oh, step = ceil_div(rows, chunks), taps = s.kernel * s.kernel;
+  const Groups groups(s, std::max(s.w, s.ow));
+  with_layout(s, [&]<class Layout>(Layout) {
+    for_each_part(chunks * groups.count, rows * s.ow * s.c * taps, [&](int64_t part) {
+      const int64_t group = part % groups.count, chunk = part / groups.count;
+      Layout::grad_weight(s, grad, x, partials + chunk * (taps + 1) * s.c, grad_bias != nullptr,
+                          Slab{std::min(rows, chunk * step), std::min(rows, (chunk + 1) * step), group * groups.size,
+                               std::min(s.c, (group + 1) * groups.size)});
+    });
+  });
+  std::vector<A> sum(s.c);
+  for (int64_t t = 0; t < taps + (grad_bias ? 1 : 0); ++t) {
+    std::fill(sum.begin(), sum.end(), A(0));
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const A* partial = partials + (chunk * (taps + 1) + t) * s.c;
+      for (int64_t c = 0; c < s.c; ++c) sum[c] += partial[c];
+    }
+    for (int64_t c = 0; c < s.c; ++c) (t < taps ? grad_weight[c * taps + t] : grad_bias[c]) = scalar_t(sum[c]);
+  }
+}
+
+#define EF_DEFINE(scalar_t)                                                                                         \
+  template void launch_forward(Cpu, const Shape&, const scalar_t*, const scalar_t*, const scalar_t*, scalar_t*);    \
+  template void launch_grad_input(Cpu, const Shape&, const scalar_t*, const scalar_t*, const scalar_t*, scalar_t*); \
+  template void launch_grad_weight(Cpu, const Shape&, const scalar_t*, const scalar_t*, acc_t<scalar_t>*, scalar_t*, scalar_t*);
+EF_FOR_EACH_FLOATING(EF_DEFINE)
+#undef EF_DEFINE
+}  // namespace ef::depthwise_conv

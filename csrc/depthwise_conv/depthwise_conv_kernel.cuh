@@ -1,0 +1,311 @@
+// Depthwise convolution, k x k, stride s, of [n, c, h, w] in either layout (strides are parameters); `a` = prologue(x), 0 outside.
+//   forward      y[oy, ox] = bias + sum over ky, kx of weight[ky, kx] a[oy s - top + ky, ox s - left + kx]
+//   grad input   a thread owns the columns that s kColumns outputs begin at, and adds each gradient row to the k rows it reaches
+//   grad weight  sum over n, oy, ox of grad[oy, ox] a[oy s - top + ky, ox s - left + kx]
+// Forward and grad input: a thread owns kVec channels x a few columns and marches down a slab of rows, with the rows that are not yet
+// complete as accumulators in registers, so that every row is loaded once per slab and column group; lanes lie along the channels
+// (channels_last) or along the columns. Bytes per element of size e: forward 2 e, grad input 2 e (3 e with a prologue).
+// Grad weight: a block owns a group of channels and a slab of rows; a thread keeps the k^2 sums of its channels over its share of the
+// positions; the threads' sums are added in a fixed order, then the slabs' by a second kernel: no atomics. Bytes: 2 e and the partials.
+#pragma once
+#include "../common/reduce.cuh"
+#include "../common/vec.cuh"
+#include "depthwise_conv.h"
+
+namespace ef::depthwise_conv {
+struct Strides {
+  int64_t image, channel, row, column;
+};
+EF_HD Strides strides_of(const Shape& s, int64_t h, int64_t w) {
+  if (s.channels_last) return {h * w * s.c, 1, w * s.c, s.c};
+  return {s.c * h * w, h * w, w, 1};
+}
+
+// The channels and columns of a thread; flattened over (n, column group, channel group), or (n, channel group, column group) in nchw.
+struct Cell {
+  int64_t n, c, group;
+  __device__ Cell(const Shape& s, int64_t i, int64_t channel_groups, int64_t column_groups, int vec) {
+    const int64_t inner = s.channels_last ? channel_groups : column_groups, outer = s.channels_last ? column_groups : channel_groups;
+    const int64_t first = i % inner, second = i / inner % outer;
+    n = i / inner / outer;
+    c = (s.channels_last ? first : second) * vec;
+    group = s.channels_last ? second : first;
+  }
+};
+
+template <int kCount, int kVec, typename A>
+__device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
+  if (prologue == Activation::kNone) return;
+  const auto apply = [&]<Activation kPrologue>() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) x[i][v] = activate<kPrologue>(x[i][v]);
+    }
+  };
+  if (prologue == Activation::kSilu) return apply.template operator()<Activation::kSilu>();
+  if (prologue == Activation::kRelu) return apply.template operator()<Activation::kRelu>();
+  apply.template operator()<Activation::kRelu6>();
+}
+
+// values[i] = row[(first + i) column], zero outside [0, columns).
+template <int kCount, int kVec, typename scalar_t, typename A>
+__device__ void load_columns(const scalar_t* row, int64_t first, int64_t columns, int64_t step, A (&values)[kCount][kVec]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t column = first + i;
+    if (column >= 0 && column < columns) {
+      const auto loaded = load_vec<kVec>(row + column * step);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) values[i][v] = A(loaded.v[v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) values[i][v] = A(0);  // and every prologue keeps it zero
+    }
+  }
+}
+
+template <int kKernel, int kVec, typename scalar_t, typename A>
+__device__ void load_filter(const scalar_t* weight, A (&filter)[kKernel][kKernel][kVec]) {
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+#pragma unroll
+    for (int t = 0; t < kKernel * kKernel; ++t) filter[t / kKernel][t % kKernel][v] = A(weight[v * kKernel * kKernel + t]);
+  }
+}
+
+// In the step of row m the input rows m s, ..., m s + s - 1 (counted from the padding's first) are added to the outputs m - a that
+// they reach through the taps ky = u + a s; then output m - (k - 1) / s is complete.
+template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
+__global__ void __launch_bounds__(128) depthwise_conv_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
+                                                             const scalar_t* __restrict__ x,       // [n, c, h, w]
+                                                             const scalar_t* __restrict__ weight,  // [c, k, k]
+                                                             const scalar_t* __restrict__ bias,    // [c], or null
+                                                             scalar_t* __restrict__ y) {           // [n, c, oh, ow]
+  using A = acc_t<scalar_t>;
+  constexpr int kDepth = (kKernel - 1) / kStride, kLoaded = (kColumns - 1) * kStride + kKernel;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= s.n * channel_groups * column_groups) return;
+  const Cell cell(s, i, channel_groups, column_groups, kVec);
+  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
+  const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
+  const int64_t first_row = blockIdx.y * slab_rows, last_row = first_row + slab_rows < s.oh ? first_row + slab_rows : s.oh;
+  x += cell.n * in.image + cell.c * in.channel;
+  y += cell.n * out.image + cell.c * out.channel + ox * out.column;
+
+  A filter[kKernel][kKernel][kVec], init[kVec], sum[kDepth + 1][kColumns][kVec];
+  load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) init[v] = bias ? A(bias[cell.c + v]) : A(0);
+#pragma unroll
+  for (int a = 0; a <= kDepth; ++a) {
+#pragma unroll
+    for (int j = 0; j < kColumns * kVec; ++j) sum[a][j / kVec][j % kVec] = init[j % kVec];
+  }
+  for (int64_t m = first_row; m < last_row + kDepth; ++m) {
+#pragma unroll
+    for (int u = 0; u < kStride; ++u) {
+      const int64_t iy = m * kStride + u - s.top;
+      if (iy < 0 || iy >= s.h) continue;
+      A values[kLoaded][kVec];
+      load_columns<kLoaded, kVec>(x + iy * in.row, ix, s.w, in.column, values);
+      activate_all(s.prologue, values);
+#pragma unroll
+      for (int ky = u; ky < kKernel; ky += kStride) {
+#pragma unroll
+        for (int kx = 0; kx < kKernel; ++kx) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) sum[(ky - u) / kStride][j][v] += filter[ky][kx][v] * values[j * kStride + kx][v];
+          }
+        }
+      }
+    }
+    if (m - kDepth >= first_row) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        if (ox + j >= s.ow) break;
+        Vec<scalar_t, kVec> result;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(sum[kDepth][j][v]);
+        store_vec<kVec>(y + (m - kDepth) * out.row + j * out.column, result);
+      }
+    }
+#pragma unroll
+    for (int a = kDepth; a >= 0; --a) {
+#pragma unroll
+      for (int j = 0; j < kColumns * kVec; ++j)
+        sum[a][j / kVec][j % kVec] = a > 0 ? sum[a > 0 ? a - 1 : 0][j / kVec][j % kVec] : init[j % kVec];
+    }
+  }
+}
+
+// Rows and columns of the input are counted from the first zero of the padding: r = iy + top. Gradient row m reaches r = m s + ky;
+// after it the rows m s, ..., m s + s - 1 are complete. The thread's columns are group s kColumns + [0, s kColumns).
+template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
+__global__ void __launch_bounds__(128)
+    depthwise_conv_grad_input_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
+                                     const scalar_t* __restrict__ grad,    // [n, c, oh, ow]
+                                     const scalar_t* __restrict__ x,       // [n, c, h, w]; read only where there is a prologue
+                                     const scalar_t* __restrict__ weight,  // [c, k, k]
+                                     scalar_t* __restrict__ grad_x) {      // [n, c, h, w]
+  using A = acc_t<scalar_t>;
+  constexpr int kBefore = (kKernel - 1) / kStride;  // outputs to the left that still reach the thread's columns
+  constexpr int kLoaded = kColumns + kBefore, kOwned = kColumns * kStride;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= s.n * channel_groups * column_groups) return;
+  const Cell cell(s, i, channel_groups, column_groups, kVec);
+  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
+  const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
+  const int64_t rows = ceil_div(s.h + s.top, kStride);  // steps over all rows of the input
+  const int64_t first_step = blockIdx.y * slab_rows, last_step = first_step + slab_rows < rows ? first_step + slab_rows : rows;
+  grad += cell.n * out.image + cell.c * out.channel;
+  const int64_t base = cell.n * in.image + cell.c * in.channel;
+
+  A filter[kKernel][kKernel][kVec], sum[kKernel][kOwned][kVec];
+  load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
+#pragma unroll
+  for (int j = 0; j < kKernel * kOwned * kVec; ++j) sum[j / (kOwned * kVec)][j / kVec % kOwned][j % kVec] = A(0);
+  for (int64_t m = first_step - kBefore; m < last_step; ++m) {
+    if (m >= 0 && m < s.oh) {
+      A values[kLoaded][kVec];
+      load_columns<kLoaded, kVec>(grad + m * out.row, ox - kBefore, s.ow, out.column, values);
+#pragma unroll
+      for (int ky = 0; ky < kKernel; ++ky) {
+#pragma unroll
+        for (int j = 0; j < kOwned; ++j) {
+#pragma unroll
+          for (int l = 0; l < kLoaded; ++l) {
+            const int kx = j - (l - kBefore) * kStride;
+            if (kx < 0 || kx >= kKernel) continue;
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) sum[ky][j][v] += filter[ky][kx][v] * values[l][v];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kStride; ++u) {
+      const int64_t iy = m * kStride + u - s.top;
+      if (m < first_step || iy < 0 || iy >= s.h) continue;
+#pragma unroll
+      for (int j = 0; j < kOwned; ++j) {
+        if (ix + j < 0 || ix + j >= s.w) continue;
+        const int64_t at = base + iy * in.row + (ix + j) * in.column;
+        A value[1][kVec];
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) value[0][v] = sum[u][j][v];
+        if (s.prologue != Activation::kNone) {
+          const auto loaded = load_vec<kVec>(x + at);
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) {
+            const A z = A(loaded.v[v]);
+            value[0][v] *= s.prologue == Activation::kSilu   ? activate_grad<Activation::kSilu>(z)
+                           : s.prologue == Activation::kRelu ? activate_grad<Activation::kRelu>(z)
+                                                             : activate_grad<Activation::kRelu6>(z);
+          }
+        }
+        Vec<scalar_t, kVec> result;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(value[0][v]);
+        store_vec<kVec>(grad_x + at, result);
+      }
+    }
+#pragma unroll
+    for (int ky = 0; ky < kKernel; ++ky) {
+#pragma unroll
+      for (int j = 0; j < kOwned; ++j) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v)
+          sum[ky][j][v] = ky + kStride < kKernel ? sum[ky + kStride < kKernel ? ky + kStride : ky][j][v] : A(0);
+      }
+    }
+  }
+}
+
+// blockDim.x channel groups x blockDim.y shares of the slab's (row, column group) positions. In nchw the lanes of a warp share one
+// channel: blockDim.x = 1, kLanesShare, and shares are added over the warp first.
+template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
+__global__ void __launch_bounds__(128)
+    depthwise_conv_grad_weight_kernel(Shape s, int64_t slab_rows,
+                                      const scalar_t* __restrict__ grad,         // [n, c, oh, ow]
+                                      const scalar_t* __restrict__ x,            // [n, c, h, w]
+                                      acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
+  using A = acc_t<scalar_t>;
+  constexpr int kTaps = kKernel * kKernel, kLoaded = (kColumns - 1) * kStride + kKernel;
+  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
+  const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
+  const int64_t column_groups = ceil_div(s.ow, kColumns), rows = s.n * s.oh;
+  const int64_t first_row = blockIdx.y * slab_rows, last_row = first_row + slab_rows < rows ? first_row + slab_rows : rows;
+
+  A sum[kTaps + 1][kVec];
+#pragma unroll
+  for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
+  if (c < s.c) {
+    for (int64_t p = threadIdx.y; p < (last_row - first_row) * column_groups; p += blockDim.y) {
+      const int64_t row = first_row + p / column_groups, ox = p % column_groups * kColumns;
+      const int64_t n = row / s.oh, oy = row % s.oh;
+      A g[kColumns][kVec];
+      load_columns<kColumns, kVec>(grad + n * out.image + c * out.channel + oy * out.row, ox, s.ow, out.column, g);
+#pragma unroll
+      for (int j = 0; j < kColumns * kVec; ++j) sum[kTaps][j % kVec] += g[j / kVec][j % kVec];
+#pragma unroll
+      for (int ky = 0; ky < kKernel; ++ky) {
+        const int64_t iy = oy * kStride - s.top + ky;
+        if (iy < 0 || iy >= s.h) continue;
+        A values[kLoaded][kVec];
+        load_columns<kLoaded, kVec>(x + n * in.image + c * in.channel + iy * in.row, ox * kStride - s.left, s.w, in.column, values);
+        activate_all(s.prologue, values);
+#pragma unroll
+        for (int kx = 0; kx < kKernel; ++kx) {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            if (ox + j >= s.ow) break;  // x may be infinite there: zero times it would not be zero
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) sum[ky * kKernel + kx][v] += g[j][v] * values[j * kStride + kx][v];
+          }
+        }
+      }
+    }
+  }
+  // shared: [tap][share][channel of the block]
+  A* shared = shared_memory<A>();
+  const int shares = kLanesShare ? blockDim.y / kWarpSize : blockDim.y, width = blockDim.x * kVec;
+  const int share = kLanesShare ? threadIdx.y / kWarpSize : threadIdx.y;
+#pragma unroll
+  for (int t = 0; t <= kTaps; ++t) {
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      const A value = kLanesShare ? warp_sum(sum[t][v]) : sum[t][v];
+      if (!kLanesShare || threadIdx.y % kWarpSize == 0) shared[(t * shares + share) * width + threadIdx.x * kVec + v] = value;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < (kTaps + 1) * width; i += blockDim.x * blockDim.y) {
+    const int t = i / width, channel = i % width;
+    if (first_channel + channel >= s.c) continue;
+    A total = 0;
+    for (int k = 0; k < shares; ++k) total += shared[(t * shares + k) * width + channel];
+    partials[(int64_t(blockIdx.y) * (kTaps + 1) + t) * s.c + first_channel + channel] = total;
+  }
+}
+
+// One thread per tap and channel adds the slabs in order.
+template <typename scalar_t>
+__global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
+                                 const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
+                                 scalar_t* __restrict__ grad_weight,            // [channels][taps]
+                                 scalar_t* __restrict__ grad_bias) {            // [channels], or null
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= (taps + 1) * channels) return;
+  const int64_t t = i / channels, c = i % channels;
+  acc_t<scalar_t> sum = 0;
+  for (int64_t slab = 0; slab < slabs; ++slab) sum += partials[(slab * (taps + 1)) * channels + i];
+  if (t < taps) {
+    grad_weight[c * taps + t] = scalar_t(sum);
+  } else if (grad_bias) {
+    grad_bias[c] = scalar_t(sum);
+  }
+}
+}  // namespace ef::depthwise_conv

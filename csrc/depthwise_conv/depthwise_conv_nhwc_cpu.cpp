@@ -1,0 +1,409 @@
+// Channels last. A tile is a few columns of one row times one vector of channels, with its sums in registers; the loop over channels is
+// inside the loop over columns, so that a tile's neighbours find their input in the cache. Columns whose filter leaves the image are
+// done one by one.
+#include "depthwise_conv_cpu.h"
+
+namespace ef::depthwise_conv {
+namespace {
+constexpr int kMaxRows = 5;
+
+// out[j] = init + sum over r, t of in[r][j kStep + offset + t] * filter[r][t], for every channel.
+template <typename A>
+struct ConvolveJob {
+  const A* in[kMaxRows];      // [in_columns][channels], only the rows inside the image
+  const A* filter[kMaxRows];  // [tap][channels]
+  int rows;
+  const A* init;                           // [channels], or null
+  A* out;                                  // [columns][channels]
+  int64_t in_step, filter_step, out_step;  // from one column or tap to the next
+  int64_t offset, columns, in_columns, channels;
+};
+
+// Columns [first, last) have all their taps inside the image.
+struct Interior {
+  int64_t first, last;
+  Interior(int64_t offset, int taps, int step, int64_t columns, int64_t in_columns) {
+    first = std::clamp<int64_t>(offset < 0 ? ceil_div(-offset, step) : 0, 0, columns);
+    const int64_t room = in_columns - taps - offset;
+    last = std::clamp<int64_t>(room < 0 ? 0 : room / step + 1, first, columns);
+  }
+};
+
+template <int kTaps, int kStep, int kColumns, typename V, typename A>
+EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t c) {
+  V sum[kColumns];
+  const V init = job.init ? load<V>(job.init + c) : V{};
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) sum[j] = init;
+  for (int r = 0; r < job.rows; ++r) {
+    V w[kTaps];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) w[t] = load<V>(job.filter[r] + t * job.filter_step + c);
+    const A* in = job.in[r] + (column * kStep + job.offset) * job.in_step + c;
+#pragma GCC unroll 32
+    for (int i = 0; i < (kColumns - 1) * kStep + kTaps; ++i) {
+      const V x = load<V>(in);
+      in += job.in_step;
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; ++j) {
+        const int t = i - j * kStep;
+        if (t >= 0 && t < kTaps) sum[j] += x * w[t];
+      }
+    }
+  }
+  A* out = job.out + column * job.out_step + c;
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) store<V>(out + j * job.out_step, sum[j]);
+}
+
+template <int kTaps, int kStep, typename V, typename A>
+EF_HD void convolve_border(const ConvolveJob<A>& job, int64_t column, int64_t c) {
+  const int64_t start = column * kStep + job.offset;
+  const int64_t first = std::max<int64_t>(0, -start), last = std::min<int64_t>(kTaps, job.in_columns - start);
+  V sum = job.init ? load<V>(job.init + c) : V{};
+  for (int r = 0; r < job.rows; ++r) {
+    for (int64_t t = first; t < last; ++t)
+      sum += load<V>(job.in[r] + (start + t) * job.in_step + c) * load<V>(job.filter[r] + t * job.filter_step + c);
+  }
+  store<V>(job.out + column * job.out_step + c, sum);
+}
+
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES void convolve_row(const ConvolveJob<A>& job) {
+  using V = typename VectorOf<A>::type;
+  constexpr int kColumns = 6;
+  const Interior interior(job.offset, kTaps, kStep, job.columns, job.in_columns);
+  int64_t j = 0;
+  while (j < job.columns) {
+    int64_t c = 0;
+    if (j < interior.first || j >= interior.last) {
+      for (; c + kLanes<V, A> <= job.channels; c += kLanes<V, A>) convolve_border<kTaps, kStep, V>(job, j, c);
+      for (; c < job.channels; ++c) convolve_border<kTaps, kStep, A>(job, j, c);
+      ++j;
+    } else if (j + kColumns <= interior.last) {
+      for (; c + kLanes<V, A> <= job.channels; c += kLanes<V, A>) convolve_tile<kTaps, kStep, kColumns, V>(job, j, c);
+      for (; c < job.channels; ++c) convolve_tile<kTaps, kStep, kColumns, A>(job, j, c);
+      j += kColumns;
+    } else if (j + 2 <= interior.last) {
+      for (; c + kLanes<V, A> <= job.channels; c += kLanes<V, A>) convolve_tile<kTaps, kStep, 2, V>(job, j, c);
+      for (; c < job.channels; ++c) convolve_tile<kTaps, kStep, 2, A>(job, j, c);
+      j += 2;
+    } else {
+      for (; c + kLanes<V, A> <= job.channels; c += kLanes<V, A>) convolve_tile<kTaps, kStep, 1, V>(job, j, c);
+      for (; c < job.channels; ++c) convolve_tile<kTaps, kStep, 1, A>(job, j, c);
+      ++j;
+    }
+  }
+}
+
+template <typename A>
+void convolve(int taps, int step, const ConvolveJob<A>& job) {
+  if (step == 2) return taps == 3 ? convolve_row<3, 2>(job) : convolve_row<5, 2>(job);
+  if (taps == 1) return convolve_row<1, 1>(job);
+  if (taps == 2) return convolve_row<2, 1>(job);
+  return taps == 3 ? convolve_row<3, 1>(job) : convolve_row<5, 1>(job);
+}
+
+// sums[r][t] += sum over j of grad[j] * in[r][j kStep + offset + t], for every channel.
+template <typename A>
+struct CorrelateJob {
+  const A* grad;          // [columns][channels]
+  const A* in[kMaxRows];  // [in_columns][channels], only the rows inside the image
+  A* sums[kMaxRows];      // [tap][channels]
+  int rows;
+  A* bias_sums;  // [channels], or null
+  int64_t grad_step, in_step, sums_step;
+  int64_t offset, columns, in_columns, channels;
+};
+
+template <int kTaps, int kStep, int kRows, typename V, typename A>
+EF_HD void correlate_border(const CorrelateJob<A>& job, int row, int64_t first, int64_t last, int64_t c, V (&sum)[kRows][kTaps]) {
+  for (int64_t j = first; j < last; ++j) {
+    const V g = load<V>(job.grad + j * job.grad_step + c);
+    const int64_t start = j * kStep + job.offset;
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+      if (start + t < 0 || start + t >= job.in_columns) continue;
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r][t] += g * load<V>(job.in[row + r] + (start + t) * job.in_step + c);
+    }
+  }
+}
+
+template <int kTaps, int kStep, int kRows, int kColumns, typename V, typename A>
+EF_HD void correlate_tile(const CorrelateJob<A>& job, int row, int64_t column, int64_t c, V (&sum)[kRows][kTaps]) {
+  V g[kColumns];
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) g[j] = load<V>(job.grad + (column + j) * job.grad_step + c);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const A* in = job.in[row + r] + (column * kStep + job.offset) * job.in_step + c;
+#pragma GCC unroll 32
+    for (int i = 0; i < (kColumns - 1) * kStep + kTaps; ++i) {
+      const V x = load<V>(in);
+      in += job.in_step;
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; ++j) {
+        const int t = i - j * kStep;
+        if (t >= 0 && t < kTaps) sum[r][t] += g[j] * x;
+      }
+    }
+  }
+}
+
+// One vector of channels over the columns [first, last).
+template <int kTaps, int kStep, int kRows, typename V, typename A>
+EF_HD void correlate_columns(const CorrelateJob<A>& job, int row, const Interior& interior, int64_t first, int64_t last, int64_t c) {
+  V sum[kRows][kTaps] = {};
+  const int64_t inner = std::clamp(interior.first, first, last), outer = std::clamp(interior.last, inner, last);
+  correlate_border<kTaps, kStep, kRows, V>(job, row, first, inner, c, sum);
+  int64_t j = inner;
+  for (; j + 4 <= outer; j += 4) correlate_tile<kTaps, kStep, kRows, 4, V>(job, row, j, c, sum);
+  for (; j < outer; ++j) correlate_tile<kTaps, kStep, kRows, 1, V>(job, row, j, c, sum);
+  correlate_border<kTaps, kStep, kRows, V>(job, row, outer, last, c, sum);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) {
+      A* p = job.sums[row + r] + t * job.sums_step + c;
+      store<V>(p, load<V>(p) + sum[r][t]);
+    }
+  }
+}
+
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES void correlate_row(const CorrelateJob<A>& job) {
+  using V = typename VectorOf<A>::type;
+  constexpr int kRows = kTaps == 3 ? 3 : 2;  // as many as have their sums in registers
+  constexpr int64_t kBlockColumns = 32;      // keeps the rows of a block in the cache while the channels go by
+  const Interior interior(job.offset, kTaps, kStep, job.columns, job.in_columns);
+  for (int64_t first = 0; first < job.columns; first += kBlockColumns) {
+    const int64_t last = std::min(job.columns, first + kBlockColumns);
+    int64_t c = 0;
+    for (; c + kLanes<V, A> <= job.channels; c += kLanes<V, A>) {
+      int row = 0;
+      for (; row + kRows <= job.rows; row += kRows) correlate_columns<kTaps, kStep, kRows, V>(job, row, interior, first, last, c);
+      for (; row < job.rows; ++row) correlate_columns<kTaps, kStep, 1, V>(job, row, interior, first, last, c);
+      if (job.bias_sums) {
+        V sum = {};
+        for (int64_t j = first; j < last; ++j) sum += load<V>(job.grad + j * job.grad_step + c);
+        store<V>(job.bias_sums + c, load<V>(job.bias_sums + c) + sum);
+      }
+    }
+    for (; c < job.channels; ++c) {
+      for (int row = 0; row < job.rows; ++row) correlate_columns<kTaps, kStep, 1, A>(job, row, interior, first, last, c);
+      if (job.bias_sums) {
+        A sum = 0;
+        for (int64_t j = first; j < last; ++j) sum += job.grad[j * job.grad_step + c];
+        job.bias_sums[c] += sum;
+      }
+    }
+  }
+}
+
+template <typename A>
+void correlate(int taps, int step, const CorrelateJob<A>& job) {
+  if (step == 1) return taps == 3 ? correlate_row<3, 1>(job) : correlate_row<5, 1>(job);
+  return taps == 3 ? correlate_row<3, 2>(job) : correlate_row<5, 2>(job);
+}
+
+// out[column][channel] = prologue(in), converted.
+template <Activation kPrologue, typename scalar_t, typename A>
+EF_CPU_CLONES void load_row(const scalar_t* __restrict in, int64_t in_step, A* __restrict out, int64_t columns, int64_t channels) {
+  for (int64_t j = 0; j < columns; ++j) {
+    for (int64_t c = 0; c < channels; ++c) out[j * channels + c] = activate<kPrologue>(A(in[j * in_step + c]));
+  }
+}
+
+// out = value, converted, times the derivative of the prologue at x. `value` may be `out` itself.
+template <Activation kPrologue, typename scalar_t, typename A>
+EF_CPU_CLONES void finish_row(const A* value, int64_t value_step, const scalar_t* x, scalar_t* out, int64_t step, int64_t columns,
+                              int64_t channels) {
+  for (int64_t j = 0; j < columns; ++j) {
+#pragma GCC ivdep
+    for (int64_t c = 0; c < channels; ++c) {
+      A v = value[j * value_step + c];
+      if constexpr (kPrologue != Activation::kNone) v *= activate_grad<kPrologue>(A(x[j * step + c]));
+      out[j * step + c] = scalar_t(v);
+    }
+  }
+}
+
+// The rows of a tensor [rows, columns, c] as A, with the prologue applied: in place where nothing has to be done, else through a ring
+// that holds the last few.
+template <typename scalar_t>
+class Rows {
+  using A = acc_t<scalar_t>;
+
+ public:
+  Rows(const scalar_t* data, int64_t columns, int64_t all_channels, int64_t first_channel, int64_t channels, Activation prologue, int slot)
+      : data_(data + first_channel),
+        columns_(columns),
+        all_channels_(all_channels),
+        channels_(channels),
+        prologue_(prologue),
+        ring_(is_direct() ? nullptr : scratch<A>(slot, kMaxRows * columns * channels)) {}
+
+  int64_t step() const { return is_direct() ? all_channels_ : channels_; }
+
+  const A* row(int64_t i) {
+    const scalar_t* in = data_ + i * columns_ * all_channels_;
+    if constexpr (std::is_same_v<scalar_t, A>) {
+      if (is_direct()) return in;
+    }
+    A* out = ring_ + i % kMaxRows * columns_ * channels_;
+    if (held_[i % kMaxRows] != i) {
+      held_[i % kMaxRows] = i;
+      dispatch_activation(int64_t(prologue_),
+                          [&]<Activation kPrologue>() { load_row<kPrologue>(in, all_channels_, out, columns_, channels_); });
+    }
+    return out;
+  }
+
+ private:
+  bool is_direct() const { return std::is_same_v<scalar_t, A> && prologue_ == Activation::kNone; }
+
+  const scalar_t* data_;
+  int64_t columns_, all_channels_, channels_;
+  Activation prologue_;
+  A* ring_;
+  int64_t held_[kMaxRows] = {-1, -1, -1, -1, -1};
+};
+
+// Where a row of results is computed: in the tensor itself, or in scratch to be converted from.
+template <typename scalar_t>
+acc_t<scalar_t>* working_row(scalar_t* row, int64_t columns, int64_t channels) {
+  if constexpr (std::is_same_v<scalar_t, acc_t<scalar_t>>) return row;
+  return scratch<acc_t<scalar_t>>(2, columns * channels);
+}
+}  // namespace
+
+template <typename scalar_t>
+std::vector<acc_t<scalar_t>> Nhwc::pack_filter(const Shape& s, const scalar_t* weight, bool gradient) {
+  std::vector<acc_t<scalar_t>> packed(s.kernel * s.kernel * s.c);
+  auto* out = packed.data();
+  for (int ky = 0; ky < s.kernel; ++ky) {
+    const int phases = gradient ? s.stride : 1;
+    for (int q = 0; q < phases; ++q) {
+      for (int i = 0; i < phase_taps(s.kernel, phases, q); ++i, out += s.c) {
+        const int kx = gradient ? phase_tap(s.kernel, phases, q, i) : i;
+        for (int64_t c = 0; c < s.c; ++c) out[c] = weight[(c * s.kernel + ky) * s.kernel + kx];
+      }
+    }
+  }
+  return packed;
+}
+
+template <typename scalar_t>
+void Nhwc::forward(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filter, const acc_t<scalar_t>* bias, scalar_t* y,
+                   const Block& block) {
+  using A = acc_t<scalar_t>;
+  constexpr bool kConverts = !std::is_same_v<scalar_t, A>;
+  const int64_t channels = block.channels();
+  Rows<scalar_t> rows(x + block.n * s.h * s.w * s.c, s.w, s.c, block.first_channel, channels, s.prologue, 0);
+  ConvolveJob<A> job;
+  job.init = bias ? bias + block.first_channel : nullptr;
+  job.in_step = rows.step();
+  job.filter_step = s.c;
+  job.out_step = kConverts ? channels : s.c;
+  job.offset = -s.left;
+  job.columns = s.ow;
+  job.in_columns = s.w;
+  job.channels = channels;
+  for (int64_t oy = block.first_row; oy < block.last_row; ++oy) {
+    job.rows = 0;
+    for (int ky = 0; ky < s.kernel; ++ky) {
+      const int64_t iy = oy * s.stride - s.top + ky;
+      if (iy < 0 || iy >= s.h) continue;
+      job.in[job.rows] = rows.row(iy);
+      job.filter[job.rows++] = filter + ky * s.kernel * s.c + block.first_channel;
+    }
+    scalar_t* out = y + (block.n * s.oh + oy) * s.ow * s.c + block.first_channel;
+    job.out = working_row(out, s.ow, channels);
+    convolve(s.kernel, s.stride, job);
+    if (kConverts) finish_row<Activation::kNone>(job.out, channels, out, out, s.c, s.ow, channels);
+  }
+}
+
+template <typename scalar_t>
+void Nhwc::grad_input(const Shape& s, const scalar_t* grad, const scalar_t* x, const acc_t<scalar_t>* filter, scalar_t* grad_x,
+                      const Block& block) {
+  using A = acc_t<scalar_t>;
+  constexpr bool kConverts = !std::is_same_v<scalar_t, A>;
+  const int64_t channels = block.channels(), step = kConverts ? channels : s.c;
+  Rows<scalar_t> rows(grad + block.n * s.oh * s.ow * s.c, s.ow, s.c, block.first_channel, channels, Activation::kNone, 0);
+  ConvolveJob<A> job;
+  job.init = nullptr;
+  job.in_step = rows.step();
+  job.filter_step = s.c;
+  job.out_step = step * s.stride;
+  job.in_columns = s.ow;
+  job.channels = channels;
+  for (int64_t iy = block.first_row; iy < block.last_row; ++iy) {
+    const int64_t at = (block.n * s.h + iy) * s.w * s.c + block.first_channel;
+    const int q = int((iy + s.top) % s.stride), row_taps = phase_taps(s.kernel, s.stride, q);
+    const int64_t last = (iy + s.top) / s.stride;
+    A* out = working_row(grad_x + at, s.w, channels);
+    job.rows = 0;
+    for (int i = 0; i < row_taps; ++i) {
+      const int64_t oy = last - (row_taps - 1) + i;
+      if (oy < 0 || oy >= s.oh) continue;
+      job.in[job.rows] = rows.row(oy);
+      job.filter[job.rows++] = filter + phase_tap(s.kernel, s.stride, q, i) * s.kernel * s.c + block.first_channel;
+    }
+    for (int p = 0; p < s.stride; ++p) {
+      const int taps = phase_taps(s.kernel, s.stride, p);
+      const int64_t start = phase_start(s.left, s.stride, p);
+      job.columns = start < s.w ? ceil_div(s.w - start, s.stride) : 0;
+      job.offset = (start + s.left) / s.stride - (taps - 1);
+      job.out = out + start * step;
+      convolve(taps, 1, job);
+      for (int r = 0; r < job.rows; ++r) job.filter[r] += taps * s.c;
+    }
+    if (kConverts || s.prologue != Activation::kNone) {
+      dispatch_activation(int64_t(s.prologue),
+                          [&]<Activation kPrologue>() { finish_row<kPrologue>(out, step, x + at, grad_x + at, s.c, s.w, channels); });
+    }
+  }
+}
+
+template <typename scalar_t>
+void Nhwc::grad_weight(const Shape& s, const scalar_t* grad, const scalar_t* x, acc_t<scalar_t>* partial, bool with_bias,
+                       const Slab& slab) {
+  using A = acc_t<scalar_t>;
+  const int64_t channels = slab.channels(), taps = s.kernel * s.kernel;
+  Rows<scalar_t> rows(x, s.w, s.c, slab.first_channel, channels, s.prologue, 0);
+  Rows<scalar_t> grad_rows(grad, s.ow, s.c, slab.first_channel, channels, Activation::kNone, 1);
+  partial += slab.first_channel;
+  for (int64_t t = 0; t <= taps; ++t) std::fill_n(partial + t * s.c, channels, A(0));
+  CorrelateJob<A> job;
+  job.bias_sums = with_bias ? partial + taps * s.c : nullptr;
+  job.grad_step = grad_rows.step();
+  job.in_step = rows.step();
+  job.sums_step = s.c;
+  job.offset = -s.left;
+  job.columns = s.ow;
+  job.in_columns = s.w;
+  job.channels = channels;
+  for (int64_t i = slab.first_row; i < slab.last_row; ++i) {
+    const int64_t n = i / s.oh, oy = i % s.oh;
+    job.grad = grad_rows.row(i);
+    job.rows = 0;
+    for (int ky = 0; ky < s.kernel; ++ky) {
+      const int64_t iy = oy * s.stride - s.top + ky;
+      if (iy < 0 || iy >= s.h) continue;
+      job.in[job.rows] = rows.row(n * s.h + iy);
+      job.sums[job.rows++] = partial + ky * s.kernel * s.c;
+    }
+    correlate(s.kernel, s.stride, job);
+  }
+}
+
+#define EF_DEFINE(scalar_t)                                                                                                            \
+  template std::vector<acc_t<scalar_t>> Nhwc::pack_filter(const Shape&, const scalar_t*, bool);                                        \
+  template void Nhwc::forward(const Shape&, const scalar_t*, const acc_t<scalar_t>*, const acc_t<scalar_t>*, scalar_t*, const Block&); \
+  template void Nhwc::grad_input(const Shape&, const scalar_t*, const scalar_t*, const acc_t<scalar_t>*, scalar_t*, const Block&);     \
+  template void Nhwc::grad_weight(const Shape&, const scalar_t*, const scalar_t*, acc_t<scalar_t>*, bool, const Slab&);
+EF_FOR_EACH_FLOATING(EF_DEFINE)
+#undef EF_DEFINE
+}  // namespace ef::depthwise_conv
