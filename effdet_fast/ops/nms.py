@@ -155,7 +155,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if not _library.is_native(boxes):
         return nms_reference(boxes, scores, iou_threshold)
     order = scores.argsort(descending=True, stable=True)
-    return order[_nms(boxes[order], None, float(iou_threshold))]
+    return order[_nms(boxes[order].contiguous(), None, float(iou_threshold))]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -183,7 +183,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
     ranking = scores.argsort(descending=True, stable=True)
     classes, by_class = idxs[ranking].sort(stable=True)  # the kernel wants each class in one piece
-    keep = _nms(boxes[ranking[by_class]], classes, float(iou_threshold))
+    keep = _nms(boxes[ranking[by_class]].contiguous(), classes, float(iou_threshold))
     return ranking[torch.empty_like(keep).scatter_(0, by_class, keep)]
 
 
@@ -234,7 +234,7 @@ def batched_nms_padded(
         return batched_nms_padded_reference(
             boxes, scores, labels, iou_threshold, max_detections=max_detections, score_threshold=score_threshold
         )
-    ranked, order = scores.sort(dim=1, descending=True, stable=True)
+    ranked, order = scores.contiguous().sort(dim=1, descending=True, stable=True)
     threshold = None if score_threshold is None else float(score_threshold)
     detections = _nms_padded(
         boxes.contiguous(), ranked, order, labels.contiguous(), float(iou_threshold), threshold, max_detections

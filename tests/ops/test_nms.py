@@ -108,6 +108,22 @@ def test_every_bit_of_the_iou(backend, dtype):
         assert len(ops.nms(boxes, scores.to(backend.device), below)) == 1
 
 
+def test_every_bit_of_the_iou_across_tiles(native_backend):
+    """As above, with so many boxes between the two that another part of the kernel compares them."""
+    between = 5000 if native_backend.name != "emulated" else 100
+    random = np.random.default_rng(3)
+    corner = 100 + 2 * torch.arange(between).float()[:, None].expand(-1, 2)
+    scores = torch.linspace(1, 0, between + 2, device=native_backend.device)
+    for _ in range(5):
+        start = random.random((2, 2)) * 10
+        pair = np.concatenate([start, start + 10 + random.random((2, 2)) * 10], 1).astype(np.float32)
+        value = float(rounded_iou(*pair))
+        first, last = torch.from_numpy(pair).split(1)
+        boxes = torch.cat([first, torch.cat([corner, corner + 1], 1), last]).to(native_backend.device)
+        assert len(ops.nms(boxes, scores, value)) == between + 2
+        assert len(ops.nms(boxes, scores, np.nextafter(value, 0))) == between + 1
+
+
 SPECIAL_VALUES = [NAN, INF, -INF, 0.0, -0.0, 5.0, -7.0, 3e38, -3e38, 1e-40]
 
 
