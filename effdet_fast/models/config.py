@@ -99,6 +99,8 @@ class EfficientDetConfig:
         for field in ("mean", "std"):
             if len(getattr(self, field)) != 3:
                 raise ValueError(f"EfficientDetConfig: {field} must have 3 values, got {getattr(self, field)}")
+        if not 0.0 < self.match_iou <= 1.0:
+            raise ValueError(f"EfficientDetConfig: match_iou must be in (0, 1], got {self.match_iou}")
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"EfficientDetConfig: drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 

@@ -8,7 +8,7 @@ from effdet.anchors import AnchorLabeler, Anchors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effdet_fast.models import create_model, list_models, model_config
+from effdet_fast.models import create_model, list_models, matching, model_config
 from effdet_fast.models.anchors import AnchorCache, generate_anchors
 from effdet_fast.models.box_coder import decode_boxes, encode_boxes
 from effdet_fast.models.config import EfficientDetConfig
@@ -101,11 +101,18 @@ grid_box = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 4), st
 
 @settings(max_examples=150, deadline=None)
 @given(
+    st.sampled_from([1, 6, 12, 1 << 16]),
     st.lists(grid_box, min_size=1, max_size=8),
     st.lists(st.tuples(grid_box, st.integers(-1, 2)), min_size=0, max_size=6),
 )
-def test_matching_equals_a_slow_oracle(anchor_cells, objects):
+def test_matching_equals_a_slow_oracle(piece, anchor_cells, objects):
     """Boxes on a small grid, so that ties, equal boxes, shared best anchors and empty boxes are common."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matching, "CPU_PIECE", piece)
+        check_against_slow_oracle(anchor_cells, objects)
+
+
+def check_against_slow_oracle(anchor_cells, objects):
     anchors = torch.tensor([[x, y, x + w + 1, y + h + 1] for x, y, w, h in anchor_cells], dtype=torch.float32)
     boxes = torch.tensor([[x, y, x + w, y + h] for (x, y, w, h), _ in objects], dtype=torch.float32).reshape(1, -1, 4)
     labels = torch.tensor([label for _, label in objects], dtype=torch.int64).reshape(1, -1)

@@ -163,6 +163,7 @@ def test_feature_sizes_round_up():
         (dict(min_level=2), "min_level must be 3 and max_level >= 5, got 2 and 7"),
         (dict(aspect_ratios=[(1, 0)]), "aspect_ratios must be pairs of positive"),
         (dict(mean=(0.5,)), "mean must have 3 values"),
+        (dict(match_iou=0.0), r"match_iou must be in \(0, 1\], got 0.0"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\), got 1.0"),
         (dict(channels=64), r"unknown configuration field\(s\) \['channels'\]; known are .*fpn_channels"),
     ],
