@@ -96,9 +96,17 @@ def test_bf16_autocast(name):
         assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all(), key
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_compiled_forward_and_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("efficientdet_lite0", "aot_eager"),
+        pytest.param("efficientdet_d0", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("efficientdet_lite0", "inductor", marks=pytest.mark.slow),
+        pytest.param("efficientdet_d0", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_forward_and_gradients(name, backend):
+    """Traced whole, forward and backward; what the compiler makes of it takes minutes to build."""
     model = small(name, fpn_cells=1, head_repeats=1, drop_path_rate=0.0).eval()
     x = torch.randn(2, 3, 96, 160).to(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)
@@ -107,7 +115,7 @@ def test_compiled_forward_and_gradients(name):
     model.loss(expected, gt_boxes, gt_labels).total.backward()
     reference = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
-    actual = torch.compile(model, fullgraph=True)(x)
+    actual = torch.compile(model, fullgraph=True, backend=backend)(x)
     for ours, eager in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
     model.loss(actual, gt_boxes, gt_labels).total.backward()
