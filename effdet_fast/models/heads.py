@@ -58,7 +58,7 @@ class Head(nn.Module):
                 nn.init.normal_(weight, 0.0, math.sqrt(1.0 / weight[0].numel()))
             if conv.conv_pw.bias is not None:
                 nn.init.zeros_(conv.conv_pw.bias)
-        if self.prior is not None:
+        if self.prior is not None and self.predict.conv_pw.bias is not None:
             nn.init.constant_(self.predict.conv_pw.bias, -math.log((1.0 - self.prior) / self.prior))
 
     def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -66,6 +66,6 @@ class Head(nn.Module):
         outputs = []
         for level, x in enumerate(levels):
             for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
-                x = norms[level](conv(x))
+                x = norms.get_submodule(str(level))(conv(x))
             outputs.append(self.predict(x))
         return outputs
