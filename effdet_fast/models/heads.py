@@ -66,6 +66,6 @@ class Head(nn.Module):
         outputs = []
         for level, x in enumerate(levels):
             for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
-                x = norms.get_submodule(str(level))(conv(x))
+                x = norms[level](conv(x))  # type: ignore[index]
             outputs.append(self.predict(x))
         return outputs
