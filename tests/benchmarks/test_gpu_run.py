@@ -7,6 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import torch
+
 from benchmarks import gpu, steps
 from benchmarks.steps import FAILED, OK, OUT_OF_TIME, SKIPPED, Step
 
@@ -43,6 +46,13 @@ def test_good_bad_and_skipped_steps(capfd):
     assert lines[0].split()[:2] == ["speaks", "ok"] and lines[1:3] == ["    two", "    three"]
 
 
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_step_over_its_limit_ends_with_all_it_started(tmp_path):
     child = tmp_path / "child"
     code = f"""
@@ -54,11 +64,11 @@ print("started", flush=True)
 time.sleep(60)
 """
     start = time.monotonic()
-    (result,) = steps.run_all([python("hangs", code, limit=2.0)], 60.0)
-    assert time.monotonic() - start < 15
-    assert result.status == OUT_OF_TIME and result.detail == "started"
-    status = Path(f"/proc/{child.read_text()}/stat")
-    assert not status.exists() or status.read_text().split()[2] == "Z"
+    (result,) = steps.run_all([python("hangs", code, limit=4.0)], 60.0)
+    assert time.monotonic() - start < 25
+    assert (result.status, result.detail) == (OUT_OF_TIME, "started")
+    while is_running(child.read_text()):
+        assert time.monotonic() - start < 30
 
 
 def test_an_interrupted_step_can_still_write_what_it_has():
@@ -70,7 +80,7 @@ try:
 except KeyboardInterrupt:
     print("saved", flush=True)
 """
-    (result,) = steps.run_all([python("saves", code, limit=2.0)], 60.0)
+    (result,) = steps.run_all([python("saves", code, limit=4.0)], 60.0)
     assert (result.status, result.detail) == (OUT_OF_TIME, "up\nsaved")
 
 
@@ -80,7 +90,7 @@ def test_the_limit_of_all_steps_cuts_the_last_ones():
     results = steps.run_all(
         [python("long", "import time; time.sleep(60)", limit=50.0), python("late", "print('never')")], limit
     )
-    assert time.monotonic() - start < limit + steps.GRACE_SECONDS
+    assert time.monotonic() - start < limit + 3 * steps.GRACE_SECONDS
     assert [r.status for r in results] == [OUT_OF_TIME, OUT_OF_TIME]
     assert results[1].detail == "not run: no time left"
 
@@ -115,6 +125,21 @@ def test_the_plan():
     without = {s.name: s for s in gpu.steps(None, Path("/somewhere"), pictures=True)}
     assert without["initcheck"].skip == "compute-sanitizer is not installed"
     assert "--no-pictures" not in without["benchmark nms"].command
+
+
+@pytest.mark.parametrize("code, status", [("print('fine')", 0), ("print('bad'); raise SystemExit(1)", 1)])
+def test_the_summary_comes_last_and_everything_is_logged(code, status, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(gpu, "steps", lambda sanitizer, output, pictures: [python("only", code)])
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    assert gpu.main() == status
+    printed = capfd.readouterr().out
+    assert printed == (tmp_path / "out/gpu.log").read_text()
+    summary = printed[printed.index("== summary: A GPU, PyTorch") :].splitlines()
+    assert summary[1].split()[:2] == ["only", steps.FAILED if status else steps.OK]
+    assert summary[-1].endswith(f"records in {tmp_path / 'out'}, everything printed in {tmp_path / 'out/gpu.log'}")
 
 
 def test_without_a_gpu_it_says_so():

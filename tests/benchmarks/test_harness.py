@@ -7,7 +7,7 @@ from benchmarks.correctness import TOLERANCE, WrongResultError, check
 from benchmarks.harness import measure
 from benchmarks.records import OURS
 from benchmarks.table import format_row
-from benchmarks.timing import Task, copy_task, interleaved
+from benchmarks.timing import CudaClock, Task, copy_task, interleaved
 from benchmarks.workload import Case, Implementation, Workload, optional
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def doubling(scale_of_ours: float = 2.0, spoil_gradient: bool = False, spoil_one
             if spoil_gradient:
                 y = y.detach() + 0.5 * (y - y.detach())
             if spoil_one:
-                y = y + torch.nn.functional.one_hot(torch.tensor(500), 1000) * 0.1
+                y = y + torch.nn.functional.one_hot(torch.tensor(500, device=device), 1000) * 0.1
             return y
 
         def breaks():
@@ -130,6 +130,45 @@ def test_turns_are_taken_in_rotating_order(seconds, rounds):
     samples = interleaved(tasks, clock, seconds)
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", rounds)
     assert "".join(clock.ran[6:15]) == "abcbcacab"
+
+
+def test_the_gpu_clock_flushes_the_cache_outside_of_what_it_times(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 2500.0
+
+    class Buffer:
+        def zero_(self):
+            order.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = CudaClock.__new__(CudaClock)
+    clock.flush_buffer = Buffer()
+    task = Task(lambda prepared: order.append(f"run {prepared}"), lambda: order.append("prepare") or "it")
+    assert clock.seconds(task) == 2.5
+    assert order == ["prepare", "flush", "record", "run it", "record", "synchronize"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_measures_on_a_gpu():
+    rows = list(measure("doubling", doubling(), torch.device("cuda"), torch.float32, "contiguous", seconds=0.01))
+    assert [row.phase for row in rows] == ["forward", "backward", "both"]
+    for row in rows:
+        assert set(row.timings) == {OURS, "sum"} and 1e-7 < row.ours.median < 1e-2
+        assert 4000 <= row.ours.peak_bytes < 100_000
+    assert CudaClock(torch.device("cuda")).flush_buffer.numel() >= 2 * torch.cuda.get_device_properties(0).L2_cache_size
 
 
 def test_a_copy_moves_the_bytes_and_no_zeros():
