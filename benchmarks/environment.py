@@ -50,7 +50,8 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
         }
-    name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {"type": "cpu", "name": name, "slug": slug(name), "cpus": os.cpu_count()}
 
 
