@@ -199,8 +199,8 @@ def batched_nms_padded(
 ) -> Detections:
     """:func:`batched_nms` of every image of a batch at once, cut to the best ``max_detections``; output shapes are fixed.
 
-    Never waits for the device and can be captured in a CUDA graph. An image equals ``batched_nms`` of its boxes above the score
-    threshold, truncated. Work stops at ``max_detections``.
+    Never waits for the device and can be captured in a CUDA graph (with the labels on the device: copying them there waits). An
+    image equals ``batched_nms`` of its boxes above the score threshold, truncated. Work stops at ``max_detections``.
 
     Args:
         boxes: ``[B, N, 4]``, (x1, y1, x2, y2); float16, bfloat16, float32 or float64; any strides.

@@ -26,6 +26,8 @@ DAMAGES = [
         "out[k] = value.v[k - i];",
         "out[k + 8] = value.v[k - i];",
     ),
+    ("nms", "batched_nms_padded", "nms_kernel.cuh", "j > i && j < count", "j > i + 1 && j < count"),
+    ("nms", "batched_nms_padded", "nms_kernel.cuh", "earlier < number", "earlier + 1 < number"),
 ]
 
 
