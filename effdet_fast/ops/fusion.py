@@ -34,11 +34,12 @@ def weighted_fusion_reference(
     resample = ["none"] * len(inputs) if resample is None else list(resample)
     size = _output_size("weighted_fusion_reference", inputs, resample, size)
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    normalized = None if weights is None else _normalized(weights.to(dtype), method, eps)
     total: Tensor | None = None
     for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
         term = _resampled(x.to(dtype), how, size)
-        if weights is not None:
-            term = term * _normalized(weights.to(dtype), method, eps)[i]
+        if normalized is not None:
+            term = term * normalized[i]
         total = term if total is None else total + term
     assert total is not None
     total = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[activation](total)
