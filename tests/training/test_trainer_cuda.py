@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.importorskip("pycocotools", reason="evaluation needs pycocotools")
+
 from effdet_fast.training import train
 from effdet_fast.training.trainer import Trainer
 from tests.generated_data import make_dataset
