@@ -6,23 +6,30 @@
 
 namespace ef::depthwise_conv {
 namespace {
-constexpr int64_t kRowsPerBlock = 16;         // a block reads kernel - 1 rows more than it makes
 constexpr int64_t kScratchBytes = 256 << 10;  // the rows a block works on stay in the second-level cache
 constexpr int64_t kGrainMultiplies = 1 << 16;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinChunkPositions = 512;  // far more than the taps that adding a chunk costs
 
-// Channels cut into groups of near equal size.
-struct Groups {
-  int64_t count, size;
-  Groups(const Shape& s, int64_t columns) {
-    const int64_t bytes = 2 * s.kernel * columns * int64_t(sizeof(float));
-    const int64_t most = s.channels_last ? std::clamp<int64_t>(kScratchBytes / bytes / 16 * 16, 16, 256) : 16;
-    count = ceil_div(s.c, most);
-    size = s.channels_last ? ceil_div(ceil_div(s.c, count), 16) * 16 : most;
-    count = ceil_div(s.c, size);
+// The size of a part. Where rows go through scratch, a part has fewer channels, so that its rows stay in the cache, and more rows, of
+// which it prepares kernel - 1 more than it makes; where they are read in place, whole pixels keep memory access consecutive.
+struct Parts {
+  int64_t rows = 4, groups = 1, group_size;
+  Parts(const Shape& s, bool in_place) : group_size(s.c) {
+    if (!s.channels_last) {
+      group_size = 16;
+      rows = 32;
+    } else if (!in_place) {
+      const int64_t bytes_per_channel = 2 * s.kernel * std::max(s.w, s.ow) * int64_t(sizeof(float));
+      const int64_t most = std::clamp<int64_t>(kScratchBytes / bytes_per_channel / 16 * 16, 16, 256);
+      group_size = ceil_div(ceil_div(s.c, ceil_div(s.c, most)), 16) * 16;
+      rows = 16;
+    }
+    groups = ceil_div(s.c, group_size);
   }
 };
+template <typename scalar_t>
+constexpr bool kIsAccumulator = std::is_same_v<scalar_t, acc_t<scalar_t>>;
 
 template <class F>
 void for_each_part(int64_t parts, int64_t multiplies, const F& f) {
@@ -32,16 +39,15 @@ void for_each_part(int64_t parts, int64_t multiplies, const F& f) {
   });
 }
 
-// f(block) over images, blocks of `rows` rows of `columns` columns, and groups of channels.
+// f(block) over images, blocks of rows, and groups of channels.
 template <class F>
-void for_each_block(const Shape& s, int64_t rows, int64_t columns, const F& f) {
-  const Groups groups(s, std::max(s.w, s.ow));
-  const int64_t blocks = ceil_div(rows, kRowsPerBlock), step = ceil_div(rows, blocks);
+void for_each_block(const Shape& s, int64_t rows, const Parts& parts, const F& f) {
+  const int64_t blocks = ceil_div(rows, parts.rows), step = ceil_div(rows, blocks);
   const int64_t multiplies = s.n * s.c * s.oh * s.ow * s.kernel * s.kernel;
-  for_each_part(s.n * blocks * groups.count, multiplies, [&](int64_t part) {
-    const int64_t group = part % groups.count, block = part / groups.count % blocks, n = part / groups.count / blocks;
-    f(Block{n, std::min(rows, block * step), std::min(rows, (block + 1) * step), group * groups.size,
-            std::min(s.c, (group + 1) * groups.size)});
+  for_each_part(s.n * blocks * parts.groups, multiplies, [&](int64_t part) {
+    const int64_t block = part / parts.groups % blocks, first_channel = part % parts.groups * parts.group_size;
+    f(Block{part / parts.groups / blocks, std::min(rows, block * step), std::min(rows, (block + 1) * step), first_channel,
+            std::min(s.c, first_channel + parts.group_size)});
   });
 }
 
@@ -57,7 +63,8 @@ void launch_forward(Cpu, const Shape& s, const scalar_t* x, const scalar_t* weig
   const std::vector<A> biases = bias ? std::vector<A>(bias, bias + s.c) : std::vector<A>();
   with_layout(s, [&]<class Layout>(Layout) {
     const std::vector<A> filter = Layout::pack_filter(s, weight, false);
-    for_each_block(s, s.oh, s.ow,
+    const Parts parts(s, kIsAccumulator<scalar_t> && s.prologue == Activation::kNone);
+    for_each_block(s, s.oh, parts,
                    [&](const Block& block) { Layout::forward(s, x, filter.data(), bias ? biases.data() : nullptr, y, block); });
   });
 }
@@ -66,7 +73,8 @@ template <typename scalar_t>
 void launch_grad_input(Cpu, const Shape& s, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x) {
   with_layout(s, [&]<class Layout>(Layout) {
     const std::vector<acc_t<scalar_t>> filter = Layout::pack_filter(s, weight, true);
-    for_each_block(s, s.h, s.w, [&](const Block& block) { Layout::grad_input(s, grad, x, filter.data(), grad_x, block); });
+    for_each_block(s, s.h, Parts(s, kIsAccumulator<scalar_t>),
+                   [&](const Block& block) { Layout::grad_input(s, grad, x, filter.data(), grad_x, block); });
   });
 }
 
@@ -79,13 +87,13 @@ void launch_grad_weight(Cpu, const Shape& s, const scalar_t* grad, const scalar_
                         scalar_t* grad_bias) {
   using A = acc_t<scalar_t>;
   const int64_t chunks = chunk_count(Cpu{}, s), rows = s.n * s.oh, step = ceil_div(rows, chunks), taps = s.kernel * s.kernel;
-  const Groups groups(s, std::max(s.w, s.ow));
+  const Parts parts(s, kIsAccumulator<scalar_t> && s.prologue == Activation::kNone);
   with_layout(s, [&]<class Layout>(Layout) {
-    for_each_part(chunks * groups.count, rows * s.ow * s.c * taps, [&](int64_t part) {
-      const int64_t group = part % groups.count, chunk = part / groups.count;
+    for_each_part(chunks * parts.groups, rows * s.ow * s.c * taps, [&](int64_t part) {
+      const int64_t first_channel = part % parts.groups * parts.group_size, chunk = part / parts.groups;
       Layout::grad_weight(s, grad, x, partials + chunk * (taps + 1) * s.c, grad_bias != nullptr,
-                          Slab{std::min(rows, chunk * step), std::min(rows, (chunk + 1) * step), group * groups.size,
-                               std::min(s.c, (group + 1) * groups.size)});
+                          Slab{std::min(rows, chunk * step), std::min(rows, (chunk + 1) * step), first_channel,
+                               std::min(s.c, first_channel + parts.group_size)});
     });
   });
   std::vector<A> sum(s.c);

@@ -49,7 +49,8 @@ def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     x = PointwiseFunction[prologue](x)
     if x.shape[1] == 0:  # PyTorch knows no convolution without channels
         size = (1 + (n - d * (k - 1) - 1) // s for n, k, s, d in zip(_padded(x, geometry), *geometry[:3], strict=True))
-        return (x.sum() + weight.sum()) * x.new_zeros(x.shape[0], 0, *size)
+        nothing = x.sum() + weight.sum() + (0 if bias is None else bias.sum())
+        return nothing * x.new_zeros(x.shape[0], 0, *size)
     symmetric = left == right and top == bottom
     if not symmetric:
         x = F.pad(x, geometry.sides)

@@ -1,0 +1,227 @@
+"""Values and gradients of the depthwise convolution on every backend, against PyTorch in float64 and timm's padding."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers.padding import pad_same
+
+from effdet_fast import ops
+
+ACTIVATION = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+HALF = (torch.float16, torch.bfloat16)
+
+
+def formula(x, weight, bias, stride, padding, prologue):
+    """Written with PyTorch and timm's padding only."""
+    x = ACTIVATION[prologue](x)
+    if padding == "same":
+        x, padding = pad_same(x, list(weight.shape[2:]), [stride, stride]), 0
+    elif isinstance(padding, tuple):
+        x, padding = F.pad(x, padding), 0
+    return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
+
+
+def with_gradients(function, inputs, grad=None):
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    grad = torch.ones_like(y) if grad is None else grad.to(y)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+
+
+def make(size, kernel, dtype, device, channels_last):
+    x = torch.randn(size, device=device) * 3
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    return [
+        t.to(dtype)
+        for t in (x, torch.randn(size[1], 1, kernel, kernel, device=device), torch.randn(size[1], device=device))
+    ]
+
+
+def check(backend, size, kernel, stride, padding, prologue=None, dtype=torch.float32, channels_last=True, inputs=None):
+    inputs = inputs or make(size, kernel, dtype, backend.device, channels_last)
+    call = (stride, padding, prologue)
+    expected = with_gradients(lambda *t: formula(*t, *call), [t.double() for t in inputs])
+    grad = torch.randn_like(expected[0]).to(dtype).double()
+    expected = with_gradients(lambda *t: formula(*t, *call), [t.double() for t in inputs], grad)
+    actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, padding, prologue=prologue), inputs, grad)
+    in_half = with_gradients(lambda *t: formula(*t, *call), inputs, grad) if dtype in HALF else expected
+    for name, a, e, half in zip(("y", "x", "weight", "bias"), actual, expected, in_half, strict=True):
+        assert a.dtype == dtype
+        assert a.shape == e.shape
+        scale = e.abs().max().item() + 1e-6
+        error = (a.double() - e).abs().max().item() / scale
+        tolerance = {torch.float64: 1e-13, torch.float32: 3e-6}.get(dtype)
+        if tolerance is None:  # at most twice the error of PyTorch in this precision; one rounding is always allowed
+            tolerance = max(2 * (half.double() - e).abs().max().item() / scale, torch.finfo(dtype).eps)
+        assert error <= tolerance, f"{name}: {error:.3g} > {tolerance:.3g}"
+    return actual
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
+@pytest.mark.parametrize("channels", [1, 3, 7, 16, 40])
+def test_same_padding_over_odd_sizes(backend, channels, kernel, stride, channels_last):
+    sizes = [(1, 1), (2, 13), (5, 2), (13, 7)] if channels != 40 else [(5, 13)]
+    for height, width in sizes:
+        check(backend, (2, channels, height, width), kernel, stride, "same", channels_last=channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels, size", [(88, (13, 13)), (160, (7, 5))])
+@pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
+def test_many_channels(native_backend, channels, size, kernel, stride, channels_last):
+    if native_backend.name == "emulated" and kernel == 3:
+        pytest.skip("the larger filter shows the same on the slow emulation")
+    check(native_backend, (2, channels, *size), kernel, stride, "same", "silu", channels_last=channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("prologue", [None, "silu", "relu", "relu6"])
+def test_dtypes_and_prologues(backend, prologue, channels_last, dtype):
+    for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+        check(backend, (2, 10, 9, 11), kernel, stride, "same", prologue, dtype, channels_last)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("padding", [0, 1, 4, (2, 0), (0, 3, 1, 0), (7, 0, 0, 9)])
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_every_kind_of_padding(backend, padding, kernel, stride, channels_last):
+    pair = padding if padding != (2, 0) else (0, 0, 2, 2)
+    inputs = make((1, 6, 6, 8), kernel, torch.float32, backend.device, channels_last)
+    call = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, padding), inputs)
+    for a, e in zip(call, check(backend, (1, 6, 6, 8), kernel, stride, pair, inputs=inputs), strict=True):
+        assert a.shape == e.shape
+    assert torch.equal(call[0], ops.depthwise_conv2d(*inputs, stride, pair))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_wide_rows_take_every_tile(backend, channels_last):
+    """Rows long enough for the widest tiles, several slabs of rows, and leftovers of each."""
+    height = 36 if backend.name == "emulated" else 70
+    for kernel, stride, width in ((3, 1, 83), (5, 1, 70), (5, 2, 139), (3, 2, 150)):
+        if backend.name == "emulated" and stride == 2:
+            width = 40
+        check(
+            backend,
+            (1, 9 if channels_last else 2, height, width),
+            kernel,
+            stride,
+            "same",
+            "silu",
+            channels_last=channels_last,
+        )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(kernel=(7, 7), padding="same"),
+        dict(kernel=(9, 9), padding="same", stride=2),
+        dict(kernel=(3, 3), padding="same", dilation=2),
+        dict(kernel=(3, 3), padding="same", stride=3),
+        dict(kernel=(3, 5), padding=(2, 1, 0, 1), stride=(1, 2)),
+        dict(kernel=(1, 1)),
+        dict(kernel=(3, 3), padding=1, multiplier=2),
+    ],
+    ids=str,
+)
+def test_what_has_no_kernel_runs_through_pytorch(backend, call):
+    call = dict(call)
+    kernel, multiplier = call.pop("kernel"), call.pop("multiplier", 1)
+    x = torch.randn(2, 6, 11, 12, device=backend.device)
+    weight, bias = (
+        torch.randn(6 * multiplier, 1, *kernel, device=backend.device),
+        torch.randn(6 * multiplier, device=backend.device),
+    )
+    stride, dilation, padding = call.get("stride", 1), call.get("dilation", 1), call.get("padding", 0)
+    padded = F.silu(x)
+    if padding == "same":
+        padded = pad_same(padded, list(kernel), [stride] * 2, [dilation] * 2)
+    elif padding:
+        padded = F.pad(padded, padding if isinstance(padding, tuple) else (padding,) * 4)
+    expected = F.conv2d(padded, weight, bias, stride, 0, dilation, groups=6)
+    torch.testing.assert_close(ops.depthwise_conv2d(x, weight, bias, prologue="silu", **call), expected)
+    torch.testing.assert_close(ops.depthwise_conv2d_reference(x, weight, bias, prologue="silu", **call), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("view", ["offset", "channels", "columns", "transposed", "expanded"])
+def test_views_into_nan(backend, view, dtype):
+    """Any strides are accepted, and nothing outside the view is read: it is NaN there."""
+    nan = torch.full((2, 24, 12, 12), float("nan"), dtype=dtype, device=backend.device)
+    channels_last = view in ("offset", "channels")
+    if channels_last:
+        nan = nan.to(memory_format=torch.channels_last)
+    if view == "offset":
+        flat = torch.full((2 * 8 * 9 * 9 + 9,), float("nan"), dtype=dtype, device=backend.device)
+        x = flat[3:-6].view(2, 9, 9, 8).permute(0, 3, 1, 2)
+    else:
+        x = nan[:, 5:13, 2:11, 1:10]
+    x.copy_(torch.randn_like(x))
+    if view == "transposed":
+        x = x.mT
+    if view == "expanded":
+        x = x[:, :1].expand(2, 8, 9, 9)
+    weight = torch.full((8, 2, 5, 5), float("nan"), dtype=dtype, device=backend.device)[:, :1]
+    bias = torch.full((16,), float("nan"), dtype=dtype, device=backend.device)[::2]
+    weight.copy_(torch.randn_like(weight)), bias.copy_(torch.randn_like(bias))
+    for stride in (1, 2):
+        y, *_ = check(backend, None, 5, stride, "same", "silu", dtype, inputs=[x, weight, bias])
+        assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_format_is_kept(backend, dtype):
+    for size in ((2, 8, 9, 10), (2, 8, 1, 1), (1, 8, 4, 1), (2, 1, 4, 4)):
+        for channels_last in (False, True):
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            x, weight, bias = make(size, 3, dtype, backend.device, channels_last)
+            y, grad_x, *_ = with_gradients(lambda *t: ops.depthwise_conv2d(*t, 1, 1), [x, weight, bias])
+            assert y.is_contiguous(memory_format=memory_format) and grad_x.is_contiguous(memory_format=memory_format)
+            if size[1] > 1 and backend.name != "reference":
+                assert y.stride() == x.contiguous(memory_format=memory_format).stride() == x.stride()
+
+
+@pytest.mark.parametrize("size", [(0, 8, 5, 5), (2, 0, 5, 5)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_empty(backend, size, channels_last):
+    x, weight, bias = make(size, 3, torch.float32, backend.device, channels_last)
+    y, grad_x, grad_weight, grad_bias = with_gradients(
+        lambda *t: ops.depthwise_conv2d(*t, 2, "same"), [x, weight, bias]
+    )
+    assert y.shape == (size[0], size[1], 3, 3) and grad_x.shape == size
+    assert torch.equal(grad_weight, torch.zeros_like(weight)) and torch.equal(grad_bias, torch.zeros_like(bias))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
+def test_not_finite_input_stays_where_the_filter_reaches(native_backend, kernel, stride, channels_last):
+    """Vectors and tiles read more columns than a tap needs: what they read there must not leak, not even as 0 * inf."""
+    x, weight, bias = make((1, 8, 12, 21), kernel, torch.float32, native_backend.device, channels_last)
+    x[:, :, 5, -1] = float("inf")
+    x[:, :, 7, 0] = float("nan")
+    expected = with_gradients(lambda *t: formula(*t, stride, 0, None), [x, weight, bias])
+    actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, 0), [x, weight, bias])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_weight_gradient_of_a_large_bf16_batch(native_backend):
+    """More than a million terms with a mean far from zero: half precision sums would stop growing."""
+    if native_backend.name == "emulated":
+        pytest.skip("too large for the emulation")
+    for channels_last, kernel in ((True, 3), (False, 5)):
+        x = (torch.randn(16, 4, 256, 256, device=native_backend.device) + 2).bfloat16()
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        grad = (torch.randn_like(x, dtype=torch.float32) + 1).bfloat16()
+        weight = torch.randn(4, 1, kernel, kernel, device=native_backend.device).bfloat16()
+        bias = torch.zeros(4, device=native_backend.device).bfloat16()
+        actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, 1, "same"), [x, weight, bias], grad)
+        expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=kernel // 2, groups=4)
+        for a, e in ((actual[2], expected), (actual[3], grad.double().sum((0, 2, 3)))):
+            assert ((a.double() - e).abs() / e.abs()).max() < 2**-8  # one rounding to bfloat16
