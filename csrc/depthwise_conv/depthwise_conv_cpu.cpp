@@ -6,25 +6,29 @@
 
 namespace ef::depthwise_conv {
 namespace {
-constexpr int64_t kScratchBytes = 256 << 10;  // the rows a block works on stay in the second-level cache
+constexpr int64_t kScratchBytes = 256 << 10;
+constexpr int64_t kStripBytes = 128 << 10;
 constexpr int64_t kGrainMultiplies = 1 << 16;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kMinChunkPositions = 512;  // far more than the taps that adding a chunk costs
 
-// The size of a part. Where rows go through scratch, a part has fewer channels, so that its rows stay in the cache, and more rows, of
-// which it prepares kernel - 1 more than it makes; where they are read in place, whole pixels keep memory access consecutive.
+// The size of a part, such that the rows it works on stay in the second-level cache. Where rows go through scratch, a part has all
+// columns of a group of channels, and many rows, of which it prepares kernel - 1 more than it makes; where they are read in place it has
+// whole pixels, in a strip of columns, and a thread goes down the strip. In nchw a part is a few planes.
 struct Parts {
-  int64_t rows = 4, groups = 1, group_size;
-  Parts(const Shape& s, bool in_place) : group_size(s.c) {
-    if (!s.channels_last) {
-      group_size = 16;
-      rows = 32;
-    } else if (!in_place) {
-      const int64_t bytes_per_channel = 2 * s.kernel * std::max(s.w, s.ow) * int64_t(sizeof(float));
-      const int64_t most = std::clamp<int64_t>(kScratchBytes / bytes_per_channel / 16 * 16, 16, 256);
+  int64_t rows, columns, group_size, blocks, strips, groups;
+  Parts(const Shape& s, int64_t height, int64_t width, bool in_place) : rows(32), columns(width), group_size(16) {
+    const int64_t row_bytes = s.kernel * s.stride * int64_t(sizeof(float));  // per column and channel
+    if (s.channels_last && in_place) {
+      rows = 4;
+      columns = ceil_div(width, ceil_div(width, std::max<int64_t>(16, kStripBytes / (row_bytes * s.c))));
+      group_size = s.c;
+    } else if (s.channels_last) {
+      const int64_t most = std::clamp<int64_t>(kScratchBytes / (2 * row_bytes * width) / 16 * 16, 16, 256);
       group_size = ceil_div(ceil_div(s.c, ceil_div(s.c, most)), 16) * 16;
-      rows = 16;
     }
+    blocks = ceil_div(height, rows);
+    strips = ceil_div(width, columns);
     groups = ceil_div(s.c, group_size);
   }
 };
@@ -39,15 +43,16 @@ void for_each_part(int64_t parts, int64_t multiplies, const F& f) {
   });
 }
 
-// f(block) over images, blocks of rows, and groups of channels.
+// f(block) over all parts of n images of height x width; consecutive ones are below each other.
 template <class F>
-void for_each_block(const Shape& s, int64_t rows, const Parts& parts, const F& f) {
-  const int64_t blocks = ceil_div(rows, parts.rows), step = ceil_div(rows, blocks);
+void for_each_block(const Shape& s, int64_t height, int64_t width, bool in_place, const F& f) {
+  const Parts parts(s, height, width, in_place);
   const int64_t multiplies = s.n * s.c * s.oh * s.ow * s.kernel * s.kernel;
-  for_each_part(s.n * blocks * parts.groups, multiplies, [&](int64_t part) {
-    const int64_t block = part / parts.groups % blocks, first_channel = part % parts.groups * parts.group_size;
-    f(Block{part / parts.groups / blocks, std::min(rows, block * step), std::min(rows, (block + 1) * step), first_channel,
-            std::min(s.c, first_channel + parts.group_size)});
+  for_each_part(s.n * parts.groups * parts.strips * parts.blocks, multiplies, [&](int64_t part) {
+    const int64_t row = part % parts.blocks * parts.rows, column = part / parts.blocks % parts.strips * parts.columns;
+    const int64_t n_and_group = part / parts.blocks / parts.strips, channel = n_and_group % parts.groups * parts.group_size;
+    f(Block{n_and_group / parts.groups, row, std::min(height, row + parts.rows), column, std::min(width, column + parts.columns), channel,
+            std::min(s.c, channel + parts.group_size)});
   });
 }
 
@@ -63,8 +68,7 @@ void launch_forward(Cpu, const Shape& s, const scalar_t* x, const scalar_t* weig
   const std::vector<A> biases = bias ? std::vector<A>(bias, bias + s.c) : std::vector<A>();
   with_layout(s, [&]<class Layout>(Layout) {
     const std::vector<A> filter = Layout::pack_filter(s, weight, false);
-    const Parts parts(s, kIsAccumulator<scalar_t> && s.prologue == Activation::kNone);
-    for_each_block(s, s.oh, parts,
+    for_each_block(s, s.oh, s.ow, kIsAccumulator<scalar_t> && s.prologue == Activation::kNone,
                    [&](const Block& block) { Layout::forward(s, x, filter.data(), bias ? biases.data() : nullptr, y, block); });
   });
 }
@@ -73,7 +77,7 @@ template <typename scalar_t>
 void launch_grad_input(Cpu, const Shape& s, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x) {
   with_layout(s, [&]<class Layout>(Layout) {
     const std::vector<acc_t<scalar_t>> filter = Layout::pack_filter(s, weight, true);
-    for_each_block(s, s.h, Parts(s, kIsAccumulator<scalar_t>),
+    for_each_block(s, s.h, s.w, kIsAccumulator<scalar_t>,
                    [&](const Block& block) { Layout::grad_input(s, grad, x, filter.data(), grad_x, block); });
   });
 }
@@ -87,12 +91,12 @@ void launch_grad_weight(Cpu, const Shape& s, const scalar_t* grad, const scalar_
                         scalar_t* grad_bias) {
   using A = acc_t<scalar_t>;
   const int64_t chunks = chunk_count(Cpu{}, s), rows = s.n * s.oh, step = ceil_div(rows, chunks), taps = s.kernel * s.kernel;
-  const Parts parts(s, kIsAccumulator<scalar_t> && s.prologue == Activation::kNone);
+  const Parts parts(s, s.oh, s.ow, kIsAccumulator<scalar_t> && s.prologue == Activation::kNone);
   with_layout(s, [&]<class Layout>(Layout) {
     for_each_part(chunks * parts.groups, rows * s.ow * s.c * taps, [&](int64_t part) {
       const int64_t first_channel = part % parts.groups * parts.group_size, chunk = part / parts.groups;
       Layout::grad_weight(s, grad, x, partials + chunk * (taps + 1) * s.c, grad_bias != nullptr,
-                          Slab{std::min(rows, chunk * step), std::min(rows, (chunk + 1) * step), first_channel,
+                          Slab{std::min(rows, chunk * step), std::min(rows, (chunk + 1) * step), parts.columns, first_channel,
                                std::min(s.c, first_channel + parts.group_size)});
     });
   });

@@ -41,14 +41,14 @@ A* scratch(int slot, int64_t count) {
   return memory[slot].data();
 }
 
-// Rows [first_row, last_row) of image n, channels [first_channel, last_channel), of what is computed.
+// A part of what is computed: rows and columns of image n, and channels.
 struct Block {
-  int64_t n, first_row, last_row, first_channel, last_channel;
+  int64_t n, first_row, last_row, first_column, last_column, first_channel, last_channel;
   int64_t channels() const { return last_channel - first_channel; }
 };
-// The same over the output rows of all images, counted through.
+// Rows over all images, counted through, of all columns; worked on in strips of so many columns.
 struct Slab {
-  int64_t first_row, last_row, first_channel, last_channel;
+  int64_t first_row, last_row, strip_columns, first_channel, last_channel;
   int64_t channels() const { return last_channel - first_channel; }
 };
 

@@ -6,7 +6,6 @@
 
 namespace ef::depthwise_conv {
 namespace {
-constexpr int kThreads = 128;
 constexpr int64_t kSlabRows = 32;        // of a marching thread: it reads kernel - 1 rows more
 constexpr int64_t kWeightBlocks = 1056;  // fills the largest part; fixed, so that a sum has the same bits on every device
 constexpr int64_t kMinSlabPositions = 512;

@@ -13,6 +13,10 @@
 #include "depthwise_conv.h"
 
 namespace ef::depthwise_conv {
+inline constexpr int kThreads = 128;
+template <int kKernel>
+inline constexpr int kMinBlocks = kKernel == 5 ? 2 : 4;  // leaves 255 or 128 registers: as many as the sums and the filter take
+
 struct Strides {
   int64_t image, channel, row, column;
 };
@@ -77,11 +81,12 @@ __device__ void load_filter(const scalar_t* weight, A (&filter)[kKernel][kKernel
 // In the step of row m the input rows m s, ..., m s + s - 1 (counted from the padding's first) are added to the outputs m - a that
 // they reach through the taps ky = u + a s; then output m - (k - 1) / s is complete.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
-__global__ void __launch_bounds__(128, kKernel == 5 ? 2 : 4) depthwise_conv_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
-                                                             const scalar_t* __restrict__ x,       // [n, c, h, w]
-                                                             const scalar_t* __restrict__ weight,  // [c, k, k]
-                                                             const scalar_t* __restrict__ bias,    // [c], or null
-                                                             scalar_t* __restrict__ y) {           // [n, c, oh, ow]
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
+    depthwise_conv_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
+                          const scalar_t* __restrict__ x,       // [n, c, h, w]
+                          const scalar_t* __restrict__ weight,  // [c, k, k]
+                          const scalar_t* __restrict__ bias,    // [c], or null
+                          scalar_t* __restrict__ y) {           // [n, c, oh, ow]
   using A = acc_t<scalar_t>;
   constexpr int kDepth = (kKernel - 1) / kStride, kLoaded = (kColumns - 1) * kStride + kKernel;
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -144,7 +149,7 @@ __global__ void __launch_bounds__(128, kKernel == 5 ? 2 : 4) depthwise_conv_kern
 // Rows and columns of the input are counted from the first zero of the padding: r = iy + top. Gradient row m reaches r = m s + ky;
 // after it the rows m s, ..., m s + s - 1 are complete. The thread's columns are group s kColumns + [0, s kColumns).
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
-__global__ void __launch_bounds__(128, kKernel == 5 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
     depthwise_conv_grad_input_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
                                      const scalar_t* __restrict__ grad,    // [n, c, oh, ow]
                                      const scalar_t* __restrict__ x,       // [n, c, h, w]; read only where there is a prologue
@@ -227,7 +232,7 @@ __global__ void __launch_bounds__(128, kKernel == 5 ? 2 : 4)
 // blockDim.x channel groups x blockDim.y shares of the slab's (row, column group) positions. In nchw the lanes of a warp share one
 // channel: blockDim.x = 1, kLanesShare, and shares are added over the warp first.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
-__global__ void __launch_bounds__(128, kKernel == 5 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
     depthwise_conv_grad_weight_kernel(Shape s, int64_t slab_rows,
                                       const scalar_t* __restrict__ grad,         // [n, c, oh, ow]
                                       const scalar_t* __restrict__ x,            // [n, c, h, w]

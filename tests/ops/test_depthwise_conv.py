@@ -13,6 +13,15 @@ ACTIVATION = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu
 HALF = (torch.float16, torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """PyTorch's float64 convolution starts its threads anew for every channel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def formula(x, weight, bias, stride, padding, prologue):
     """Written with PyTorch and timm's padding only."""
     x = ACTIVATION[prologue](x)
