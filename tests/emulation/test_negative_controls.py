@@ -26,6 +26,20 @@ DAMAGES = [
         "out[k] = value.v[k - i];",
         "out[k + 8] = value.v[k - i];",
     ),
+    (
+        "fusion",
+        "weighted_fusion",
+        "fusion_kernel.cuh",
+        "if (y < up || x < left) continue;",
+        "if (y < up || x <= left) continue;",
+    ),
+    (
+        "depthwise_conv",
+        "depthwise_conv2d",
+        "depthwise_conv_kernel.cuh",
+        "oy * kStride - s.top + ky;",
+        "oy * kStride - s.top + ky + 1;",
+    ),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "j > i && j < count", "j > i + 1 && j < count"),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "earlier < number", "earlier + 1 < number"),
 ]
