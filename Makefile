@@ -33,11 +33,14 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
+# One process per core, one thread each: threads that share a core with another process wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=10
+
 test: lint types build
-	$(BIN)/python -m pytest -q -m "not slow" --cov=effdet_fast --cov-report=term --cov-fail-under=90 tests
+	$(PYTEST) -m "not slow" --cov=effdet_fast --cov-report=term --cov-fail-under=90 tests
 
 test-full: lint types build
-	$(BIN)/python -m pytest -q tests
+	$(PYTEST) tests
 
 demo: build
 	$(BIN)/python examples/neon_trees.py

@@ -41,7 +41,7 @@ TILES = {"train": (448, 224), "val": (320, 320)}  # side and stride in pixels
 SMALLEST_PART = 0.5  # of a box inside a tile, to count as a tree there
 RECIPE = dict(
     model="efficientdet_lite0",
-    epochs=36,
+    epochs=30,
     batch_size=8,
     optimizer="adamw",
     lr=2e-3,
@@ -52,7 +52,7 @@ RECIPE = dict(
     # A tile is scaled to fit the 320-pixel input times this factor: 1.4 keeps its resolution.
     scale_jitter=(1.05, 1.75),
     vflip=0.5,
-    eval_every=6,
+    eval_every=5,
     workers=2,
     seed=0,
 )
