@@ -183,7 +183,7 @@ def draw_side_by_side(run: Path, tiles: Path, annotations: Path) -> None:
         boxes = np.array(truth).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         picture = Image.open(tiles / image["file_name"])
-        found = detector.predict(picture, score_threshold=0.2)
+        found = detector.predict(picture, score_threshold=0.3)
         right = draw_boxes(
             picture, found.boxes, [f"{score:.2f}" for score in found.scores], [(255, 200, 0)] * len(found.boxes)
         )
