@@ -18,8 +18,9 @@ EF_CPU_CLONES void forward_rows(const Problem<scalar_t>& in, const Parameters<ac
                                 int64_t end) {
   using A = acc_t<scalar_t>;
   if (in.soft) {
-    for (int64_t i = begin * in.classes; i < end * in.classes; ++i)
-      out[i] = scalar_t(soft_loss<kModulator>(A(in.logits[i]), A(in.soft[i]), p));
+    const scalar_t* __restrict logits = in.logits, * __restrict soft = in.soft;
+    const int64_t first = begin * in.classes, last = end * in.classes;
+    for (int64_t i = first; i < last; ++i) out[i] = scalar_t(soft_loss<kModulator>(A(logits[i]), A(soft[i]), p));
     return;
   }
   for (int64_t row = begin; row < end; ++row) {
@@ -40,8 +41,10 @@ EF_CPU_CLONES acc_t<scalar_t> sum_rows(const Problem<scalar_t>& in, const Parame
   using A = acc_t<scalar_t>;
   A sum = 0;
   if (in.soft) {
+    const scalar_t* __restrict logits = in.logits, * __restrict soft = in.soft;
+    const int64_t first = begin * in.classes, last = end * in.classes;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin * in.classes; i < end * in.classes; ++i) sum += soft_loss<kModulator>(A(in.logits[i]), A(in.soft[i]), p);
+    for (int64_t i = first; i < last; ++i) sum += soft_loss<kModulator>(A(logits[i]), A(soft[i]), p);
     return sum;
   }
   for (int64_t row = begin; row < end; ++row) {
@@ -69,11 +72,12 @@ EF_CPU_CLONES void backward_rows(const Problem<scalar_t>& in, const Parameters<a
                                  acc_t<scalar_t> scale, scalar_t* __restrict out, int64_t begin, int64_t end) {
   using A = acc_t<scalar_t>;
   if (in.soft) {
+    const scalar_t* __restrict logits = in.logits, * __restrict soft = in.soft;
     const int64_t first = begin * in.classes, last = end * in.classes;
     if (grad_loss) {
-      for (int64_t i = first; i < last; ++i) out[i] = scalar_t(A(grad_loss[i]) * soft_grad<kModulator>(A(in.logits[i]), A(in.soft[i]), p));
+      for (int64_t i = first; i < last; ++i) out[i] = scalar_t(A(grad_loss[i]) * soft_grad<kModulator>(A(logits[i]), A(soft[i]), p));
     } else {
-      for (int64_t i = first; i < last; ++i) out[i] = scalar_t(scale * soft_grad<kModulator>(A(in.logits[i]), A(in.soft[i]), p));
+      for (int64_t i = first; i < last; ++i) out[i] = scalar_t(scale * soft_grad<kModulator>(A(logits[i]), A(soft[i]), p));
     }
     return;
   }
