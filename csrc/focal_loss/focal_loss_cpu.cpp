@@ -103,13 +103,6 @@ EF_CPU_CLONES void backward_rows(const Problem<scalar_t>& in, const Parameters<a
   }
 }
 
-template <class F>
-void dispatch_modulator(double gamma, F&& f) {
-  if (gamma == 2) return f.template operator()<Modulator::kSquare>();
-  if (gamma == 1.5) return f.template operator()<Modulator::kThreeHalves>();
-  return f.template operator()<Modulator::kAny>();
-}
-
 // f(chunk, first row, last row + 1) for every chunk, on several threads.
 template <class F>
 void for_each_chunk(int64_t rows, int64_t classes, const F& f) {

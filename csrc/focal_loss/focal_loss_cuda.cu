@@ -15,17 +15,14 @@ unsigned block_count(int64_t n, int vec) { return unsigned(std::min(kMaxBlocks, 
 // Calls f.template operator()<modulator, is soft, vector size>() for a problem whose buffers are all aligned, or not.
 template <typename scalar_t, class F>
 void specialise(const Problem<scalar_t>& problem, bool aligned, F&& f) {
-  const auto with_modulator = [&]<Modulator kModulator>() {
+  dispatch_modulator(problem.options.gamma, [&]<Modulator kModulator>() {
     constexpr int kVec = kVecSize<scalar_t>;
     if (problem.soft) {
       aligned ? f.template operator()<kModulator, true, kVec>() : f.template operator()<kModulator, true, 1>();
     } else {
       aligned ? f.template operator()<kModulator, false, kVec>() : f.template operator()<kModulator, false, 1>();
     }
-  };
-  if (problem.options.gamma == 2) return with_modulator.template operator()<Modulator::kSquare>();
-  if (problem.options.gamma == 1.5) return with_modulator.template operator()<Modulator::kThreeHalves>();
-  with_modulator.template operator()<Modulator::kAny>();
+  });
 }
 
 template <typename scalar_t>

@@ -9,6 +9,14 @@
 namespace ef::focal_loss {
 enum class Modulator { kSquare, kThreeHalves, kAny };  // gamma = 2, gamma = 1.5, any other
 
+// Calls f.template operator()<Modulator::...>() for an exponent.
+template <class F>
+void dispatch_modulator(double gamma, F&& f) {
+  if (gamma == 2) return f.template operator()<Modulator::kSquare>();
+  if (gamma == 1.5) return f.template operator()<Modulator::kThreeHalves>();
+  return f.template operator()<Modulator::kAny>();
+}
+
 template <typename acc_t>
 struct Parameters {
   acc_t alpha_positive, alpha_negative;  // alpha_t at t = 1 and t = 0; both 1 where the weighting is off
@@ -41,18 +49,26 @@ EF_HD Logistic<acc_t> logistic(acc_t z) {
   return {negative ? ur : r, negative ? r : ur, (negative ? acc_t(0) : z) + l, (negative ? z : acc_t(0)) - l};
 }
 
-// Hard target: the loss for z and its derivative with respect to z, without alpha_t.
+// Hard target: the loss for z and its derivative with respect to z, without alpha_t; they share the exponential, logarithm and power.
+template <typename acc_t>
+struct LossAndGrad {
+  acc_t loss, grad;
+};
+template <Modulator kModulator, typename acc_t>
+EF_HD LossAndGrad<acc_t> hard_loss_and_grad(acc_t z, const Parameters<acc_t>& p) {
+  const Logistic<acc_t> f = logistic(z);
+  const acc_t half_smoothing = acc_t(0.5) * p.smoothing, cross_entropy = f.softplus - z * half_smoothing;
+  const acc_t power = modulate<kModulator>(f.y, f.log_y, p.gamma);
+  // d(y^gamma)/dz = gamma y^gamma (1 - y): no power below gamma, so nothing diverges as y -> 0.
+  return {power * cross_entropy, power * (p.gamma * f.one_minus_y * cross_entropy + f.y - half_smoothing)};
+}
 template <Modulator kModulator, typename acc_t>
 EF_HD acc_t hard_loss(acc_t z, const Parameters<acc_t>& p) {
-  const Logistic<acc_t> f = logistic(z);
-  return modulate<kModulator>(f.y, f.log_y, p.gamma) * (f.softplus - z * (acc_t(0.5) * p.smoothing));
+  return hard_loss_and_grad<kModulator>(z, p).loss;
 }
 template <Modulator kModulator, typename acc_t>
 EF_HD acc_t hard_grad(acc_t z, const Parameters<acc_t>& p) {
-  const Logistic<acc_t> f = logistic(z);
-  const acc_t half_smoothing = acc_t(0.5) * p.smoothing;
-  // d(y^gamma)/dz = gamma y^gamma (1 - y): no power below gamma, so nothing diverges as y -> 0.
-  return modulate<kModulator>(f.y, f.log_y, p.gamma) * (p.gamma * f.one_minus_y * (f.softplus - z * half_smoothing) + f.y - half_smoothing);
+  return hard_loss_and_grad<kModulator>(z, p).grad;
 }
 
 EF_HD float log_of(float x) { return logf(x); }

@@ -17,6 +17,7 @@ from effdet_fast.ops._arguments import (
 
 BACKGROUND = -1
 IGNORED = -2
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sigmoid_focal_loss_reference(
@@ -135,7 +136,8 @@ def sigmoid_focal_loss(
     op = "sigmoid_focal_loss"
     check_floating(op, "inputs", inputs)
     check_tensor(op, "targets", targets)
-    _check_options(op, alpha, gamma, reduction, label_smoothing, normalizer)
+    check_focal_options(op, alpha, gamma, label_smoothing)
+    _check_reduction(op, reduction, normalizer)
     check_same_device(op, "targets", targets, "inputs", inputs)
     if autocast_dtype(inputs) is not None:
         if reduction == "none" and inputs.dtype != torch.float64:
@@ -162,13 +164,16 @@ def sigmoid_focal_loss(
     return _reduced(loss, reduction, inputs.numel(), normalizer) if summed else loss
 
 
-def _check_options(op, alpha, gamma, reduction, label_smoothing, normalizer) -> None:
+def check_focal_options(op: str, alpha: float, gamma: float, label_smoothing: float) -> None:
     if not (0 <= alpha <= 1 or alpha == -1):
         raise ValueError(f"{op}: alpha must be in [0, 1], or -1 for no weighting, got {alpha}")
     if not gamma >= 0:
         raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def _check_reduction(op: str, reduction: str, normalizer: float | Tensor | None) -> None:
     check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
     if normalizer is not None:
         if reduction != "sum":
@@ -187,19 +192,23 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:
         if targets.requires_grad:
             raise ValueError(f"{op}: targets must not require a gradient, got a tensor with requires_grad=True")
         return targets
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if targets.dtype not in LABEL_DTYPES:
         raise TypeError(f"{op}: targets must be floating or integer, got {dtype_name(targets.dtype)}")
     if inputs.dim() == 0 or targets.shape != inputs.shape[:-1]:
         raise ValueError(_shape_message(op, inputs, targets))
-    targets = targets.long()
-    if may_read_values(targets) and targets.numel():
-        lowest, highest = torch.aminmax(targets)
-        if lowest < IGNORED or highest >= inputs.shape[-1]:
-            first = targets[(targets < IGNORED) | (targets >= inputs.shape[-1])].flatten()[0].item()
+    check_label_values(op, targets, inputs.shape[-1])
+    return targets.long()
+
+
+def check_label_values(op: str, labels: Tensor, classes: int) -> None:
+    """Raises ValueError for a label that is neither a class nor background nor ignored, where values may be looked at."""
+    if may_read_values(labels) and labels.numel():
+        lowest, highest = torch.aminmax(labels)
+        if lowest < IGNORED or highest >= classes:
+            first = labels[(labels < IGNORED) | (labels >= classes)].flatten()[0].item()
             raise ValueError(
-                f"{op}: labels must be a class in [0, {inputs.shape[-1]}), -1 (background) or -2 (ignored), got {first}"
+                f"{op}: labels must be a class in [0, {classes}), -1 (background) or -2 (ignored), got {first}"
             )
-    return targets
 
 
 def _shape_message(op: str, inputs: Tensor, targets: Tensor) -> str:
