@@ -43,7 +43,16 @@ def nms(dtype: torch.dtype) -> None:
     ops.nms(boxes[0], scores[0], 0.5)
 
 
-RUNS: tuple[Callable[[torch.dtype], None], ...] = (focal_loss, fusion, depthwise_conv, nms)
+def soft_nms(dtype: torch.dtype) -> None:
+    corners = 100 * torch.rand(3, 333, 2, device="cuda")
+    boxes = torch.cat([corners, corners + 20], -1).to(dtype)
+    scores, labels = torch.rand(3, 333, device="cuda").to(dtype), torch.randint(5, (3, 333), device="cuda")
+    for method in ("gaussian", "linear"):
+        ops.batched_nms_padded(boxes, scores, labels, 0.3, max_detections=50, score_threshold=0.1, method=method)
+        ops.soft_nms(boxes[0], scores[0], labels[0], method=method)
+
+
+RUNS: tuple[Callable[[torch.dtype], None], ...] = (focal_loss, fusion, depthwise_conv, nms, soft_nms)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, memory_format=torch.contiguous_format) -> torch.Tensor:

@@ -192,11 +192,26 @@ def _check_nms(device: torch.device) -> float:
         return float(not all(map(torch.equal, ours, kept())))
 
 
+def _check_soft_nms(device: torch.device) -> float:
+    corners = _random(device, 200, 2).abs() * 40
+    boxes, scores = torch.cat([corners, corners + 25], dim=-1), (torch.arange(200, device=device) * 37 % 200 + 1) / 200
+    idxs = torch.arange(200, device=device) % 3
+
+    def found() -> tuple[Tensor, ...]:
+        linear = ops.soft_nms(boxes, scores, idxs, method="linear")
+        return *linear, ops.soft_nms(boxes, scores, idxs, score_threshold=0.05)[0]
+
+    ours = found()
+    with ops.use_reference():
+        return float(not all(map(torch.equal, ours, found())))
+
+
 SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "sigmoid_focal_loss": _check_focal_loss,
     "weighted_fusion": _check_fusion,
     "depthwise_conv2d": _check_depthwise,
     "batched_nms_padded": _check_nms,
+    "soft_nms": _check_soft_nms,
 }
 
 

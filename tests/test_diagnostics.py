@@ -19,6 +19,7 @@ def test_doctor_is_green(capsys):
         "built",
         "sigmoid_focal_loss on cpu",
         "batched_nms_padded on cpu",
+        "soft_nms on cpu",
         "All is well.",
     ):
         assert expected in printed

@@ -1,6 +1,7 @@
 """The operators as functions: ``effdet_fast.ops.<function>``, each with a ``<function>_reference`` beside it."""
 
 from effdet_fast.ops._arguments import set_debug
+from effdet_fast.ops._boxes import Detections
 from effdet_fast.ops._library import use_reference
 from effdet_fast.ops.depthwise_conv import (
     depthwise_conv2d,
@@ -16,7 +17,6 @@ from effdet_fast.ops.fusion import (
     weighted_fusion_reference,
 )
 from effdet_fast.ops.nms import (
-    Detections,
     batched_nms,
     batched_nms_padded,
     batched_nms_padded_reference,
@@ -24,6 +24,7 @@ from effdet_fast.ops.nms import (
     nms,
     nms_reference,
 )
+from effdet_fast.ops.soft_nms import soft_nms, soft_nms_reference
 
 __all__ = [
     "Detections",
@@ -42,6 +43,8 @@ __all__ = [
     "set_debug",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_reference",
+    "soft_nms",
+    "soft_nms_reference",
     "use_reference",
     "weighted_fusion",
     "weighted_fusion_reference",

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import bench_depthwise_conv, bench_focal_loss, bench_fusion, bench_nms, smoke
+from benchmarks import bench_depthwise_conv, bench_focal_loss, bench_fusion, bench_nms, bench_soft_nms, smoke
 from benchmarks.__main__ import OPS
 from benchmarks.harness import passing
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, OURS
@@ -77,6 +77,13 @@ def test_nms():
     assert (kept > 20).all() and (kept <= 100).all()
     check(workload, torch.float32, {"torchvision"})
     check(bench_nms.single(CPU, torch.float32, CONTIGUOUS, count=300), torch.float32, {"torchvision"})
+
+
+def test_soft_nms():
+    workload = bench_soft_nms.padded(CPU, torch.float32, CONTIGUOUS, batch=2, count=300)
+    assert workload.phases == ("forward",) and (workload.oracle.forward()[1] == 100).all()
+    check(workload, torch.float32, {"effdet"})
+    check(bench_soft_nms.single(CPU, torch.float32, CONTIGUOUS, count=200), torch.float32, {"effdet"})
 
 
 def test_candidates_overlap_and_have_scores_of_their_own():

@@ -42,6 +42,8 @@ DAMAGES = [
     ),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "j > i && j < count", "j > i + 1 && j < count"),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "earlier < number", "earlier + 1 < number"),
+    ("soft_nms", "soft_nms", "soft_nms_kernel.cuh", "i == best.index", "i + 1 == best.index"),
+    ("soft_nms", "soft_nms", "soft_nms_kernel.cuh", "if (labels[i] == label)", "if (labels[i] <= label)"),
 ]
 
 

@@ -229,7 +229,7 @@ BOXES, SCORES, LABELS = torch.zeros(2, 8, 4), torch.zeros(2, 8), torch.zeros(2, 
         ({"score_threshold": "low"}, TypeError, "score_threshold must be a number, got str"),
         ({"max_detections": 0}, ValueError, "max_detections must be in [1, 1073741824], got 0"),
         ({"max_detections": 2.5}, TypeError, "max_detections must be an int, got float"),
-        ({"method": "gaussian"}, ValueError, "method must be one of 'hard', got 'gaussian'"),
+        ({"method": "soft"}, ValueError, "method must be one of 'hard', 'gaussian', 'linear', got 'soft'"),
     ],
 )
 def test_errors(changed, error, message):
