@@ -83,24 +83,24 @@ def cuda_archs() -> str:
     return ", ".join(names + (["PTX"] if any(arch.endswith("+PTX") for arch in archs) else []))
 
 
-def native_extension() -> tuple[list, dict, str]:
+def native_extension() -> tuple[list, dict]:
     toolkit = choose_cuda()
     if toolkit:
         os.environ["CUDA_HOME"] = str(toolkit[0])  # before cpp_extension is imported: it looks only once
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-    is_gcc = "Free Software Foundation" in output_of(os.environ.get("CXX", "c++"), "--version")
+    compiler_version = output_of(os.environ.get("CXX", "c++"), "--version")
+    is_gcc = "Free Software Foundation" in compiler_version
     cpu_levels = "avx2, avx512" if is_gcc and platform.machine() in ("x86_64", "AMD64") else "baseline"
-    compiler = output_of(os.environ.get("CXX", "c++"), "--version").partition("\n")[0]
     archs = cuda_archs() if toolkit else ""
     built = f"CPU ({cpu_levels})" + (f" + CUDA {toolkit[1]} ({archs})" if toolkit else "")
 
     macros = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET),
-        ("EF_COMPILER", f'"{compiler}"'),
+        ("EF_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("EF_COMPILER", f'"{compiler_version.partition(chr(10))[0]}"'),
         ("EF_CPU_LEVELS", f'"{cpu_levels}"'),
     ]
-    macros.append(("EF_TORCH_VERSION", f'"{torch.__version__}"'))
     sources = sorted(map(str, Path("csrc").rglob("*.cpp")))
     if toolkit:
         macros += [
@@ -127,12 +127,12 @@ def native_extension() -> tuple[list, dict, str]:
             super().run()
             print(f"effdet_fast: {built}")
 
-    return [extension], {"build_ext": Build}, built
+    return [extension], {"build_ext": Build}
 
 
 if os.environ.get("EFFDET_FAST_EXTENSION", "1") == "0":
     print("effdet_fast: Python only; every op runs on its reference implementation")
     setup()
 else:
-    modules, commands, _ = native_extension()
+    modules, commands = native_extension()
     setup(ext_modules=modules, cmdclass=commands)

@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from effdet_fast.data import CocoDetection, create_loader
-from effdet_fast.evaluation.coco_metrics import coco_metrics
-from effdet_fast.evaluation.evaluate_model import detect_all
+from effdet_fast.evaluation.evaluate_model import detect_all, shared_metrics
 from effdet_fast.evaluation.result_files import refuse_existing, write_json
 from effdet_fast.evaluation.trained_model import load_trained_model
 
@@ -87,10 +86,7 @@ def evaluate(
     )
     if output is not None and rank == 0:
         write_json(os.fspath(output), results)
-    metrics = [coco_metrics(dataset.annotations, results)] if rank == 0 else [{}]
-    if world_size > 1:
-        dist.broadcast_object_list(metrics, src=0)
-    return metrics[0]
+    return shared_metrics(dataset, results, rank, world_size)
 
 
 def _compare_names(dataset: CocoDetection, names: list[str], checkpoint: str) -> None:

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+from effdet_fast.evaluation.result_files import write_atomically
+from effdet_fast.evaluation.trained_model import FORMAT
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
     """Write `content` with ``torch.save`` so that `path` always holds a whole file: the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+
+    def write(temporary: str) -> None:
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    write_atomically(os.fspath(path), write)
     if hasattr(os, "O_DIRECTORY"):  # the rename itself survives a power cut only once the folder is synced
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from effdet_fast.evaluation import METRICS
+from effdet_fast.evaluation.result_files import write_atomically
 
 COLUMNS = ("epoch", "step", "lr", "loss", "cls_loss", "box_loss", *METRICS, "images_per_second", "seconds")
 RUN_FILES = ("config.json", "results.csv", "best.pt", "last.pt", "failure.json")
@@ -77,9 +78,11 @@ class RunFolder:
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:
         """Write `results.csv` whole, one row per finished epoch, so a resumed run never repeats or loses a row."""
-        temporary = self.path / f".results.csv.{os.getpid()}.tmp"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.path / "results.csv")
+
+        def write(temporary: str) -> None:
+            with open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_atomically(os.fspath(self.path / "results.csv"), write)

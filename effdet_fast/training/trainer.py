@@ -11,7 +11,8 @@ import torch
 
 from effdet_fast.data import BatchLoader, CocoDetection, normalize
 from effdet_fast.evaluation import autocast, evaluate_model
-from effdet_fast.training.checkpoint import FORMAT, save_atomically
+from effdet_fast.evaluation.trained_model import FORMAT
+from effdet_fast.training.checkpoint import save_atomically
 from effdet_fast.training.config import TrainConfig
 from effdet_fast.training.distributed import Agreement, Processes, wrap_model
 from effdet_fast.training.ema import ModelEma
