@@ -46,6 +46,11 @@ EF_HD double log1p_of(double u) { return ::log1p(u); }
 EF_HD float sqrt_of(float x) { return sqrtf(x); }
 EF_HD double sqrt_of(double x) { return ::sqrt(x); }
 
+// a / b for a >= 0, b > 0; 64-bit division is slow on a GPU and seldom needed.
+EF_HD int64_t quotient(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? int64_t(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
+}
+
 template <typename T>
 EF_HD T sigmoid(T x) {
   return T(1) / (T(1) + exp_of(-x));

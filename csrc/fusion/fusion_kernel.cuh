@@ -189,14 +189,18 @@ template <typename A>
 __global__ void fusion_weights_kernel(const A* __restrict__ partials, int64_t blocks, const A* __restrict__ weights, int count,
                                       Method method, A eps, A* __restrict__ grad_weights) {  // [count]
   A totals[kMaxInputs] = {};
-  for (int i = 0; i < count; ++i) {
+#pragma unroll
+  for (int i = 0; i < kMaxInputs; ++i) {
+    if (i >= count) continue;
     A mine = 0;
     for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) mine += partials[b * count + i];
     totals[i] = block_sum(mine, shared_memory<A>() + i * kWarpSize);
   }
   if (threadIdx.x != 0) return;
   weight_gradients(weights, count, method, eps, totals);
-  for (int i = 0; i < count; ++i) grad_weights[i] = totals[i];
+#pragma unroll
+  for (int i = 0; i < kMaxInputs; ++i)
+    if (i < count) grad_weights[i] = totals[i];
 }
 
 // A nearest input that is not of the cells' size: each of its pixels adds up its children.
@@ -204,7 +208,7 @@ template <int kVec, typename scalar_t>
 __global__ void fusion_nearest_backward_kernel(Problem<scalar_t> p, int input, const scalar_t* __restrict__ grad_sum,  // [n, h, w, c]
                                                scalar_t* __restrict__ grad_input) {
   using A = acc_t<scalar_t>;
-  const A weight = normalized_weights(p.weights, p.count, p.method, p.eps).v[input];
+  const A weight = Normalizer<A>(p.weights, p.count, p.method, p.eps).weight(p.weights, input);
   const int64_t h = p.inputs[input].h, w = p.inputs[input].w;
   for_each_pixel<kVec>(p.n, h, w, p.c, [&](int64_t image, int64_t parent_y, int64_t parent_x, int64_t channel) {
     Values<A, kVec> sum{};
@@ -227,7 +231,7 @@ __global__ void fusion_max_pool_backward_kernel(Problem<scalar_t> p, int input, 
                                                 const uint8_t* __restrict__ taps,                                       // [n, h, w, c]
                                                 scalar_t* __restrict__ grad_input) {
   using A = acc_t<scalar_t>;
-  const A weight = normalized_weights(p.weights, p.count, p.method, p.eps).v[input];
+  const A weight = Normalizer<A>(p.weights, p.count, p.method, p.eps).weight(p.weights, input);
   const int64_t h = p.inputs[input].h, w = p.inputs[input].w;
   for_each_pixel<kVec>(p.n, p.h, p.w, p.c, [&](int64_t image, int64_t y, int64_t x, int64_t channel) {
     Values<A, kVec> sums[2][2] = {};

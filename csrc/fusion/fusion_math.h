@@ -11,49 +11,51 @@ inline constexpr int kMaxInputs = 4;
 enum class Method : int { kFast = 0, kSoftmax = 1, kSum = 2 };  // numbered as in effdet_fast/ops/fusion.py
 enum class Resample : int { kNone = 0, kNearest = 1, kMaxPool = 2 };
 
+// What the weights are normalised by: v_i = weight(w, i).
+template <typename A>
+struct Normalizer {
+  Method method;
+  A highest = 0, divisor = 1;
+
+  EF_HD Normalizer(const A* w, int count, Method method_, A eps) : method(method_) {
+    if (method == Method::kSum) return;
+    highest = w[0];
+    for (int i = 1; i < count; ++i) highest = w[i] > highest ? w[i] : highest;
+    A sum = 0;
+    for (int i = 0; i < count; ++i) sum += raw(w[i]);
+    divisor = method == Method::kSoftmax ? sum : sum + eps;
+  }
+  EF_HD A weight(const A* w, int i) const { return method == Method::kSum ? A(1) : raw(w[i]) / divisor; }
+
+ private:
+  EF_HD A raw(A w) const { return method == Method::kSoftmax ? exp_of(w - highest) : (w < A(0) ? A(0) : w); }
+};
+
 template <typename A>
 struct NormalizedWeights {
   A v[kMaxInputs];
-  A divisor;
 };
 
 template <typename A>
 EF_HD NormalizedWeights<A> normalized_weights(const A* w, int count, Method method, A eps) {
+  const Normalizer<A> normalizer(w, count, method, eps);
   NormalizedWeights<A> result;
-  if (method == Method::kSum) {
-    for (int i = 0; i < kMaxInputs; ++i) result.v[i] = A(1);
-    result.divisor = A(1);
-    return result;
-  }
-  A highest = w[0];
-  for (int i = 1; i < count; ++i) highest = w[i] > highest ? w[i] : highest;
-  A sum = 0;
-  for (int i = 0; i < kMaxInputs; ++i) {
-    result.v[i] = 0;
-    if (i < count) result.v[i] = method == Method::kSoftmax ? exp_of(w[i] - highest) : (w[i] < A(0) ? A(0) : w[i]);
-    sum += result.v[i];
-  }
-  result.divisor = method == Method::kSoftmax ? sum : sum + eps;
-  for (int i = 0; i < kMaxInputs; ++i) result.v[i] = result.v[i] / result.divisor;
+  for (int i = 0; i < kMaxInputs; ++i) result.v[i] = i < count ? normalizer.weight(w, i) : A(0);
   return result;
 }
 
-// grad_w[i] from grad_v[i], in place of it.
+// grad_w[i] from grad_v[i], in place of it; grad has kMaxInputs elements, `count` of them in use.
 template <typename A>
 EF_HD void weight_gradients(const A* w, int count, Method method, A eps, A* grad) {
   if (method == Method::kSum) return;
-  const NormalizedWeights<A> normalized = normalized_weights(w, count, method, eps);
+  const Normalizer<A> normalizer(w, count, method, eps);
   A mean = 0;
-  for (int i = 0; i < count; ++i) mean += grad[i] * normalized.v[i];
-  for (int i = 0; i < count; ++i) {
-    grad[i] =
-        method == Method::kSoftmax ? normalized.v[i] * (grad[i] - mean) : (w[i] <= A(0) ? A(0) : (grad[i] - mean) / normalized.divisor);
+  for (int i = 0; i < kMaxInputs; ++i) mean += i < count ? grad[i] * normalizer.weight(w, i) : A(0);
+  for (int i = 0; i < kMaxInputs; ++i) {
+    if (i >= count) continue;
+    const A centred = grad[i] - mean;
+    grad[i] = method == Method::kSoftmax ? normalizer.weight(w, i) * centred : (w[i] <= A(0) ? A(0) : centred / normalizer.divisor);
   }
-}
-
-// a / b for a >= 0, b > 0; 64-bit division is slow on a GPU and seldom needed.
-EF_HD int64_t quotient(int64_t a, int64_t b) {
-  return ((a | b) >> 32) == 0 ? int64_t(static_cast<uint32_t>(a) / static_cast<uint32_t>(b)) : a / b;
 }
 
 // Nearest: output i reads input floor(i in / out), so input j is read by the outputs [first_child(j), first_child(j + 1)).

@@ -11,7 +11,7 @@ from tests.emulation.build import ROOT, build
 
 # (op, self-test, file, the text to damage, what it becomes)
 DAMAGES = [
-    ("focal_loss", "sigmoid_focal_loss", "focal_loss_kernel.cuh", "column = 0;", "column = 1;"),
+    ("focal_loss", "sigmoid_focal_loss", "focal_loss_kernel.cuh", "column_ = 0;", "column_ = 1;"),
     (
         "focal_loss",
         "sigmoid_focal_loss",
@@ -23,8 +23,8 @@ DAMAGES = [
         "focal_loss",
         "sigmoid_focal_loss",
         "focal_loss_kernel.cuh",
-        "out[k] = value.v[k - i];",
-        "out[k + 8] = value.v[k - i];",
+        "store_vec<kSize>(grad_logits + i, out);",
+        "store_vec<kSize>(grad_logits + i + 8, out);",
     ),
     (
         "fusion",
