@@ -52,7 +52,17 @@ def soft_nms(dtype: torch.dtype) -> None:
         ops.soft_nms(boxes[0], scores[0], labels[0], method=method)
 
 
-RUNS: tuple[Callable[[torch.dtype], None], ...] = (focal_loss, fusion, depthwise_conv, nms, soft_nms)
+def anchor_matching(dtype: torch.dtype) -> None:
+    corners = 100 * torch.rand(333, 2, device="cuda")
+    anchors = torch.cat([corners, corners + 20], -1).to(dtype)
+    labels = torch.randint(-1, 5, (3, 40), device="cuda")
+    for forced in (True, False):
+        ops.match_anchors(
+            anchors, anchors[:120].view(3, 40, 4), labels, force_match=forced, allow_low_quality_matches=not forced
+        )
+
+
+RUNS: tuple[Callable[[torch.dtype], None], ...] = (focal_loss, fusion, depthwise_conv, nms, soft_nms, anchor_matching)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, memory_format=torch.contiguous_format) -> torch.Tensor:

@@ -206,12 +206,32 @@ def _check_soft_nms(device: torch.device) -> float:
         return float(not all(map(torch.equal, ours, found())))
 
 
+def _check_anchor_matching(device: torch.device) -> float:
+    corners = _random(device, 300, 2).abs() * 40
+    anchors = torch.cat([corners, corners + 25], dim=-1)
+    boxes = anchors[:120].view(3, 40, 4) + _random(device, 3, 40, 4)
+    labels = (torch.arange(120, device=device) % 5 - 1).view(3, 40)
+    anchors = anchors[:-20]  # 280: the last warp is not full
+
+    def targets() -> list[Tensor]:
+        low_quality = ops.match_anchors(
+            anchors, boxes, labels, neg_iou=0.4, force_match=False, allow_low_quality_matches=True
+        )
+        return [*ops.match_anchors(anchors, boxes, labels), *low_quality]
+
+    ours = targets()
+    with ops.use_reference():
+        expected = targets()
+    return max(float((mine - other).abs().max()) for mine, other in zip(ours, expected, strict=True))
+
+
 SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "sigmoid_focal_loss": _check_focal_loss,
     "weighted_fusion": _check_fusion,
     "depthwise_conv2d": _check_depthwise,
     "batched_nms_padded": _check_nms,
     "soft_nms": _check_soft_nms,
+    "match_anchors": _check_anchor_matching,
 }
 
 

@@ -20,6 +20,7 @@ def test_doctor_is_green(capsys):
         "sigmoid_focal_loss on cpu",
         "batched_nms_padded on cpu",
         "soft_nms on cpu",
+        "match_anchors on cpu",
         "All is well.",
     ):
         assert expected in printed

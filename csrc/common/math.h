@@ -43,6 +43,8 @@ EF_HD float log1p_of(float u) {
 #endif
 EF_HD double exp_of(double x) { return ::exp(x); }
 EF_HD double log1p_of(double u) { return ::log1p(u); }
+EF_HD float log_of(float x) { return logf(x); }
+EF_HD double log_of(double x) { return ::log(x); }
 EF_HD float sqrt_of(float x) { return sqrtf(x); }
 EF_HD double sqrt_of(double x) { return ::sqrt(x); }
 

@@ -71,9 +71,6 @@ EF_HD acc_t hard_grad(acc_t z, const Parameters<acc_t>& p) {
   return hard_loss_and_grad<kModulator>(z, p).grad;
 }
 
-EF_HD float log_of(float x) { return logf(x); }
-EF_HD double log_of(double x) { return ::log(x); }
-
 // What the formulas need of x and a soft target t in [0, 1].
 template <Modulator kModulator, typename acc_t>
 struct Soft {

@@ -14,7 +14,6 @@
 
 namespace ef::soft_nms {
 namespace {
-using nms::Box;
 constexpr int64_t kLanes = 16;
 
 template <typename A>
@@ -69,7 +68,7 @@ EF_CPU_CLONES void take(Packet<A>* packets, int64_t count, int64_t place, const 
     A best = out_score<A>();
 #pragma omp simd reduction(max : best)
     for (int64_t k = 0; k < kLanes; ++k) {
-      const A iou = nms::rounded_quotient(inter[k], (box.area + packet.area[k]) - inter[k]);
+      const A iou = rounded_quotient(inter[k], (box.area + packet.area[k]) - inter[k]);
       const A score = decayed_score<kGaussian>(packet.score[k], iou, decay);
       packet.score[k] = score;
       best = score > best ? score : best;
@@ -99,7 +98,7 @@ std::vector<List<acc_t<scalar_t>>> lists_of(const Problem<scalar_t>& in, int64_t
       Packet<A>& packet = list.packets[k / kLanes];
       const int64_t lane = k % kLanes, i = k < list.indices.size() ? list.indices[k] : -1;
       const scalar_t* b = boxes + i * 4;
-      const Box<A> box = i < 0 ? Box<A>{} : nms::box_of(A(b[0]), A(b[1]), A(b[2]), A(b[3]));
+      const Box<A> box = i < 0 ? Box<A>{} : box_of(A(b[0]), A(b[1]), A(b[2]), A(b[3]));
       packet.x1[lane] = box.x1;
       packet.y1[lane] = box.y1;
       packet.x2[lane] = box.x2;

@@ -31,7 +31,7 @@ __device__ Best<A> warp_best(Best<A> best) {
 }
 
 template <bool kAligned, typename scalar_t>
-__device__ nms::Box<acc_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {
+__device__ Box<acc_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {
   using A = acc_t<scalar_t>;
   constexpr int kSize = !kAligned ? 1 : kVecSize<scalar_t> < 4 ? 2 : 4;
   A corner[4];
@@ -41,7 +41,7 @@ __device__ nms::Box<acc_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) 
 #pragma unroll
     for (int j = 0; j < kSize; ++j) corner[k + j] = A(part.v[j]);
   }
-  return nms::box_of(corner[0], corner[1], corner[2], corner[3]);
+  return box_of(corner[0], corner[1], corner[2], corner[3]);
 }
 
 template <bool kGaussian, bool kAligned, typename scalar_t>
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
     __syncthreads();
     const Best<A> best = warp_best(bests[lane % kWarps]);
     if (!(best.score > out_score<A>())) break;
-    const nms::Box<A> box = load_box<kAligned>(boxes, best.index);
+    const Box<A> box = load_box<kAligned>(boxes, best.index);
     const int64_t label = labels[best.index];
     if (threadIdx.x == 0) {
       const int64_t row = first_row + found;
@@ -87,10 +87,10 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
         continue;
       }
       if (labels[i] == label) {
-        const nms::Box<A> other = load_box<kAligned>(boxes, i);
+        const Box<A> other = load_box<kAligned>(boxes, i);
         const A inter = intersection(box, other);
         if (may_decay(inter, decay)) {
-          score = decayed_score<kGaussian>(score, nms::rounded_quotient(inter, (box.area + other.area) - inter), decay);
+          score = decayed_score<kGaussian>(score, rounded_quotient(inter, (box.area + other.area) - inter), decay);
           current[i] = score;
         }
       }

@@ -11,9 +11,8 @@ from effdet_fast.models.config import EfficientDetConfig
 from effdet_fast.models.efficientnet import EfficientNet
 from effdet_fast.models.heads import PRIOR_PROBABILITY, Head
 from effdet_fast.models.loss import DetectionLoss, detection_loss
-from effdet_fast.models.matching import match_anchors
 from effdet_fast.models.postprocess import postprocess
-from effdet_fast.ops import Detections
+from effdet_fast.ops import Detections, match_anchors
 
 Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
@@ -83,7 +82,8 @@ class EfficientDet(nn.Module):
         cls_outputs, box_outputs = self._check_outputs(outputs, "EfficientDet.loss")
         self._check_objects(gt_boxes, gt_labels, batch=cls_outputs[0].shape[0])
         anchors = self._anchors.boxes(cls_outputs[0].device)
-        targets = match_anchors(anchors, gt_boxes, gt_labels, self.config.match_iou)
+        match_iou = self.config.match_iou
+        targets = match_anchors(anchors, gt_boxes, gt_labels, pos_iou=match_iou, neg_iou=match_iou)
         return detection_loss(cls_outputs, box_outputs, targets, self.config)
 
     def detect(

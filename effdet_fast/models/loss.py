@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from effdet_fast.models.config import EfficientDetConfig
-from effdet_fast.models.matching import AnchorTargets
-from effdet_fast.ops import sigmoid_focal_loss
+from effdet_fast.ops import AnchorTargets, sigmoid_focal_loss
 
 
 class DetectionLoss(NamedTuple):

@@ -3,6 +3,7 @@
 from effdet_fast.ops._arguments import set_debug
 from effdet_fast.ops._boxes import Detections
 from effdet_fast.ops._library import use_reference
+from effdet_fast.ops.anchor_matching import AnchorTargets, match_anchors, match_anchors_reference
 from effdet_fast.ops.depthwise_conv import (
     depthwise_conv2d,
     depthwise_conv2d_reference,
@@ -27,6 +28,7 @@ from effdet_fast.ops.nms import (
 from effdet_fast.ops.soft_nms import soft_nms, soft_nms_reference
 
 __all__ = [
+    "AnchorTargets",
     "Detections",
     "batched_nms",
     "batched_nms_padded",
@@ -36,6 +38,8 @@ __all__ = [
     "depthwise_conv2d_reference",
     "depthwise_separable_conv2d",
     "depthwise_separable_conv2d_reference",
+    "match_anchors",
+    "match_anchors_reference",
     "nms",
     "nms_reference",
     "fast_normalized_fusion",

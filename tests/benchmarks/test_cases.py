@@ -6,7 +6,15 @@ import warnings
 import pytest
 import torch
 
-from benchmarks import bench_depthwise_conv, bench_focal_loss, bench_fusion, bench_nms, bench_soft_nms, smoke
+from benchmarks import (
+    bench_anchor_matching,
+    bench_depthwise_conv,
+    bench_focal_loss,
+    bench_fusion,
+    bench_nms,
+    bench_soft_nms,
+    smoke,
+)
 from benchmarks.__main__ import OPS
 from benchmarks.harness import passing
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, OURS
@@ -84,6 +92,15 @@ def test_soft_nms():
     assert workload.phases == ("forward",) and (workload.oracle.forward()[1] == 100).all()
     check(workload, torch.float32, {"effdet"})
     check(bench_soft_nms.single(CPU, torch.float32, CONTIGUOUS, count=200), torch.float32, {"effdet"})
+
+
+def test_anchor_matching():
+    workload = bench_anchor_matching.effdet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, most=6)
+    assert workload.bytes == {"forward": 49104 * 16 + 2 * 6 * 24 + 2 * (49104 * 24 + 4)}
+    assert workload.oracle.forward()[0].tolist()[0] == 0 and workload.oracle.forward()[0][1] > 5
+    check(workload, torch.float32, {"effdet"})
+    workload = bench_anchor_matching.retinanet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, most=6)
+    check(workload, torch.float32, {"torchvision"})
 
 
 def test_candidates_overlap_and_have_scores_of_their_own():

@@ -44,6 +44,14 @@ DAMAGES = [
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "earlier < number", "earlier + 1 < number"),
     ("soft_nms", "soft_nms", "soft_nms_kernel.cuh", "i == best.index", "i + 1 == best.index"),
     ("soft_nms", "soft_nms", "soft_nms_kernel.cuh", "if (labels[i] == label)", "if (labels[i] <= label)"),
+    (
+        "anchor_matching",
+        "match_anchors",
+        "anchor_matching_kernel.cuh",
+        "own.warp_first + __ffs",
+        "own.warp_first + 1 + __ffs",
+    ),
+    ("anchor_matching", "match_anchors", "anchor_matching_kernel.cuh", "mask = kWarpSize / 2", "mask = kWarpSize / 4"),
 ]
 
 

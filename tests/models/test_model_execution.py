@@ -11,7 +11,7 @@ from effdet_fast.models import create_model
 from effdet_fast.models.activation import activate_
 from effdet_fast.models.bifpn import bifpn_nodes, max_pool_same
 from effdet_fast.models.loss import per_anchor_view
-from effdet_fast.models.matching import pairwise_iou
+from effdet_fast.ops.anchor_matching import pairwise_iou
 from tests.models.effdet_models import random_objects
 
 NAMES = ["efficientdet_d0", "efficientdet_lite0"]

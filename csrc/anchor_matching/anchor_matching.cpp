@@ -1,0 +1,53 @@
+// Tensor boundary of anchor matching: check, allocate, dispatch the dtype once, register.
+#include "anchor_matching.h"
+
+#include <tuple>
+
+#include "../common/tensor.h"
+
+namespace ef::anchor_matching {
+namespace {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& boxes, const Tensor& labels,
+                                         const std::optional<Tensor>& counts, double positive, double negative, int64_t force,
+                                         int64_t coder) {
+  STD_TORCH_CHECK(anchors.dim() == 2 && anchors.size(1) == 4 && anchors.is_contiguous(),
+                  "match_anchors: anchors must be contiguous [count, 4]");
+  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous() && boxes.scalar_type() == anchors.scalar_type(),
+                  "match_anchors: boxes must be contiguous [batch, most, 4], of the anchors' dtype");
+  const int64_t count = anchors.size(0), batch = boxes.size(0), most = boxes.size(1);
+  STD_TORCH_CHECK(labels.numel() == batch * most && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
+                  "match_anchors: labels must be contiguous int64 [batch, most]");
+  STD_TORCH_CHECK(!counts || (counts->numel() == batch && counts->is_contiguous() && counts->scalar_type() == ScalarType::Long),
+                  "match_anchors: counts must be contiguous int64 [batch]");
+  STD_TORCH_CHECK(most < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
+  const bool is_double = anchors.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(is_double || anchors.scalar_type() == ScalarType::Float, "match_anchors: dtype must be float32 or float64");
+
+  const DeviceScope<Device> scope(anchors);
+  Tensor out_labels = allocate(anchors, {batch, count}, ScalarType::Long);
+  Tensor codes = allocate(anchors, {batch, count, 4}, anchors.scalar_type());
+  Tensor positives = allocate(anchors, {batch}, ScalarType::Long);
+  torch::stable::zero_(positives);
+  if (batch == 0 || count == 0) return {out_labels, codes, positives};
+  Tensor workspace = allocate(anchors, {workspace_size(scope.device, batch, most)}, ScalarType::Long);
+  if (workspace.numel() > 0) torch::stable::zero_(workspace);
+  const auto run = [&]<typename T>() {
+    const Problem<T> problem{
+        const_data<T>(anchors),   const_data<T>(boxes),     const_data<int64_t>(labels), const_data<int64_t>(counts), count, batch, most,
+        static_cast<T>(positive), static_cast<T>(negative), static_cast<Force>(force),   static_cast<Coder>(coder)};
+    launch_match<T>(scope.device, problem, mutable_data<int64_t>(workspace),
+                    {mutable_data<int64_t>(out_labels), mutable_data<T>(codes), mutable_data<int64_t>(positives)});
+  };
+  is_double ? run.template operator()<double>() : run.template operator()<float>();
+  return {out_labels, codes, positives};
+}
+
+template <class Device>
+void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("match_anchors", TORCH_BOX(&match<Device>));
+}
+}  // namespace
+}  // namespace ef::anchor_matching
+
+EF_REGISTER(ef::anchor_matching::register_ops)

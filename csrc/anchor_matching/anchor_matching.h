@@ -1,0 +1,39 @@
+// What the Tensor boundary may call; raw pointers only. Boxes are (x1, y1, x2, y2); all buffers are dense. T is float or double.
+#pragma once
+#include <cstdint>
+
+#include "../common/platform.h"
+#include "anchor_matching_math.h"
+
+namespace ef::anchor_matching {
+template <typename T>
+struct Problem {
+  const T* anchors;       // [count, 4]
+  const T* boxes;         // [batch, most, 4]
+  const int64_t* labels;  // [batch, most]; negative: not an object
+  const int64_t* counts;  // [batch], rows that may be objects, or null for all
+  int64_t count, batch, most;
+  T positive, negative;  // IoU from which on an anchor is positive, or not background; 0 < negative <= positive
+  Force force;
+  Coder coder;
+
+  EF_HD int64_t rows(int64_t image) const {
+    if (!counts) return most;
+    return counts[image] < most ? counts[image] : most;
+  }
+};
+template <typename T>
+struct Targets {
+  int64_t* labels;     // [batch, count]: a label, -1 background, -2 ignored
+  T* codes;            // [batch, count, 4]
+  int64_t* positives;  // [batch]
+};
+
+// `workspace` holds workspace_size(batch, most) zeros.
+template <typename T>
+void launch_match(Cpu, const Problem<T>& problem, int64_t* workspace, const Targets<T>& out);
+template <typename T>
+void launch_match(Cuda, const Problem<T>& problem, int64_t* workspace, const Targets<T>& out);
+int64_t workspace_size(Cpu, int64_t batch, int64_t most);
+int64_t workspace_size(Cuda, int64_t batch, int64_t most);
+}  // namespace ef::anchor_matching

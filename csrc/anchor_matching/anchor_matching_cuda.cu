@@ -1,0 +1,33 @@
+#include <algorithm>
+#include <cstring>
+
+#include "anchor_matching.h"
+#include "anchor_matching_kernel.cuh"
+
+namespace ef::anchor_matching {
+namespace {
+constexpr int64_t kMostGridY = 65535;
+}  // namespace
+
+int64_t workspace_size(Cuda, int64_t batch, int64_t most) { return 2 * batch * most; }  // best, first
+
+template <typename T>
+void launch_match(Cuda device, const Problem<T>& problem, int64_t* workspace, const Targets<T>& out) {
+  const dim3 grid(unsigned(ceil_div(problem.count, kThreads)), unsigned(std::min(problem.batch, kMostGridY)));
+  Word* best = reinterpret_cast<Word*>(workspace);
+  Word* first = best + problem.batch * problem.most;
+  const auto write = [&]<Force kForce>() {
+    launch("match_anchors_write", write_kernel<kForce, T>, grid, kThreads, 0, device, problem, best, first, out);
+  };
+  if (problem.force == Force::kNone || problem.most == 0) return write.template operator()<Force::kNone>();
+  launch("match_anchors_best", best_kernel<T>, grid, kThreads, 0, device, problem, best);
+  if (problem.force == Force::kTies) return write.template operator()<Force::kTies>();
+  launch("match_anchors_first", first_kernel<T>, grid, kThreads, 0, device, problem, best, first);
+  write.template operator()<Force::kFirst>();
+}
+
+#define EF_DEFINE(T) template void launch_match<T>(Cuda, const Problem<T>&, int64_t*, const Targets<T>&);
+EF_DEFINE(float)
+EF_DEFINE(double)
+#undef EF_DEFINE
+}  // namespace ef::anchor_matching

@@ -1,0 +1,244 @@
+"""Which anchor answers for which object, and with which box code: the targets of a batch of images."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import (
+    check_choice,
+    check_floating,
+    check_same_device,
+    check_tensor,
+    dtype_name,
+    may_read_values,
+)
+from effdet_fast.ops._boxes import iou_with
+
+BACKGROUND = -1
+IGNORED = -2
+
+# Numbered as in csrc/anchor_matching/anchor_matching_math.h.
+_CODERS: dict[str | None, int] = {None: 0, "effdet": 1, "torchvision": 2}
+_FORCE_NONE, _FORCE_FIRST, _FORCE_TIES = range(3)
+
+_EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
+
+
+class AnchorTargets(NamedTuple):
+    """What the heads should say at each of A anchors, for a batch of B images.
+
+    Attributes:
+        labels: ``[B, A]`` int64; class of the matched object, -1 for background, -2 for ignored.
+        boxes: ``[B, A, 4]``, float32 (float64 for float64 anchors); code of the matched object, 0 where there is none.
+        num_positives: ``[B]`` float32, matched anchors of each image.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    num_positives: Tensor
+
+
+def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU ``[M, A]`` of boxes ``[M, 4]`` and anchors ``[A, 4]``, xyxy; 0 where it is not a number, as for two empty boxes."""
+    iou = iou_with(boxes.unsqueeze(1), anchors)
+    return torch.where(iou > 0, iou, 0)
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, box_coder: str | None = "effdet") -> Tensor:
+    """Codes ``[..., 4]`` of boxes (xyxy) relative to anchors (xyxy, broadcastable); see :func:`match_anchors` for the coders."""
+    if box_coder is None:
+        return boxes
+    start, end = boxes.unflatten(-1, (2, 2)).unbind(-2)
+    anchor_start, anchor_end = anchors.unflatten(-1, (2, 2)).unbind(-2)
+    size, anchor_size = end - start, anchor_end - anchor_start
+    offset = (start + size / 2) - (anchor_start + anchor_size / 2)
+    if box_coder == "effdet":
+        size, anchor_size = size + _EPS, anchor_size + _EPS
+    offset, scale = offset / anchor_size, torch.log(size / anchor_size)
+    if box_coder == "effdet":
+        offset, scale = offset.flip(-1), scale.flip(-1)
+    return torch.cat([offset, scale], dim=-1)
+
+
+def match_anchors_reference(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_counts: Tensor | None = None,
+    *,
+    pos_iou: float = 0.5,
+    neg_iou: float = 0.5,
+    force_match: bool = True,
+    allow_low_quality_matches: bool = False,
+    box_coder: str | None = "effdet",
+) -> AnchorTargets:
+    """:func:`match_anchors` in plain PyTorch: image by image, from the whole IoU matrix."""
+    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    anchors, gt_boxes, gt_labels = anchors.detach().to(dtype), gt_boxes.detach().to(dtype), gt_labels.long()
+    batch, most = gt_labels.shape
+    labels = gt_labels.new_full((batch, len(anchors)), BACKGROUND)
+    codes = gt_boxes.new_zeros(batch, len(anchors), 4)
+    if len(anchors) and most:
+        there = gt_labels >= 0
+        if gt_counts is not None:
+            there = there & (torch.arange(most, device=there.device) < gt_counts.unsqueeze(1))
+        for image in range(batch):
+            matches = _match_image(
+                pairwise_iou(gt_boxes[image], anchors),
+                there[image],
+                pos_iou,
+                neg_iou,
+                _force_rule(force_match, allow_low_quality_matches),
+            )
+            positive, row = matches >= 0, matches.clamp(min=0)
+            labels[image] = torch.where(positive, gt_labels[image][row], matches)
+            code = encode_boxes(gt_boxes[image][row], anchors, box_coder)
+            codes[image] = torch.where(positive.unsqueeze(1), code, 0)
+    return AnchorTargets(labels, codes, (labels >= 0).sum(1, dtype=torch.float32))
+
+
+def _match_image(iou: Tensor, there: Tensor, pos_iou: float, neg_iou: float, force: int) -> Tensor:
+    """Row of `iou` [M, A] each anchor answers for, int64 [A], -1 for none, -2 for ignored. Rows not `there` take no part."""
+    most = len(there)
+    iou = torch.where(there.unsqueeze(1), iou, -1)
+    best, row = iou.max(dim=0)  # of equal maxima `max` gives the first
+    matches = torch.where(best >= pos_iou, row, torch.where(best >= neg_iou, IGNORED, BACKGROUND))
+    if force == _FORCE_FIRST:
+        # The lowest row claiming an anchor gets it; rows that are not there claim with a number nobody wants.
+        claims = torch.where(there, torch.arange(most, device=iou.device), most)
+        forced = torch.full_like(matches, most).scatter_reduce_(0, iou.argmax(dim=1), claims, "amin")
+        matches = torch.where(forced < most, forced, matches)
+    elif force == _FORCE_TIES:
+        tied = ((iou == iou.amax(dim=1, keepdim=True)) & there.unsqueeze(1)).any(dim=0)
+        matches = torch.where(tied, row, matches)
+    return matches
+
+
+def _force_rule(force_match: bool, allow_low_quality_matches: bool) -> int:
+    return _FORCE_FIRST if force_match else _FORCE_TIES if allow_low_quality_matches else _FORCE_NONE
+
+
+_match_anchors = _library.define(
+    "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor gt_labels, Tensor? gt_counts, float pos_iou, float neg_iou, "
+    "int force, int box_coder) -> (Tensor, Tensor, Tensor)",
+    lambda anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder: (
+        gt_labels.new_empty(gt_labels.shape[0], anchors.shape[0]),
+        anchors.new_empty(gt_labels.shape[0], anchors.shape[0], 4),
+        gt_labels.new_empty(gt_labels.shape[0]),
+    ),
+)
+
+
+def match_anchors(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_counts: Tensor | None = None,
+    *,
+    pos_iou: float = 0.5,
+    neg_iou: float = 0.5,
+    force_match: bool = True,
+    allow_low_quality_matches: bool = False,
+    box_coder: str | None = "effdet",
+) -> AnchorTargets:
+    """Assigns each anchor of each image the object it overlaps most, if it overlaps it enough, and encodes that object's box.
+
+    With an anchor's highest IoU q over the objects of an image (of equal ones the first object's): q >= ``pos_iou`` makes it
+    positive, ``neg_iou`` <= q < ``pos_iou`` ignored, anything less background. No object is left without an anchor:
+
+    - ``force_match``: every object takes its best anchor, whatever the IoU. Of equally good anchors the first is taken; where
+      several objects want the same anchor, the first object gets it. With the default thresholds this is effdet's
+      ``AnchorLabeler``, whose choice among objects that want the same anchor is open.
+    - ``allow_low_quality_matches``: every anchor that ties for the best of some object takes the object *it* overlaps most. With
+      ``pos_iou=0.5, neg_iou=0.4, force_match=False, box_coder="torchvision"`` this is torchvision's RetinaNet. An object that
+      overlaps no anchor ties with all of them, as in torchvision's ``Matcher``: such boxes are better dropped before.
+
+    No M x A matrix is ever in memory, and nothing waits for the device.
+
+    Args:
+        anchors: ``[A, 4]``, (x1, y1, x2, y2); float16, bfloat16, float32 or float64. IoU and codes are computed in float32, in
+            float64 for float64 anchors; the IoU is rounded as PyTorch rounds the formula.
+        gt_boxes: ``[B, M, 4]``, (x1, y1, x2, y2) in the anchors' units; floating. M may be 0.
+        gt_labels: ``[B, M]``, class of each object; any integer dtype. A negative one marks a padding row, whose box may hold
+            anything.
+        gt_counts: ``[B]``, how many of each image's rows are objects; any integer dtype. None for all, but the padding rows.
+        pos_iou: smallest IoU of a match that is not forced.
+        neg_iou: smallest IoU of an anchor that is not background; in (0, ``pos_iou``].
+        force_match: see above.
+        allow_low_quality_matches: see above; not together with ``force_match``.
+        box_coder: "effdet", the code (ty, tx, th, tw) with ``ty = (yc - yc_a) / h_a``, ``th = log(h / h_a)`` and 1e-7 added to
+            every side; "torchvision", (dx, dy, dw, dh) with weights 1; None, the box (x1, y1, x2, y2) itself.
+
+    Returns:
+        :class:`AnchorTargets`. Deterministic. No gradient.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: shapes or devices do not fit, thresholds are out of order, both rules for best anchors are asked for, the
+            coder is unknown, or a count is not in [0, M] (looked at on the CPU; on a GPU only after
+            ``effdet_fast.set_debug(True)``).
+    """
+    op = "match_anchors"
+    _check(op, anchors, gt_boxes, gt_labels, gt_counts)
+    if not 0 < neg_iou <= pos_iou:
+        raise ValueError(f"{op}: thresholds must be 0 < neg_iou <= pos_iou, got neg_iou={neg_iou}, pos_iou={pos_iou}")
+    if force_match and allow_low_quality_matches:
+        raise ValueError(f"{op}: force_match and allow_low_quality_matches exclude each other, got both")
+    check_choice(op, "box_coder", box_coder, _CODERS)
+    if not _library.is_native(anchors):
+        return match_anchors_reference(
+            anchors,
+            gt_boxes,
+            gt_labels,
+            gt_counts,
+            pos_iou=pos_iou,
+            neg_iou=neg_iou,
+            force_match=force_match,
+            allow_low_quality_matches=allow_low_quality_matches,
+            box_coder=box_coder,
+        )
+    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    labels, boxes, counts = _match_anchors(
+        anchors.detach().to(dtype).contiguous(),
+        gt_boxes.detach().to(dtype).contiguous(),
+        gt_labels.long().contiguous(),
+        None if gt_counts is None else gt_counts.long().contiguous(),
+        float(pos_iou),
+        float(neg_iou),
+        _force_rule(force_match, allow_low_quality_matches),
+        _CODERS[box_coder],
+    )
+    return AnchorTargets(labels, boxes, counts.float())
+
+
+def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None) -> None:
+    check_floating(op, "anchors", anchors)
+    check_floating(op, "gt_boxes", gt_boxes)
+    _check_integer(op, "gt_labels", gt_labels)
+    if anchors.dim() != 2 or anchors.shape[1] != 4:
+        raise ValueError(f"{op}: anchors must have shape [A, 4], got {list(anchors.shape)}")
+    if gt_boxes.dim() != 3 or gt_boxes.shape[2] != 4:
+        raise ValueError(f"{op}: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
+    if gt_labels.shape != gt_boxes.shape[:2]:
+        raise ValueError(f"{op}: gt_labels must have shape {list(gt_boxes.shape[:2])}, got {list(gt_labels.shape)}")
+    check_same_device(op, "gt_boxes", gt_boxes, "anchors", anchors)
+    check_same_device(op, "gt_labels", gt_labels, "anchors", anchors)
+    if gt_counts is None:
+        return
+    _check_integer(op, "gt_counts", gt_counts)
+    if gt_counts.shape != gt_boxes.shape[:1]:
+        raise ValueError(f"{op}: gt_counts must have shape {list(gt_boxes.shape[:1])}, got {list(gt_counts.shape)}")
+    check_same_device(op, "gt_counts", gt_counts, "anchors", anchors)
+    if may_read_values(gt_counts) and gt_counts.numel():
+        most = gt_boxes.shape[1]
+        wrong = gt_counts[(gt_counts < 0) | (gt_counts > most)]
+        if wrong.numel():
+            raise ValueError(f"{op}: gt_counts must be in [0, {most}], got {int(wrong[0])}")
+
+
+def _check_integer(op: str, name: str, x: Any) -> None:
+    check_tensor(op, name, x)
+    if x.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {dtype_name(x.dtype)}")
