@@ -1,6 +1,7 @@
 """Every op once, forward and backward, on small odd shapes on the GPU: what compute-sanitizer watches."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,6 +16,29 @@ def focal_loss(dtype: torch.dtype) -> None:
     for reduction in ("none", "sum"):
         ops.sigmoid_focal_loss(logits, classes, 0.25, 1.5, reduction).sum().backward()
     ops.sigmoid_focal_loss(logits, torch.rand_like(logits, requires_grad=False), 0.25, 2.0, "none").sum().backward()
+
+
+def detection_loss(dtype: torch.dtype) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for classes in (8, 7):
+            outputs = [
+                random((2, 3 * k, h, w), dtype, memory_format) for k in (classes, 4) for h, w in ((8, 8), (3, 5))
+            ]
+            count = 3 * (64 + 15)
+            labels = torch.randint(-2, classes, (2, count), device="cuda")
+            codes, positives = torch.randn(2, count, 4, device="cuda"), (labels >= 0).sum(1)
+            corners = 50 * torch.rand(count, 2, device="cuda")
+            boxes: dict[str, Any] = {
+                "box_loss": "giou",
+                "anchors": torch.cat([corners, corners + 9], 1),
+                "normalizer": "per_image",
+            }
+            for options in ({}, boxes):
+                loss = ops.detection_loss(
+                    outputs[:2], outputs[2:], labels, codes, positives, num_classes=classes, **options
+                )
+                (2 * loss.total).backward(retain_graph=True)
+                loss.box.backward()
 
 
 def fusion(dtype: torch.dtype) -> None:
@@ -62,7 +86,15 @@ def anchor_matching(dtype: torch.dtype) -> None:
         )
 
 
-RUNS: tuple[Callable[[torch.dtype], None], ...] = (focal_loss, fusion, depthwise_conv, nms, soft_nms, anchor_matching)
+RUNS: tuple[Callable[[torch.dtype], None], ...] = (
+    focal_loss,
+    detection_loss,
+    fusion,
+    depthwise_conv,
+    nms,
+    soft_nms,
+    anchor_matching,
+)
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, memory_format=torch.contiguous_format) -> torch.Tensor:

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,6 +158,27 @@ def _check_focal_loss(device: torch.device) -> float:
     return _difference(lambda x: ops.sigmoid_focal_loss(x, labels, reduction="sum"), _random(device, 41, 9))
 
 
+def _check_detection_loss(device: torch.device) -> float:
+    levels = [(4, 8), (3, 3)]
+    labels = (torch.arange(2 * 82) % 11 - 2).view(2, 82).to(device)  # vectors of logits straddle the 9 classes
+    codes, positives = _random(device, 2, 82, 4), (labels >= 0).sum(1).float()
+    corners = _random(device, 82, 2).abs() * 20
+    anchors = torch.cat([corners, corners + 9], 1)
+
+    def worst(memory_format: torch.memory_format, **options: Any) -> float:
+        def loss(*outputs: Tensor) -> Tensor:
+            targets = (labels, codes, positives)
+            total, cls, box = ops.detection_loss(outputs[:2], outputs[2:], *targets, num_classes=9, **options)
+            return total + cls + box
+
+        outputs = [_random(device, 2, 2 * values, *size) for values in (9, 4) for size in levels]
+        return _difference(loss, *(x.contiguous(memory_format=memory_format) for x in outputs))
+
+    per_image = {"box_loss": "giou", "anchors": anchors, "normalizer": "per_image", "box_loss_weight": 2.0}
+    formats = (torch.contiguous_format, torch.channels_last)
+    return max(worst(memory_format, **options) for memory_format in formats for options in ({}, per_image))
+
+
 def _check_fusion(device: torch.device) -> float:
     def fuse(a: Tensor, b: Tensor, c: Tensor, weights: Tensor) -> Tensor:
         return ops.weighted_fusion([a, b, c], weights, resample=["none", "nearest", "max_pool"], activation="silu")
@@ -227,6 +249,7 @@ def _check_anchor_matching(device: torch.device) -> float:
 
 SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "sigmoid_focal_loss": _check_focal_loss,
+    "detection_loss": _check_detection_loss,
     "weighted_fusion": _check_fusion,
     "depthwise_conv2d": _check_depthwise,
     "batched_nms_padded": _check_nms,

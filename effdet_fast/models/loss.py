@@ -1,27 +1,15 @@
-"""EfficientDet's training loss, read off the head outputs where they are."""
+"""EfficientDet's training loss: the op, with the constants of a configuration."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 
 from effdet_fast.models.config import EfficientDetConfig
-from effdet_fast.ops import AnchorTargets, sigmoid_focal_loss
+from effdet_fast.ops import AnchorTargets, DetectionLoss
+from effdet_fast.ops import detection_loss as detection_loss_of
+from effdet_fast.ops.detection_loss import per_anchor_view
 
-
-class DetectionLoss(NamedTuple):
-    """Scalars, float32: `total` = `cls` + box_loss_weight * `box`."""
-
-    total: torch.Tensor
-    cls: torch.Tensor
-    box: torch.Tensor
-
-
-def per_anchor_view(output: torch.Tensor, anchors_per_cell: int) -> torch.Tensor:
-    """A head output [B, A * K, H, W] seen as [B, H, W, A, K]; never copies, dense if the output is channels_last."""
-    return output.unflatten(1, (anchors_per_cell, -1)).permute(0, 3, 4, 1, 2)
+__all__ = ["DetectionLoss", "detection_loss", "per_anchor_view"]
 
 
 def detection_loss(
@@ -41,29 +29,16 @@ def detection_loss(
         targets: Labels of the same anchors, levels concatenated.
         config: Loss constants.
     """
-    normalizer = targets.num_positives.sum() + 1.0
-    counts = [output.shape[2] * output.shape[3] * config.anchors_per_cell for output in cls_outputs]
-    labels = targets.labels.split(counts, dim=1)
-    codes = targets.boxes.split(counts, dim=1)
-
-    cls_losses, box_losses = [], []
-    for level, (cls_output, box_output) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
-        logits = per_anchor_view(cls_output, config.anchors_per_cell)
-        cls_losses.append(
-            sigmoid_focal_loss(
-                logits,
-                labels[level].view(logits.shape[:-1]),
-                alpha=config.focal_alpha,
-                gamma=config.focal_gamma,
-                reduction="sum",
-                label_smoothing=config.label_smoothing,
-                normalizer=normalizer,
-            )
-        )
-        predicted = per_anchor_view(box_output, config.anchors_per_cell).float()
-        target = codes[level].view(predicted.shape)
-        masked = torch.where(target != 0.0, predicted, 0.0)
-        box_losses.append(F.huber_loss(masked, target, reduction="sum", delta=config.huber_delta))
-    cls_loss = torch.stack(cls_losses).sum()
-    box_loss = torch.stack(box_losses).sum() / (4.0 * normalizer)
-    return DetectionLoss(cls_loss + config.box_loss_weight * box_loss, cls_loss, box_loss)
+    return detection_loss_of(
+        cls_outputs,
+        box_outputs,
+        targets.labels,
+        targets.boxes,
+        targets.num_positives,
+        num_classes=config.num_classes,
+        alpha=config.focal_alpha,
+        gamma=config.focal_gamma,
+        delta=config.huber_delta,
+        box_loss_weight=config.box_loss_weight,
+        label_smoothing=config.label_smoothing,
+    )

@@ -10,6 +10,7 @@ from effdet_fast.ops.depthwise_conv import (
     depthwise_separable_conv2d,
     depthwise_separable_conv2d_reference,
 )
+from effdet_fast.ops.detection_loss import DetectionLoss, detection_loss, detection_loss_reference
 from effdet_fast.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
 from effdet_fast.ops.fusion import (
     fast_normalized_fusion,
@@ -29,6 +30,7 @@ from effdet_fast.ops.soft_nms import soft_nms, soft_nms_reference
 
 __all__ = [
     "AnchorTargets",
+    "DetectionLoss",
     "Detections",
     "batched_nms",
     "batched_nms_padded",
@@ -40,6 +42,8 @@ __all__ = [
     "depthwise_separable_conv2d_reference",
     "match_anchors",
     "match_anchors_reference",
+    "detection_loss",
+    "detection_loss_reference",
     "nms",
     "nms_reference",
     "fast_normalized_fusion",

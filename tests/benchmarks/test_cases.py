@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     bench_anchor_matching,
     bench_depthwise_conv,
+    bench_detection_loss,
     bench_focal_loss,
     bench_fusion,
     bench_nms,
@@ -48,6 +49,17 @@ def test_focal_loss_of_soft_targets(layout):
     workload = bench_focal_loss.soft_targets(CPU, torch.float32, layout, batch=1, gamma=2.0, size=4)
     assert workload.ours.leaves[0].is_contiguous() == (layout == CONTIGUOUS)
     check(workload, torch.float32, {"eager", "torchvision", "effdet"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+def test_detection_loss(layout, dtype):
+    workload = bench_detection_loss.pyramid(CPU, dtype, layout, batch=2, sizes=(4, 3))
+    anchors = 2 * 9 * (16 + 9)
+    outputs = anchors * 94 * dtype.itemsize
+    assert workload.bytes == {"forward": outputs + anchors * 24, "both": 2 * outputs + anchors * 24}
+    assert workload.ours.leaves[0].is_contiguous() == (layout == CONTIGUOUS)
+    check(workload, dtype, {"effdet", "effdet, compiled"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

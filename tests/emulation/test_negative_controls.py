@@ -27,6 +27,20 @@ DAMAGES = [
         "store_vec<kSize>(grad_logits + i + 8, out);",
     ),
     (
+        "detection_loss",
+        "detection_loss",
+        "detection_loss_kernel.cuh",
+        "if (++column == p.classes) {",
+        "if (++column == p.classes + 1) {",
+    ),
+    (
+        "detection_loss",
+        "detection_loss",
+        "detection_loss_kernel.cuh",
+        "(pixel + k) * p.per_cell + anchor]",
+        "(pixel + k) * p.per_cell]",
+    ),
+    (
         "fusion",
         "weighted_fusion",
         "fusion_kernel.cuh",

@@ -1,0 +1,432 @@
+"""The whole training loss of a one-stage detector: focal loss of all logits plus box loss, over all levels at once."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import (
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    check_tensor,
+    dtype_name,
+)
+from effdet_fast.ops.focal_loss import (
+    LABEL_DTYPES,
+    check_focal_options,
+    check_label_values,
+    sigmoid_focal_loss_reference,
+)
+
+# Numbered as in csrc/detection_loss/detection_loss_math.h.
+BOX_LOSSES = {"huber": 0, "l1": 1, "smooth_l1": 2, "giou": 3}
+BOX_CODERS = {"effdet": 0, "torchvision": 1}
+NORMALIZERS = {"batch": 0, "per_image": 1}
+MAX_LEVELS = 8
+# torchvision's decoder limits the logarithm of a side relative to its anchor's.
+MAX_LOG_SCALE = math.log(1000 / 16)
+GIOU_EPS = 1e-7
+
+
+class DetectionLoss(NamedTuple):
+    """Scalars, float32 (float64 for float64 outputs): `total` = `cls` + box_loss_weight * `box`."""
+
+    total: Tensor
+    cls: Tensor
+    box: Tensor
+
+
+def per_anchor_view(output: Tensor, anchors_per_cell: int) -> Tensor:
+    """A head output [B, A * K, H, W] seen as [B, H, W, A, K]; never copies, dense if the output is channels_last."""
+    return output.unflatten(1, (anchors_per_cell, -1)).permute(0, 3, 4, 1, 2)
+
+
+def detection_loss_reference(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    cls_targets: Tensor | Sequence[Tensor],
+    box_targets: Tensor | Sequence[Tensor],
+    num_positives: Tensor,
+    *,
+    num_classes: int,
+    alpha: float = 0.25,
+    gamma: float = 1.5,
+    delta: float = 0.1,
+    box_loss_weight: float = 50.0,
+    label_smoothing: float = 0.0,
+    box_loss: str = "huber",
+    normalizer: str = "batch",
+    anchors: Tensor | None = None,
+    box_coder: str = "effdet",
+) -> DetectionLoss:
+    """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    batch = cls_outputs[0].shape[0]
+    dtype = torch.float64 if cls_outputs[0].dtype == torch.float64 else torch.float32
+    per_cell = cls_outputs[0].shape[1] // num_classes
+
+    def joined(outputs: Sequence[Tensor]) -> Tensor:
+        return torch.cat([per_anchor_view(x, per_cell).flatten(1, 3) for x in outputs], 1).to(dtype)
+
+    logits, codes = joined(cls_outputs), joined(box_outputs)
+    labels, targets = _joined_labels(cls_targets).long(), _joined_codes(box_targets).to(dtype)
+
+    cls = sigmoid_focal_loss_reference(logits, labels, alpha, gamma, label_smoothing=label_smoothing).sum((1, 2))
+    if box_loss == "huber":
+        # A masked difference of exactly 0 has no loss, and no gradient either.
+        masked = torch.where(targets != 0, codes, 0)
+        box = F.huber_loss(masked, targets, reduction="none", delta=delta).sum((1, 2)) / 4
+    else:
+        positive = (labels >= 0).unsqueeze(2)
+        # Other anchors get harmless numbers first: their loss is dropped, and must not bring NaN into the gradient.
+        codes, targets = torch.where(positive, codes, 0), torch.where(positive, targets, 0)
+        if box_loss == "giou":
+            assert anchors is not None
+            anchors = anchors.to(dtype)
+            unlimited = _decoded(targets, anchors, box_coder, math.inf)
+            box = _giou_loss(_decoded(codes, anchors, box_coder, MAX_LOG_SCALE), unlimited).unsqueeze(2)
+        elif box_loss == "l1":
+            box = (codes - targets).abs()
+        else:
+            box = F.smooth_l1_loss(codes, targets, reduction="none", beta=delta)
+        box = torch.where(positive, box, 0).sum((1, 2))
+
+    positives = num_positives.to(dtype)
+    if normalizer == "batch":
+        cls, box = cls.sum() / (positives.sum() + 1), box.sum() / (positives.sum() + 1)
+    else:
+        per_image = positives.clamp(min=1) * max(batch, 1)
+        cls, box = (cls / per_image).sum(), (box / per_image).sum()
+    return DetectionLoss(cls + box_loss_weight * box, cls, box)
+
+
+def _joined_labels(labels: Tensor | Sequence[Tensor]) -> Tensor:
+    """[B, N] from [B, H, W, A] of each level."""
+    return labels if isinstance(labels, Tensor) else torch.cat([level.flatten(1) for level in labels], 1)
+
+
+def _joined_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
+    """[B, N, 4] from [B, H, W, A * 4] of each level."""
+    if isinstance(codes, Tensor):
+        return codes
+    return torch.cat([level.unflatten(3, (-1, 4)).flatten(1, 3) for level in codes], 1)
+
+
+def _decoded(codes: Tensor, anchors: Tensor, box_coder: str, max_log_scale: float) -> Tensor:
+    """Boxes xyxy from codes: ty, tx, th, tw of effdet, or dx, dy, dw, dh of torchvision."""
+    if box_coder == "effdet":
+        dy, dx, dh, dw = codes.unbind(-1)
+    else:
+        dx, dy, dw, dh = codes.unbind(-1)
+        dw, dh = dw.clamp(max=max_log_scale), dh.clamp(max=max_log_scale)
+    width, height = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
+    x, y = dx * width + (anchors[:, 0] + width / 2), dy * height + (anchors[:, 1] + height / 2)
+    half_width, half_height = dw.exp() * width / 2, dh.exp() * height / 2
+    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], -1)
+
+
+def _giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - GIoU of boxes xyxy (Rezatofighi et al., 2019), with torchvision's eps."""
+    overlap = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    intersection = torch.where((overlap > 0).all(-1), overlap.prod(-1), 0)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
+    return 1 - intersection / (union + GIOU_EPS) + (hull - union) / (hull + GIOU_EPS)
+
+
+def _grads_like(cls, box, channels_last) -> list[Tensor]:
+    formats = [torch.channels_last if last else torch.contiguous_format for last in channels_last]
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+        for x, memory_format in zip([*cls, *box], formats, strict=True)
+    ]
+
+
+def _fake(cls, box, labels, box_targets, anchors, num_positives, *options):
+    dtype = torch.float64 if cls[0].dtype == torch.float64 else torch.float32
+    *_, channels_last, with_grad = options
+    losses = [cls[0].new_empty((), dtype=dtype) for _ in range(3)]
+    return *losses, _grads_like(cls, box, channels_last) if with_grad else []
+
+
+def _backward_fake(grad_total, grad_cls, grad_box, cls, box, *arguments):
+    return _grads_like(cls, box, arguments[-1])
+
+
+_ARGUMENTS = (
+    "Tensor[] cls, Tensor[] box, Tensor labels, Tensor box_targets, Tensor? anchors, Tensor num_positives, int num_classes, "
+    "float alpha, float gamma, float label_smoothing, int box_loss, int box_coder, float delta, float box_loss_weight, "
+    "int normalizer, bool[] channels_last"
+)
+_UPSTREAM = "Tensor? grad_total, Tensor? grad_cls, Tensor? grad_box"
+_loss_and_grads = _library.define(
+    f"detection_loss({_ARGUMENTS}, bool with_grad) -> (Tensor, Tensor, Tensor, Tensor[])", _fake
+)
+_loss_backward = _library.define(f"detection_loss_backward({_UPSTREAM}, {_ARGUMENTS}) -> Tensor[]", _backward_fake)
+_rescale_ = _library.define(
+    f"detection_loss_rescale_(Tensor(a!)[] grads, float box_loss_weight, {_UPSTREAM}) -> ()", lambda *arguments: None
+)
+
+
+class _DetectionLoss(torch.autograd.Function):
+    """Forward writes the gradients for an upstream of 1. The first backward hands these buffers over, rescaled where need be, and
+    forgets them; any further one computes them anew, so nothing that was handed out is written again."""
+
+    @staticmethod
+    def forward(ctx, options, arguments, labels, box_targets, anchors, num_positives, *outputs):
+        levels = len(outputs) // 2
+        # float16 has no room for gradients that a loss scale has yet to multiply. A compiled backward must not change buffers.
+        with_grad = outputs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
+        total, cls, box, grads = _loss_and_grads(
+            outputs[:levels], outputs[levels:], labels, box_targets, anchors, num_positives, *options, with_grad
+        )
+        ctx.save_for_backward(labels, box_targets, anchors, num_positives, *outputs)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.arguments = arguments
+        ctx.grads = grads if with_grad else None
+        return total, cls, box
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        labels, box_targets, anchors, num_positives, *outputs = ctx.saved_tensors
+        levels = len(outputs) // 2
+        needs = ctx.needs_input_grad[6:]
+        box_loss_weight = ctx.arguments["box_loss_weight"]
+        grads: list[Tensor | None]
+        if all(grad is None for grad in upstream):
+            grads = [None] * len(outputs)
+        elif _library.wants_second_derivative():
+            targets = (labels, box_targets, num_positives)
+            losses = detection_loss_reference(
+                outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
+            )
+            known = [(loss, grad) for loss, grad in zip(losses, upstream, strict=True) if grad is not None]
+            wanted = [x for x, need in zip(outputs, needs, strict=True) if need]
+            options = {"create_graph": True, "allow_unused": True}
+            found = iter(
+                torch.autograd.grad([loss for loss, _ in known], wanted, [grad for _, grad in known], **options)
+            )
+            grads = [next(found) if need else None for need in needs]
+        elif ctx.grads is None or (box_loss_weight == 0 and upstream[2] is not None):
+            given = (labels, box_targets, anchors, num_positives)
+            grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, *ctx.options)
+        else:
+            grads, ctx.grads = ctx.grads, None
+            _rescale_(grads, box_loss_weight, *upstream)
+        return None, None, None, None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def detection_loss(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    cls_targets: Tensor | Sequence[Tensor],
+    box_targets: Tensor | Sequence[Tensor],
+    num_positives: Tensor,
+    *,
+    num_classes: int,
+    alpha: float = 0.25,
+    gamma: float = 1.5,
+    delta: float = 0.1,
+    box_loss_weight: float = 50.0,
+    label_smoothing: float = 0.0,
+    box_loss: str = "huber",
+    normalizer: str = "batch",
+    anchors: Tensor | None = None,
+    box_coder: str = "effdet",
+) -> DetectionLoss:
+    """Focal loss of every logit and box loss of every code, over all levels and images in one launch that also writes gradients.
+
+    The defaults are effdet's ``loss_fn``: ``cls`` is the sum of :func:`sigmoid_focal_loss` over all anchors and classes,
+    ``box`` the Huber loss summed over the codes whose target is not 0, divided by 4; both are divided by
+    ``num_positives.sum() + 1``. RetinaNet as torchvision trains it is ``gamma=2, box_loss_weight=1, normalizer="per_image",
+    box_coder="torchvision"`` and ``box_loss="l1"`` or "giou".
+
+    Head outputs are read where they are, and their gradients written in the same layout: contiguous and channels_last, also
+    slices of such tensors, without a copy; other strides are copied first. The gradient for an upstream gradient of 1 is
+    written in the forward pass and handed out by the first backward, which rescales it only if the upstream gradient differs
+    (without asking the host). In float16, under ``torch.compile`` and in a second backward it is computed from the outputs.
+
+    Args:
+        cls_outputs: 1 to 8 levels of logits ``[B, A * num_classes, H, W]``, channels in the order (anchor, class); float16,
+            bfloat16, float32 or float64, one dtype for all outputs (under autocast they are promoted to the widest).
+            Arithmetic is in float32 (float64 for float64).
+        box_outputs: for each level the codes ``[B, A * 4, H, W]``, channels in the order (anchor, code).
+        cls_targets: integers ``[B, N]``, N the number of anchors of all levels in the order (level, row, column, anchor), or for
+            each level ``[B, H, W, A]``: a class in [0, num_classes), -1 for background, -2 for ignored (no class loss).
+        box_targets: codes ``[B, N, 4]``, or for each level ``[B, H, W, A * 4]``, floating.
+        num_positives: ``[B]``, the number of positive anchors of each image; with normalizer "batch" also one 0-d value for all.
+        num_classes: number of classes.
+        alpha, gamma, label_smoothing: as in :func:`sigmoid_focal_loss`.
+        delta: where "huber" turns from quadratic to linear (then with slope ``delta``); the ``beta`` of "smooth_l1".
+        box_loss_weight: of the box loss in ``total``.
+        box_loss: "huber" as above; or over the anchors with a label >= 0: "l1" and "smooth_l1", summed over the four codes
+            (smooth_l1: ``e^2 / (2 delta)`` where ``|e| < delta``, else ``|e| - delta / 2``), or "giou",
+            ``1 - GIoU`` of the boxes that outputs and targets stand for, as ``torchvision.ops.generalized_box_iou_loss``.
+        normalizer: "batch" divides by ``num_positives.sum() + 1``; "per_image" divides each image's sums by
+            ``max(1, num_positives)`` and takes the mean over images.
+        anchors: ``[N, 4]`` xyxy, needed by "giou" alone, which decodes with them.
+        box_coder: what the codes mean to "giou": "effdet" is (ty, tx, th, tw), not limited; "torchvision" is (dx, dy, dw, dh)
+            with weights of 1, where outputs (not targets) dw and dh are limited to log(1000 / 16).
+
+    Returns:
+        ``DetectionLoss(total, cls, box)``, scalars in float32 (float64 for float64 outputs), each differentiable with respect to
+        the outputs. Deterministic: the same bits in every run and for every thread count. Twice differentiable.
+
+    Raises:
+        TypeError: an argument has the wrong type, or dtypes are not supported or differ outside autocast.
+        ValueError: numbers of levels, shapes or devices do not fit, an option is out of range, a target requires a gradient, or a
+            label is >= num_classes or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
+    """
+    op = "detection_loss"
+    check_focal_options(op, alpha, gamma, label_smoothing)
+    _check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder)
+    cls_outputs, box_outputs = _check_outputs(op, cls_outputs, box_outputs, num_classes)
+    labels, codes, positives = _check_targets(
+        op, cls_outputs, cls_targets, box_targets, num_positives, num_classes, normalizer
+    )
+    first = cls_outputs[0]
+    _check_anchors(op, anchors, box_loss, first, labels.shape[1])
+    arguments: dict[str, Any] = {
+        "num_classes": num_classes,
+        "alpha": alpha,
+        "gamma": gamma,
+        "delta": delta,
+        "box_loss_weight": box_loss_weight,
+        "label_smoothing": label_smoothing,
+        "box_loss": box_loss,
+        "normalizer": normalizer,
+        "box_coder": box_coder,
+    }
+    if not _library.is_native(first):
+        return detection_loss_reference(
+            cls_outputs, box_outputs, labels, codes, positives, anchors=anchors, **arguments
+        )
+
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    outputs, channels_last = zip(*map(_readable, [*cls_outputs, *box_outputs]), strict=True)
+    labels = (labels if labels.dtype == torch.int32 else labels.long()).contiguous()
+    codes, positives = codes.to(dtype).contiguous(), positives.to(dtype).contiguous()
+    anchors = anchors.to(dtype).contiguous() if anchors is not None and box_loss == "giou" else None
+    focal = (num_classes, float(alpha), float(gamma), float(label_smoothing))
+    box = (BOX_LOSSES[box_loss], BOX_CODERS[box_coder], float(delta), float(box_loss_weight))
+    options = (*focal, *box, NORMALIZERS[normalizer], channels_last)
+    given = (labels, codes, anchors, positives)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in outputs):
+        return DetectionLoss(*_DetectionLoss.apply(options, arguments, *given, *outputs))
+    levels = len(cls_outputs)
+    return DetectionLoss(*_loss_and_grads(outputs[:levels], outputs[levels:], *given, *options, False)[:3])
+
+
+def _readable(x: Tensor) -> tuple[Tensor, bool]:
+    """The output as the kernels read it, with pixels one stride apart and channels or pixels innermost; whether channels are."""
+    height, width = x.shape[2:]
+    if height <= 1 or width <= 1 or x.stride(2) == width * x.stride(3):
+        if x.stride(1) == 1:
+            return x, True
+        if height * width <= 1 or (x.stride(3) if width > 1 else x.stride(2)) == 1:
+            return x, False
+    return x.contiguous(), False
+
+
+def _check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -> None:
+    if not 0 < delta < math.inf:
+        raise ValueError(f"{op}: delta must be positive, got {delta}")
+    if not 0 <= box_loss_weight < math.inf:
+        raise ValueError(f"{op}: box_loss_weight must be >= 0, got {box_loss_weight}")
+    check_choice(op, "box_loss", box_loss, BOX_LOSSES)
+    check_choice(op, "normalizer", normalizer, NORMALIZERS)
+    check_choice(op, "box_coder", box_coder, BOX_CODERS)
+
+
+def _check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
+    for name, outputs in (("cls_outputs", cls_outputs), ("box_outputs", box_outputs)):
+        if not isinstance(outputs, list | tuple):
+            raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(outputs).__name__}")
+    if not 1 <= len(cls_outputs) <= MAX_LEVELS:
+        raise ValueError(f"{op}: cls_outputs must be 1 to {MAX_LEVELS} levels, got {len(cls_outputs)}")
+    if len(box_outputs) != len(cls_outputs):
+        raise ValueError(f"{op}: box_outputs must be {len(cls_outputs)} levels as cls_outputs, got {len(box_outputs)}")
+    if not num_classes >= 1:
+        raise ValueError(f"{op}: num_classes must be at least 1, got {num_classes}")
+    outputs = [*cls_outputs, *box_outputs]
+    names = [f"{kind}_outputs[{i}]" for kind in ("cls", "box") for i in range(len(cls_outputs))]
+    for name, x in zip(names, outputs, strict=True):
+        check_floating(op, name, x)
+        check_same_device(op, name, x, names[0], outputs[0])
+    first = outputs[0]
+    if first.dim() != 4 or first.shape[1] == 0 or first.shape[1] % num_classes:
+        raise ValueError(f"{op}: cls_outputs[0] must have shape [B, A * {num_classes}, H, W], got {list(first.shape)}")
+    batch, per_cell = first.shape[0], first.shape[1] // num_classes
+    for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
+        if cls.dim() != 4 or cls.shape[0] != batch or cls.shape[1] != first.shape[1]:
+            expected = f"[{batch}, {first.shape[1]}, H, W]"
+            raise ValueError(f"{op}: cls_outputs[{i}] must have shape {expected}, got {list(cls.shape)}")
+        expected_box = [batch, 4 * per_cell, *cls.shape[2:]]
+        if list(box.shape) != expected_box:
+            raise ValueError(f"{op}: box_outputs[{i}] must have shape {expected_box}, got {list(box.shape)}")
+    dtypes = {x.dtype for x in outputs}
+    if len(dtypes) > 1:
+        if autocast_dtype(first) is None:
+            found = ", ".join(sorted(map(dtype_name, dtypes)))
+            raise TypeError(f"{op}: cls_outputs and box_outputs must have one dtype outside autocast, got {found}")
+        widest = first.dtype
+        for dtype in dtypes:
+            widest = torch.promote_types(widest, dtype)
+        outputs = [x.to(widest) for x in outputs]
+    return outputs[: len(cls_outputs)], outputs[len(cls_outputs) :]
+
+
+def _check_targets(
+    op: str, cls_outputs: list[Tensor], cls_targets, box_targets, num_positives, num_classes: int, normalizer: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels [B, N] and codes [B, N, 4] of all levels, and the numbers of positives."""
+    batch, per_cell = cls_outputs[0].shape[0], cls_outputs[0].shape[1] // num_classes
+    cells = [(x.shape[2], x.shape[3]) for x in cls_outputs]
+    count = per_cell * sum(height * width for height, width in cells)
+    per_level = [[batch, height, width, per_cell] for height, width in cells]
+    _check_target_shapes(op, "cls_targets", cls_targets, [batch, count], per_level)
+    _check_target_shapes(op, "box_targets", box_targets, [batch, count, 4], [[*s[:3], 4 * s[3]] for s in per_level])
+    labels, codes = _joined_labels(cls_targets), _joined_codes(box_targets)
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")
+    check_floating(op, "box_targets", codes)
+    check_tensor(op, "num_positives", num_positives)
+    if num_positives.shape != (batch,) and not (normalizer == "batch" and num_positives.dim() == 0):
+        raise ValueError(f"{op}: num_positives must have shape [{batch}], got {list(num_positives.shape)}")
+    for name, x in (("cls_targets", labels), ("box_targets", codes), ("num_positives", num_positives)):
+        check_same_device(op, name, x, "cls_outputs[0]", cls_outputs[0])
+        if x.requires_grad:
+            raise ValueError(f"{op}: {name} must not require a gradient, got a tensor with requires_grad=True")
+    check_label_values(op, labels, num_classes)
+    return labels, codes, num_positives
+
+
+def _check_target_shapes(op: str, name: str, targets, shape: list[int], per_level: list[list[int]]) -> None:
+    if not isinstance(targets, list | tuple):
+        check_tensor(op, name, targets)
+        if list(targets.shape) != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {list(targets.shape)}")
+        return
+    for i, level in enumerate(targets):
+        check_tensor(op, f"{name}[{i}]", level)
+    if (got := [list(level.shape) for level in targets]) != per_level:
+        raise ValueError(f"{op}: {name} must have shapes {per_level}, got {got}")
+
+
+def _check_anchors(op: str, anchors: Tensor | None, box_loss: str, first: Tensor, count: int) -> None:
+    if anchors is None:
+        if box_loss == "giou":
+            raise ValueError(f"{op}: anchors must be given with box_loss='giou', got None")
+        return
+    check_floating(op, "anchors", anchors)
+    check_same_device(op, "anchors", anchors, "cls_outputs[0]", first)
+    if list(anchors.shape) != [count, 4]:
+        raise ValueError(f"{op}: anchors must have shape [{count}, 4], got {list(anchors.shape)}")
+    if anchors.requires_grad:
+        raise ValueError(f"{op}: anchors must not require a gradient, got a tensor with requires_grad=True")
