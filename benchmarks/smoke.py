@@ -86,6 +86,14 @@ def anchor_matching(dtype: torch.dtype) -> None:
         )
 
 
+def batch_norm_act(dtype: torch.dtype) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for shape in ((2, 40, 13, 17), (3, 7, 16, 16), (2, 88, 3, 3)):
+            x = random(shape, dtype, memory_format)
+            weight, bias = random(shape[1:2], torch.float32), random(shape[1:2], torch.float32)
+            ops.batch_norm_act(x, None, None, weight, bias, True, activation="silu").sum().backward()
+
+
 RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     focal_loss,
     detection_loss,
@@ -94,6 +102,7 @@ RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     nms,
     soft_nms,
     anchor_matching,
+    batch_norm_act,
 )
 
 

@@ -247,6 +247,17 @@ def _check_anchor_matching(device: torch.device) -> float:
     return max(float((mine - other).abs().max()) for mine, other in zip(ours, expected, strict=True))
 
 
+def _check_batch_norm(device: torch.device) -> float:
+    def normalise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.batch_norm_act(x, None, None, weight, bias, training=True, activation="silu")
+
+    x = _random(device, 3, 40, 7, 8) * 2 + 3
+    return max(
+        _difference(normalise, x.to(memory_format=memory_format), _random(device, 40), _random(device, 40))
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+    )
+
+
 SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "sigmoid_focal_loss": _check_focal_loss,
     "detection_loss": _check_detection_loss,
@@ -255,6 +266,7 @@ SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "batched_nms_padded": _check_nms,
     "soft_nms": _check_soft_nms,
     "match_anchors": _check_anchor_matching,
+    "batch_norm_act": _check_batch_norm,
 }
 
 

@@ -1,7 +1,15 @@
 """The operators as modules."""
 
+from effdet_fast.nn.batch_norm_act import BatchNormAct2d, synchronize_batch_norm
 from effdet_fast.nn.depthwise_conv import DepthwiseConv2d, SeparableConv2d
 from effdet_fast.nn.focal_loss import FocalLoss
 from effdet_fast.nn.fusion import WeightedFusion
 
-__all__ = ["DepthwiseConv2d", "FocalLoss", "SeparableConv2d", "WeightedFusion"]
+__all__ = [
+    "BatchNormAct2d",
+    "DepthwiseConv2d",
+    "FocalLoss",
+    "SeparableConv2d",
+    "WeightedFusion",
+    "synchronize_batch_norm",
+]

@@ -4,6 +4,7 @@ from effdet_fast.ops._arguments import set_debug
 from effdet_fast.ops._boxes import Detections
 from effdet_fast.ops._library import use_reference
 from effdet_fast.ops.anchor_matching import AnchorTargets, match_anchors, match_anchors_reference
+from effdet_fast.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
 from effdet_fast.ops.depthwise_conv import (
     depthwise_conv2d,
     depthwise_conv2d_reference,
@@ -32,6 +33,8 @@ __all__ = [
     "AnchorTargets",
     "DetectionLoss",
     "Detections",
+    "batch_norm_act",
+    "batch_norm_act_reference",
     "batched_nms",
     "batched_nms_padded",
     "batched_nms_padded_reference",

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import (
     bench_anchor_matching,
+    bench_batch_norm_act,
     bench_depthwise_conv,
     bench_detection_loss,
     bench_focal_loss,
@@ -88,6 +89,15 @@ def test_separable_conv():
         torch.bfloat16,
         {"eager", "torch.compile"},
     )
+
+
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+@pytest.mark.parametrize("training, activation, transfers", [(True, "silu", 8), (True, None, 8), (False, "silu", 7)])
+def test_batch_norm_act(training, activation, transfers, layout):
+    options = dict(batch=2, channels=8, size=6, activation=activation, training=training)
+    workload = bench_batch_norm_act.norm(CPU, torch.float32, layout, **options)
+    assert workload.bytes["both"] == transfers * 2 * 8 * 36 * 4
+    check(workload, torch.float32, {"eager", "torch.compile"})
 
 
 def test_nms():

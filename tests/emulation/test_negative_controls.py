@@ -66,6 +66,14 @@ DAMAGES = [
         "own.warp_first + 1 + __ffs",
     ),
     ("anchor_matching", "match_anchors", "anchor_matching_kernel.cuh", "mask = kWarpSize / 2", "mask = kWarpSize / 4"),
+    ("batch_norm_act", "batch_norm_act", "batch_norm_act_kernel.cuh", "row < rows; ++row", "row + 1 < rows; ++row"),
+    (
+        "batch_norm_act",
+        "batch_norm_act",
+        "batch_norm_act_kernel.cuh",
+        "threadIdx.x / kWarpSize;",
+        "threadIdx.x / kWarpSize + 1;",
+    ),
 ]
 
 

@@ -1,0 +1,441 @@
+// x is a row of segments, of a size that depends on the shape only: some pixels of channels_last, or a piece of a plane of NCHW. The
+// loops run over `width` lanes at a time, each lane with the constants and sums of its channel beside it: as many pixels as fill the
+// vectors, or one channel many times. So one set of loops serves both layouts and any number of channels.
+// Where there are enough channels for the threads, NCHW goes channel by channel: the second pass over a channel finds it in the cache.
+// The second pass over channels_last goes backwards, as the last segments are still there.
+// An exponential costs more than writing and reading a float: behind SiLU the backward's first pass leaves grad act'(z) in grad_x.
+#include <algorithm>
+#include <vector>
+
+#include "../common/dtypes.h"
+#include "../common/parallel.h"
+#include "batch_norm_act.h"
+
+namespace ef::batch_norm_act {
+namespace {
+constexpr int64_t kSegment = 1 << 15;
+constexpr int64_t kLanes = 64;
+
+struct Segment {
+  int64_t offset, count, channel, index;  // from `offset` on `count` elements; `channel` is that of the first; its partials are `index`
+};
+
+struct Segments {
+  int64_t width, size, per_plane, count;  // lanes; elements of a segment; of a plane (NCHW); all that have partials
+  explicit Segments(const Shape& s) {
+    if (s.inner == 1) {
+      int64_t pixels = 1;  // that fill whole vectors
+      while (pixels < 16 && pixels * s.c < 4 * kLanes && (pixels * s.c < kLanes || pixels * s.c % 16)) ++pixels;
+      width = pixels * s.c;
+      size = width * std::max<int64_t>(1, kSegment / width);
+      per_plane = 0;
+      count = ceil_div(s.n * s.c, size);
+    } else {
+      width = std::min(s.inner, kLanes);
+      size = kSegment;
+      per_plane = ceil_div(s.inner, size);
+      count = s.n * per_plane;
+    }
+  }
+  Segment of_pixels(const Shape& s, int64_t i) const { return {i * size, std::min(size, s.n * s.c - i * size), 0, i}; }
+  Segment of_plane(const Shape& s, int64_t image, int64_t channel, int64_t i) const {
+    return {(image * s.c + channel) * s.inner + i * size, std::min(size, s.inner - i * size), channel, image * per_plane + i};
+  }
+  int64_t values(const Shape& s, int64_t i) const {  // per channel
+    return s.inner == 1 ? of_pixels(s, i).count / s.c : of_plane(s, 0, 0, i % per_plane).count;
+  }
+};
+
+// Lanes that a thread keeps from call to call; a slot holds `rows` of them.
+template <typename A>
+A* scratch(int slot, int64_t count) {
+  thread_local std::vector<A> memory[2];
+  if (int64_t(memory[slot].size()) < count) memory[slot].resize(count);
+  return memory[slot].data();
+}
+
+template <typename scalar_t>
+EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict pivot,
+                               acc_t<scalar_t>* __restrict sum, acc_t<scalar_t>* __restrict squares) {
+  using A = acc_t<scalar_t>;
+  int64_t i = 0;
+  for (; i + 4 * width <= count; i += 4 * width) {
+    const scalar_t* __restrict row = x + i;
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) {
+      const A p = pivot[j], a = A(row[j]) - p, b = A(row[width + j]) - p, c = A(row[2 * width + j]) - p, d = A(row[3 * width + j]) - p;
+      sum[j] += (a + b) + (c + d);
+      squares[j] += (a * a + b * b) + (c * c + d * d);
+    }
+  }
+  for (; i < count; i += width) {
+    const int64_t lanes = std::min(width, count - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      const A d = A(x[i + j]) - pivot[j];
+      sum[j] += d;
+      squares[j] += d * d;
+    }
+  }
+}
+
+template <Activation kActivation, typename scalar_t>
+EF_CPU_CLONES void normalise(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict mean,
+                             const acc_t<scalar_t>* __restrict scale, const acc_t<scalar_t>* __restrict bias, scalar_t* __restrict y) {
+  using A = acc_t<scalar_t>;
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t lanes = std::min(width, count - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) y[i + j] = scalar_t(value<kActivation>(A(x[i + j]), mean[j], scale[j], bias[j]));
+  }
+}
+
+template <Activation kActivation, bool kKeep, typename scalar_t>
+EF_CPU_CLONES void add_gradients(const scalar_t* __restrict grad, const scalar_t* __restrict x, int64_t count, int64_t width,
+                                 const acc_t<scalar_t>* __restrict mean, const acc_t<scalar_t>* __restrict scale,
+                                 const acc_t<scalar_t>* __restrict bias, acc_t<scalar_t>* __restrict sum,
+                                 acc_t<scalar_t>* __restrict products, scalar_t* __restrict kept) {
+  using A = acc_t<scalar_t>;
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t lanes = std::min(width, count - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      const A distance = A(x[i + j]) - mean[j], g = grad_normalized<kActivation>(A(grad[i + j]), distance, scale[j], bias[j]);
+      sum[j] += g;
+      products[j] += g * distance;
+      if constexpr (kKeep) kept[i + j] = scalar_t(g);
+    }
+  }
+}
+
+template <Activation kActivation, typename scalar_t>
+EF_CPU_CLONES void input_gradients(const scalar_t* grad, const scalar_t* __restrict x, int64_t count, int64_t width,
+                                   const acc_t<scalar_t>* __restrict mean, const acc_t<scalar_t>* __restrict scale,
+                                   const acc_t<scalar_t>* __restrict bias, const acc_t<scalar_t>* __restrict shift,
+                                   const acc_t<scalar_t>* __restrict slope, scalar_t* grad_x) {  // may be grad
+  using A = acc_t<scalar_t>;
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t lanes = std::min(width, count - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      const A distance = A(x[i + j]) - mean[j], g = grad_normalized<kActivation>(A(grad[i + j]), distance, scale[j], bias[j]);
+      grad_x[i + j] = scalar_t(scale[j] * g + (shift[j] + slope[j] * distance));
+    }
+  }
+}
+
+// The sums of a channel's lanes, to [c] or, for a plane, to its one channel.
+template <typename A>
+void fold(const A* lanes, int64_t width, const Shape& s, int64_t channel, A* out) {
+  if (s.inner == 1) {
+    std::copy_n(lanes, s.c, out);
+    for (int64_t i = s.c; i < width; i += s.c)
+      for (int64_t c = 0; c < s.c; ++c) out[c] += lanes[i + c];
+    return;
+  }
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t j = 0; j < width; ++j) total += lanes[j];
+  out[channel] = total;
+}
+
+// Calls f(lane, channel) for the lanes of a segment that starts with `channel`.
+template <class F>
+void for_each_lane(int64_t width, const Shape& s, int64_t channel, const F& f) {
+  if (s.inner == 1) {
+    for (int64_t i = 0; i < width; i += s.c)
+      for (int64_t c = 0; c < s.c; ++c) f(i + c, c);
+  } else {
+    for (int64_t j = 0; j < width; ++j) f(j, channel);
+  }
+}
+
+// The four passes: prepare(channel) sets the constants of the lanes for segments that start with this channel, run(segment) does one.
+template <typename scalar_t>
+struct Moments {
+  using A = acc_t<scalar_t>;
+  Shape s;
+  const scalar_t* x;
+  A* partials;
+  Segments segments;
+
+  void prepare(int64_t) {}
+  void run(const Segment& segment) const {
+    const int64_t width = segments.width;
+    A *pivot = scratch<A>(0, 3 * width), *sum = pivot + width, *squares = sum + width;
+    const scalar_t* first = x + segment.offset;
+    const int64_t pixel = s.inner == 1 ? s.c : 1, last = segment.count - pixel, middle = last / 2 / pixel * pixel;
+    for_each_lane(width, s, 0, [&](int64_t lane, int64_t c) {
+      c = s.inner == 1 ? c : 0;
+      pivot[lane] = median(A(first[c]), A(first[middle + c]), A(first[last + c]));
+    });
+    std::fill_n(sum, 2 * width, A(0));
+    add_moments(first, segment.count, width, pivot, sum, squares);
+    A* out = partials + segment.index * 3 * s.c;
+    s.inner == 1 ? void(std::copy_n(pivot, s.c, out)) : void(out[segment.channel] = pivot[0]);
+    fold(sum, width, s, segment.channel, out + s.c);
+    fold(squares, width, s, segment.channel, out + 2 * s.c);
+  }
+};
+
+template <Activation kActivation, typename scalar_t>
+struct Forward {
+  using A = acc_t<scalar_t>;
+  Shape s;
+  Norm<A> norm;
+  const scalar_t* x;
+  scalar_t* y;
+  Segments segments;
+  A* lanes = nullptr;
+
+  void prepare(int64_t channel) {
+    const int64_t width = segments.width;
+    lanes = scratch<A>(0, 3 * width);
+    for_each_lane(width, s, channel, [&](int64_t lane, int64_t c) {
+      const Channel<A> constants = norm.channel(c);
+      lanes[lane] = constants.mean;
+      lanes[width + lane] = constants.scale;
+      lanes[2 * width + lane] = constants.bias;
+    });
+  }
+  void run(const Segment& segment) const {
+    const int64_t width = segments.width;
+    normalise<kActivation>(x + segment.offset, segment.count, width, lanes, lanes + width, lanes + 2 * width, y + segment.offset);
+  }
+};
+
+template <Activation kActivation, bool kKeep, typename scalar_t>
+struct Sums {
+  using A = acc_t<scalar_t>;
+  Shape s;
+  Norm<A> norm;
+  Gradients<scalar_t> in;
+  scalar_t* kept;
+  Segments segments;
+  Forward<kActivation, scalar_t> constants{s, norm, nullptr, nullptr, segments};
+
+  void prepare(int64_t channel) { constants.prepare(channel); }
+  void run(const Segment& segment) const {
+    const int64_t width = segments.width;
+    const A* lanes = constants.lanes;
+    A *sum = scratch<A>(1, 2 * width), *products = sum + width;
+    std::fill_n(sum, 2 * width, A(0));
+    add_gradients<kActivation, kKeep>(in.grad + segment.offset, in.x + segment.offset, segment.count, width, lanes, lanes + width,
+                                      lanes + 2 * width, sum, products, kKeep ? kept + segment.offset : nullptr);
+    A* out = in.partials + segment.index * 3 * s.c;
+    fold(sum, width, s, segment.channel, out);
+    fold(products, width, s, segment.channel, out + s.c);
+  }
+};
+
+template <Activation kActivation, typename scalar_t>
+struct InputGradient {
+  using A = acc_t<scalar_t>;
+  Shape s;
+  Norm<A> norm;
+  const scalar_t* grad;
+  const scalar_t* x;
+  const A* sums;
+  A factor;
+  scalar_t* grad_x;
+  Segments segments;
+  Forward<kActivation, scalar_t> constants{s, norm, nullptr, nullptr, segments};
+  A* lanes = nullptr;
+
+  void prepare(int64_t channel) {
+    const int64_t width = segments.width;
+    constants.prepare(channel);
+    lanes = scratch<A>(1, 2 * width);
+    for_each_lane(width, s, channel, [&](int64_t lane, int64_t c) {
+      const GradChannel<A> of_channel = norm.grad_channel(sums, factor, s.c, c);
+      lanes[lane] = of_channel.shift;
+      lanes[width + lane] = of_channel.slope;
+    });
+  }
+  void run(const Segment& segment) const {
+    const int64_t width = segments.width;
+    const A* of_norm = constants.lanes;
+    input_gradients<kActivation>(grad + segment.offset, x + segment.offset, segment.count, width, of_norm, of_norm + width,
+                                 of_norm + 2 * width, lanes, lanes + width, grad_x + segment.offset);
+  }
+};
+
+// One channel's segments, from the last to the first if `backwards`.
+template <class Pass>
+void run_channel(const Shape& s, Pass& pass, int64_t channel, bool backwards) {
+  pass.prepare(channel);
+  const int64_t pieces = pass.segments.per_plane, all = s.n * pieces;
+  for (int64_t i = 0; i < all; ++i) {
+    const int64_t piece = backwards ? all - 1 - i : i;
+    pass.run(pass.segments.of_plane(s, piece / pieces, channel, piece % pieces));
+  }
+}
+
+template <class Pass>
+void run_all(const Shape& s, const Pass& prototype, bool backwards) {
+  const Segments& segments = prototype.segments;
+  if (s.inner == 1) {
+    parallel_for(segments.count, 1, [&](int64_t begin, int64_t end) {
+      Pass pass = prototype;
+      pass.prepare(0);
+      for (int64_t i = begin; i < end; ++i) pass.run(segments.of_pixels(s, backwards ? begin + end - 1 - i : i));
+    });
+    return;
+  }
+  parallel_for(s.n * s.c, std::max<int64_t>(1, kSegment / s.inner), [&](int64_t begin, int64_t end) {
+    Pass pass = prototype;
+    for (int64_t plane = begin; plane < end; ++plane) {
+      pass.prepare(plane % s.c);
+      for (int64_t i = 0; i < segments.per_plane; ++i) pass.run(segments.of_plane(s, plane / s.c, plane % s.c, i));
+    }
+  });
+}
+
+// Both passes over one channel after the other; `between` ends the first for a channel.
+bool goes_by_channel(const Shape& s) {
+  uint32_t threads = 1;
+  return s.inner > 1 && torch_get_num_threads(&threads) == 0 && s.c >= 2 * int64_t(threads);
+}
+template <class First, class Second, class Between>
+void run_both_by_channel(const Shape& s, const First& first, const Second& second, const Between& between) {
+  parallel_for(s.c, std::max<int64_t>(1, kSegment / s.values()), [&](int64_t begin, int64_t end) {
+    First one = first;
+    Second two = second;
+    for (int64_t channel = begin; channel < end; ++channel) {
+      run_channel(s, one, channel, false);
+      between(channel);
+      run_channel(s, two, channel, true);
+    }
+  });
+}
+
+template <typename A>
+EF_CPU_CLONES void finish_moments(const Shape& s, const Segments& segments, const A* __restrict partials, int64_t begin, int64_t end,
+                                  A* __restrict mean, A* __restrict var) {
+  double totals[kLanes], means[kLanes];
+  const int64_t lanes = end - begin;
+  std::fill_n(totals, lanes, 0.0);
+  for (int64_t i = 0; i < segments.count; ++i) {
+    const A *pivot = partials + i * 3 * s.c + begin, *sum = pivot + s.c;
+    const double count = double(segments.values(s, i));
+    for (int64_t j = 0; j < lanes; ++j) totals[j] += count * pivot[j] + sum[j];
+  }
+  for (int64_t j = 0; j < lanes; ++j) {
+    means[j] = totals[j] / double(s.values());
+    totals[j] = 0;
+  }
+  for (int64_t i = 0; i < segments.count; ++i) {
+    const A *pivot = partials + i * 3 * s.c + begin, *sum = pivot + s.c, *squares = sum + s.c;
+    const double count = double(segments.values(s, i));
+    for (int64_t j = 0; j < lanes; ++j) totals[j] += squares_about(means[j], count, pivot[j], sum[j], squares[j]);
+  }
+  for (int64_t j = 0; j < lanes; ++j) {
+    mean[begin + j] = A(means[j]);
+    var[begin + j] = A(totals[j] < 0 ? 0 : totals[j] / double(s.values()));
+  }
+}
+
+template <typename A>
+EF_CPU_CLONES void finish_sums(const Shape& s, const Segments& segments, const Norm<A>& norm, const A* __restrict partials, int64_t begin,
+                               int64_t end, A* __restrict sums) {
+  double totals[2][kLanes] = {};
+  const int64_t lanes = end - begin;
+  for (int64_t i = 0; i < segments.count; ++i) {
+    const A *sum = partials + i * 3 * s.c + begin, *products = sum + s.c;
+    for (int64_t j = 0; j < lanes; ++j) {
+      totals[0][j] += sum[j];
+      totals[1][j] += products[j];
+    }
+  }
+  for (int64_t j = 0; j < lanes; ++j) {
+    sums[begin + j] = A(totals[0][j]);
+    sums[s.c + begin + j] = A(totals[1][j] * inverse_deviation(norm.var[begin + j], norm.eps));
+  }
+}
+
+// f(first channel, last channel + 1), of at most kLanes.
+template <class F>
+void for_channel_blocks(const Shape& s, int64_t partials, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, kSegment / (kLanes * partials));
+  parallel_for(ceil_div(s.c, kLanes), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) f(block * kLanes, std::min(s.c, (block + 1) * kLanes));
+  });
+}
+}  // namespace
+
+int64_t partial_count(Cpu, const Shape& s) { return Segments(s).count; }
+
+template <typename scalar_t>
+void launch_stats(Cpu, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials, acc_t<scalar_t>* mean, acc_t<scalar_t>* var) {
+  const Segments segments(s);
+  run_all(s, Moments<scalar_t>{s, x, partials, segments}, false);
+  for_channel_blocks(s, segments.count, [&](int64_t begin, int64_t end) { finish_moments(s, segments, partials, begin, end, mean, var); });
+}
+
+template <typename scalar_t>
+void launch_forward(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, scalar_t* y) {
+  dispatch_activation(int64_t(norm.activation),
+                      [&]<Activation kActivation>() { run_all(s, Forward<kActivation, scalar_t>{s, norm, x, y, Segments(s)}, true); });
+}
+
+template <typename scalar_t>
+void launch_train(Cpu cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, acc_t<scalar_t>* partials,
+                  acc_t<scalar_t>* mean, acc_t<scalar_t>* var, scalar_t* y) {
+  if (!goes_by_channel(s)) {
+    launch_stats(cpu, s, x, partials, mean, var);
+    return launch_forward(cpu, s, norm, x, y);
+  }
+  const Segments segments(s);
+  dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
+    run_both_by_channel(s, Moments<scalar_t>{s, x, partials, segments}, Forward<kActivation, scalar_t>{s, norm, x, y, segments},
+                        [&](int64_t channel) { finish_moments(s, segments, partials, channel, channel + 1, mean, var); });
+  });
+}
+
+template <typename scalar_t>
+void launch_sums(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const Gradients<scalar_t>& in) {
+  const Segments segments(s);
+  dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
+    run_all(s, Sums<kActivation, false, scalar_t>{s, norm, in, nullptr, segments}, false);
+  });
+  for_channel_blocks(s, segments.count,
+                     [&](int64_t begin, int64_t end) { finish_sums(s, segments, norm, in.partials, begin, end, in.sums); });
+}
+
+template <typename scalar_t>
+void launch_grad_input(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* grad, const scalar_t* x,
+                       const acc_t<scalar_t>* sums, double factor, scalar_t* grad_x) {
+  using A = acc_t<scalar_t>;
+  dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
+    run_all(s, InputGradient<kActivation, scalar_t>{s, norm, grad, x, sums, A(factor), grad_x, Segments(s)}, true);
+  });
+}
+
+template <typename scalar_t>
+void launch_train_backward(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const Gradients<scalar_t>& in, scalar_t* grad_x) {
+  using A = acc_t<scalar_t>;
+  const Segments segments(s);
+  const A factor = A(1.0 / double(s.values()));
+  const auto finish = [&](int64_t begin, int64_t end) { finish_sums(s, segments, norm, in.partials, begin, end, in.sums); };
+  dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
+    constexpr bool kKeep = kActivation == Activation::kSilu && std::is_same_v<scalar_t, A>;
+    constexpr Activation kLeft = kKeep ? Activation::kNone : kActivation;
+    const Sums<kActivation, kKeep, scalar_t> first{s, norm, in, grad_x, segments};
+    const InputGradient<kLeft, scalar_t> second{s, norm, kKeep ? grad_x : in.grad, in.x, in.sums, factor, grad_x, segments};
+    if (goes_by_channel(s)) return run_both_by_channel(s, first, second, [&](int64_t channel) { finish(channel, channel + 1); });
+    run_all(s, first, false);
+    for_channel_blocks(s, segments.count, finish);
+    run_all(s, second, true);
+  });
+}
+
+#define EF_DEFINE(T)                                                                                                             \
+  template void launch_stats<T>(Cpu, const Shape&, const T*, acc_t<T>*, acc_t<T>*, acc_t<T>*);                                   \
+  template void launch_forward<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, T*);                                       \
+  template void launch_train<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, acc_t<T>*, acc_t<T>*, acc_t<T>*, T*);        \
+  template void launch_sums<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const Gradients<T>&);                                   \
+  template void launch_grad_input<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, const T*, const acc_t<T>*, double, T*); \
+  template void launch_train_backward<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const Gradients<T>&, T*);
+EF_FOR_EACH_FLOATING(EF_DEFINE)
+#undef EF_DEFINE
+}  // namespace ef::batch_norm_act

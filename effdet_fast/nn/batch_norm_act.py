@@ -1,0 +1,124 @@
+"""Batch normalisation with the activation that follows it, as a module."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from effdet_fast.ops._arguments import ACTIVATIONS, check_choice
+from effdet_fast.ops.batch_norm_act import batch_norm_act
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` followed by an activation, through :func:`effdet_fast.ops.batch_norm_act`.
+
+    All arguments, parameters, buffers and state-dict keys are those of ``nn.BatchNorm2d``, of which it is one; the activation
+    has no state. Half-precision input with float32 parameters works, as under autocast.
+
+    Args:
+        activation: None, "silu", "relu" or "relu6".
+
+    Attributes:
+        synchronized: in training, take the statistics over the batches of all processes of ``process_group`` (None: all there
+            are), as ``nn.SyncBatchNorm``, but on any device. :func:`synchronize_batch_norm` sets it for a whole model.
+
+    Raises:
+        ValueError: the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.register_parameter("bias", None)
+        check_choice(type(self).__name__, "activation", activation, ACTIVATIONS)
+        self.activation = activation
+        self.synchronized = False
+        self.process_group: dist.ProcessGroup | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        tracks = self.training and self.track_running_stats
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the mean over all batches; a tensor, as reading it would wait for a GPU
+                momentum = 1.0 / self.num_batches_tracked
+        reads = tracks or not self.training
+        return batch_norm_act(
+            input,
+            self.running_mean if reads else None,
+            self.running_var if reads else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            activation=self.activation,
+            group=self._group() if self.training and self.synchronized else None,
+        )
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The processes to share statistics with, if there are any others."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = dist.group.WORLD if self.process_group is None else self.process_group
+        return group if dist.get_world_size(group) > 1 else None
+
+    @property
+    def qconfig(self) -> None:
+        """Not there. ``nn.SyncBatchNorm.convert_sync_batchnorm`` asks for it while it replaces a module by one without an
+        activation: better no conversion than another network."""
+        if self.activation is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute 'qconfig'")
+        raise TypeError(
+            f"{type(self).__name__}: nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation {self.activation!r}; "
+            "use effdet_fast.nn.synchronize_batch_norm"
+        )
+
+    def extra_repr(self) -> str:
+        shared = ", synchronized=True" if self.synchronized else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{shared}"
+
+
+def synchronize_batch_norm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Makes all BatchNorms of a model take their training statistics over the batches of several processes.
+
+    What ``nn.SyncBatchNorm.convert_sync_batchnorm`` does, on any device, and with activations kept: each ``BatchNormAct2d`` is
+    switched over, each plain ``nn.BatchNorm2d`` is replaced by one with the same parameters, buffers and hence state-dict keys.
+    BatchNorms of other dimensions become ``nn.SyncBatchNorm``.
+
+    Args:
+        module: the model, which is changed.
+        process_group: the processes; None for all there are.
+
+    Returns:
+        The model, or what replaces it where it is itself a BatchNorm.
+    """
+    if isinstance(module, BatchNormAct2d):
+        module.synchronized = True
+        module.process_group = process_group
+        return module
+    if type(module) is nn.BatchNorm2d:
+        options = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        shared = BatchNormAct2d(*options, device="meta").train(module.training)
+        shared._parameters.update(module._parameters)
+        shared._buffers.update(module._buffers)
+        return synchronize_batch_norm(shared, process_group)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, child in module.named_children():
+        setattr(module, name, synchronize_batch_norm(child, process_group))
+    return module

@@ -1,0 +1,330 @@
+"""Batch normalisation and the activation that follows it, as one operator that keeps nothing but its input."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import ACTIVATIONS, check_choice, check_floating, check_same_device, dtype_name
+
+_PYTORCH_ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+_ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
+_OP = "batch_norm_act"
+
+
+def batch_norm_act_reference(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The formula in plain PyTorch, differentiable by PyTorch. Half precision is computed in float32."""
+    if not training or (x.numel() == 0 and group is None):
+        return _from_statistics(x, *_fixed_statistics(x, running_mean, running_var), weight, bias, eps, activation)
+    mean, var, count = _batch_statistics(x, group)
+    _update_running(running_mean, running_var, mean, var, count, momentum)
+    return _from_statistics(x, mean, var, weight, bias, eps, activation)
+
+
+def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, float]:
+    def total(values: Tensor) -> Tensor:
+        if group is None:
+            return values
+        from torch.distributed.nn.functional import (
+            all_reduce,
+        )  # differentiable; not in builds without torch.distributed
+
+        return all_reduce(values, group=group)
+
+    x = x.to(_accumulator(x))
+    count = float(total(x.new_tensor(x.shape[0] * x.shape[2] * x.shape[3])))
+    mean = total(x.sum((0, 2, 3))) / count
+    return mean, total((x - _per_channel(mean)).square().sum((0, 2, 3))) / count, count
+
+
+def _fixed_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Those given, in the dtype of the arithmetic; for a batch without any value something that does no harm."""
+    dtype = _accumulator(x)
+    if mean is None or var is None:
+        return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
+    return mean.to(dtype), var.to(dtype)
+
+
+def _from_statistics(x, mean, var, weight, bias, eps: float, activation: str | None) -> Tensor:
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    z = (x.to(mean.dtype) - _per_channel(mean)) * _per_channel(scale)
+    if bias is not None:
+        z = z + _per_channel(bias)
+    return _PYTORCH_ACTIVATIONS[activation](z).to(x.dtype)
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def _update_running(running_mean, running_var, mean, var, count: float | Tensor, momentum: float | Tensor) -> None:
+    """Moves them towards the batch's, the variance towards the unbiased one."""
+    if running_mean is None or running_var is None:
+        return
+    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+        running.lerp_(batch.detach().to(running.dtype), factor)
+
+
+def _statistics_like(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(x)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+def _sums_like(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=_accumulator(x))
+
+
+def _dense_like(x: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+# x and its gradients are dense in the layout that `channels_last` says; all per-channel tensors are [C], in the dtype of the
+# arithmetic.
+_AFFINE = "Tensor? weight, Tensor? bias, float eps, int activation, bool channels_last"
+_batch_norm_stats = _library.define(
+    "batch_norm_stats(Tensor x, bool channels_last) -> (Tensor, Tensor)", lambda x, channels_last: _statistics_like(x)
+)
+_batch_norm_act = _library.define(
+    f"batch_norm_act(Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> Tensor",
+    lambda x, mean, var, weight, bias, eps, activation, channels_last: _dense_like(x, channels_last),
+)
+_batch_norm_act_train = _library.define(
+    f"batch_norm_act_train(Tensor x, {_AFFINE}) -> (Tensor, Tensor, Tensor)",
+    lambda x, weight, bias, eps, activation, channels_last: (_dense_like(x, channels_last), *_statistics_like(x)),
+)
+# The sums over the batch of d loss / d (normalised x * weight + bias), and of the same times the normalised x: the gradients of
+# bias and weight.
+_batch_norm_act_sums = _library.define(
+    f"batch_norm_act_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> Tensor",
+    lambda grad, x, mean, var, weight, bias, eps, activation, channels_last: _sums_like(x),
+)
+# `mean_sums`: those sums divided by the number of values, where mean and var are the batch's; None where they are constants.
+_batch_norm_act_grad_input = _library.define(
+    f"batch_norm_act_grad_input(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? mean_sums, {_AFFINE}) -> Tensor",
+    lambda grad, x, mean, var, mean_sums, weight, bias, eps, activation, channels_last: _dense_like(x, channels_last),
+)
+_batch_norm_act_train_backward = _library.define(
+    f"batch_norm_act_train_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> (Tensor, Tensor)",
+    lambda grad, x, mean, var, weight, bias, eps, activation, channels_last: (
+        _dense_like(x, channels_last),
+        _sums_like(x),
+    ),
+)
+
+
+class _BatchStatistics(torch.autograd.Function):
+    """Normalises by the statistics of x itself, which it returns too."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, activation, channels_last):
+        y, mean, var = _batch_norm_act_train(x, weight, bias, eps, activation, channels_last)
+        ctx.save_for_backward(x, weight, bias, mean, var)
+        ctx.options = (eps, activation, channels_last)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx, grad, _mean, _var):
+        if grad is None:
+            return (None,) * 6
+        x, weight, bias, mean, var = ctx.saved_tensors
+        eps, activation, channels_last = ctx.options
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if _library.wants_second_derivative():
+            y = _from_statistics(x, *_batch_statistics(x)[:2], weight, bias, eps, _ACTIVATION_NAMES[activation])
+            return *_gradients(y, (x, weight, bias), ctx.needs_input_grad, grad), None, None, None
+        grad = _in_layout(grad, channels_last)
+        grad_x = None
+        if need_x:
+            grad_x, sums = _batch_norm_act_train_backward(grad, x, mean, var, weight, bias, *ctx.options)
+        else:
+            sums = _batch_norm_act_sums(grad, x, mean, var, weight, bias, *ctx.options)
+        return grad_x, sums[1] if need_weight else None, sums[0] if need_bias else None, None, None, None
+
+
+class _GivenStatistics(torch.autograd.Function):
+    """Normalises by the statistics given: constants, or those of the batches of all processes of a group, of `count` values."""
+
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps, activation, channels_last, group, count):
+        ctx.save_for_backward(x, mean, var, weight, bias, count)
+        ctx.options = (eps, activation, channels_last)
+        ctx.group = group
+        return _batch_norm_act(x, mean, var, weight, bias, eps, activation, channels_last)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, var, weight, bias, count = ctx.saved_tensors
+        eps, activation, channels_last = ctx.options
+        need_x, _, _, need_weight, need_bias = ctx.needs_input_grad[:5]
+        if _library.wants_second_derivative():
+            if ctx.group is not None:
+                raise RuntimeError(f"{_OP}: there is no second derivative over several processes")
+            y = _from_statistics(x, mean, var, weight, bias, eps, _ACTIVATION_NAMES[activation])
+            needed = (need_x, need_weight, need_bias)
+            grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), needed, grad)
+            return grad_x, None, None, grad_weight, grad_bias, *(None,) * 5
+        grad = _in_layout(grad, channels_last)
+        grad_x = grad_weight = grad_bias = mean_sums = None
+        if need_weight or need_bias or ctx.group is not None:
+            sums = _batch_norm_act_sums(grad, x, mean, var, weight, bias, *ctx.options)
+            grad_bias, grad_weight = sums
+            if ctx.group is not None:  # parameters keep their own process's part, as their gradients are averaged later
+                mean_sums = sums.clone()
+                dist.all_reduce(mean_sums, group=ctx.group)
+                mean_sums /= count
+        if need_x:
+            grad_x = _batch_norm_act_grad_input(grad, x, mean, var, mean_sums, weight, bias, *ctx.options)
+        return grad_x, None, None, grad_weight if need_weight else None, grad_bias if need_bias else None, *(None,) * 5
+
+
+def _gradients(y: Tensor, inputs, needed, grad: Tensor) -> list[Tensor | None]:
+    """Of those inputs that need one, differentiable."""
+    wanted = [x for x, need in zip(inputs, needed, strict=False) if need]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
+
+
+def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.stride() != (1, 1, 1, 1)
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """``activation(F.batch_norm(x, ...))``: ``z = (x - mean) / sqrt(var + eps) * weight + bias``, then the activation.
+
+    For the backward pass only ``x`` and its statistics are kept; the activation is computed anew. Forward reads ``x`` twice
+    (once with ``training=False``) and writes the result; backward reads ``x`` and the gradient twice and writes one.
+
+    Args:
+        x: ``[N, C, H, W]``; float16, bfloat16, float32 or float64; any strides. Contiguous and channels_last are read in
+            place, and the output has the same memory format. Arithmetic is in float32 (float64 for float64).
+        running_mean: ``[C]``; normalises where ``training`` is False, else it is moved to the batch's mean: ``running + momentum
+            * (batch - running)``. None where the batch's statistics are not to be kept.
+        running_var: ``[C]``, likewise; moved to the unbiased variance.
+        weight: ``[C]``, or None for 1.
+        bias: ``[C]``, or None for 0. Both, and the running statistics, have the dtype of ``x`` or, for half precision, float32.
+        training: normalise by the mean and the (biased) variance of the batch.
+        momentum: share of the batch in the running statistics; a number or a 0-d tensor.
+        eps: added to the variance, > 0.
+        activation: None, "silu", "relu" or "relu6".
+        group: with ``training``: the processes over whose batches the statistics are taken. All of them must call, forward and
+            backward, also those whose batch is empty. ``weight`` and ``bias`` get the gradient of the process's own batch.
+
+    Returns:
+        A tensor like ``x``. Deterministic: the same bits in every run and for every thread count.
+
+    Raises:
+        TypeError: a dtype is not supported, or does not fit that of ``x``.
+        ValueError: a shape or device does not fit, an option is unknown or out of range, running statistics are missing, or
+            there is only one value per channel to take statistics of.
+    """
+    _check(x, running_mean, running_var, weight, bias, training, eps, activation)
+    shared = training and group is not None
+    count = x.shape[0] * x.shape[2] * x.shape[3]
+    if training and not shared and count == 1:
+        raise ValueError(f"{_OP}: expected more than 1 value per channel when training, got input size {list(x.shape)}")
+    if not _library.is_native(x):
+        running = (running_mean, running_var)
+        return batch_norm_act_reference(
+            x, *running, weight, bias, training, momentum, eps, activation=activation, group=group
+        )
+    channels_last = _is_channels_last(x)
+    x = _in_layout(x, channels_last)
+    dtype = _accumulator(x)
+    weight = None if weight is None else weight.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    options = (float(eps), ACTIVATIONS[activation], channels_last)
+    with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if training and not shared and x.numel():
+        normalise = _BatchStatistics.apply if with_gradient else _batch_norm_act_train
+        y, mean, var = normalise(x, weight, bias, *options)
+        _update_running(running_mean, running_var, mean, var, count, momentum)
+        return y
+    total = None
+    if shared:
+        mean, var, total = _shared_statistics(x, channels_last, count, group)
+        _update_running(running_mean, running_var, mean, var, total, momentum)
+    else:
+        mean, var = (t.contiguous() for t in _fixed_statistics(x, running_mean, running_var))
+    if with_gradient:
+        return _GivenStatistics.apply(x, mean, var, weight, bias, *options, group if shared else None, total)
+    return _batch_norm_act(x, mean, var, weight, bias, *options)
+
+
+@torch.no_grad()
+def _shared_statistics(x: Tensor, channels_last: bool, count: int, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and number of values over all processes: every process adds the same numbers in the same order."""
+    mean, var = _batch_norm_stats(x.detach(), channels_last)
+    mine = torch.cat([mean, var, mean.new_tensor([count])])
+    all_processes = mine.new_empty(dist.get_world_size(group), len(mine))
+    dist.all_gather(list(all_processes), mine, group=group)
+    means, variances, counts = all_processes.double().split((len(mean), len(mean), 1), dim=1)
+    total = counts.sum()
+    overall = (counts * means).sum(0) / total
+    variance = (counts * (variances + (means - overall).square())).sum(0) / total
+    return overall.to(mean.dtype), variance.to(mean.dtype), total.to(mean.dtype)
+
+
+def _check(x, running_mean, running_var, weight, bias, training, eps, activation) -> None:
+    check_floating(_OP, "x", x)
+    if x.dim() != 4:
+        raise ValueError(f"{_OP}: x must have shape [N, C, H, W], got {list(x.shape)}")
+    check_choice(_OP, "activation", activation, ACTIVATIONS)
+    if not eps > 0:
+        raise ValueError(f"{_OP}: eps must be > 0, got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{_OP}: running_mean and running_var must be given both or neither")
+    if running_mean is None and not training:
+        raise ValueError(f"{_OP}: running_mean and running_var must be given unless training=True")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, values in named.items():
+        if values is None:
+            continue
+        check_floating(_OP, name, values)
+        check_same_device(_OP, name, values, "x", x)
+        if values.dtype not in (x.dtype, _accumulator(x)):
+            wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(_accumulator(x)))))
+            raise TypeError(f"{_OP}: {name} must have dtype {wanted} for this x, got {dtype_name(values.dtype)}")
+        if values.shape != (x.shape[1],):
+            raise ValueError(f"{_OP}: {name} must have shape [{x.shape[1]}], got {list(values.shape)}")
