@@ -19,6 +19,7 @@ constexpr int64_t kWorkPerThread = 1 << 14;  // anchors written, below which a t
 template <typename T>
 struct Packet {
   T x1[kGroup], y1[kGroup], x2[kGroup], y2[kGroup], area[kGroup];
+  EF_HD Box<T> at(int64_t k) const { return {x1[k], y1[k], x2[k], y2[k], area[k]}; }
 };
 
 template <typename T>
@@ -89,7 +90,7 @@ EF_HD void visit(const Packet<T>& anchors, const Box<T>& box, int64_t g, int32_t
   T highest = 0;
 #pragma omp simd reduction(max : highest)
   for (int64_t k = 0; k < kGroup; ++k) {
-    const T v = iou(Box<T>{anchors.x1[k], anchors.y1[k], anchors.x2[k], anchors.y2[k], anchors.area[k]}, box);
+    const T v = iou(anchors.at(k), box);
     const bool is_better = v > highest_iou[k];
     highest_iou[k] = is_better ? v : highest_iou[k];
     match[k] = is_better ? index : match[k];
@@ -143,9 +144,12 @@ EF_CPU_CLONES void find_best(const Anchors<T>& anchors, const Box<T>& box, T bes
                              std::vector<int64_t>& result) {
   for (int64_t g = first_group; g < anchors.groups; ++g) {
     if (!may_reach(bounds[g], best)) continue;
-    const Packet<T>& packet = anchors.packets[g];
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t k = 0; k < kGroup; ++k) any |= iou(anchors.packets[g].at(k), box) == best;
+    if (!any) continue;
     for (int64_t k = 0; k < kGroup; ++k) {
-      if (iou(Box<T>{packet.x1[k], packet.y1[k], packet.x2[k], packet.y2[k], packet.area[k]}, box) != best) continue;
+      if (iou(anchors.packets[g].at(k), box) != best) continue;
       result.push_back(g * kGroup + k);
       if (!all) return;
     }
