@@ -24,6 +24,7 @@ OPS = (
     "soft_nms",
     "anchor_matching",
     "batch_norm_act",
+    "decode_detections",
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}

@@ -94,6 +94,17 @@ def batch_norm_act(dtype: torch.dtype) -> None:
             ops.batch_norm_act(x, None, None, weight, bias, True, activation="silu").sum().backward()
 
 
+def decode_detections(dtype: torch.dtype) -> None:
+    corners = 100 * torch.rand(9 * 187, 2, device="cuda")
+    anchors = torch.cat([corners, corners + 20], -1)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        cls_outputs, box_outputs = (
+            [random((2, 9 * values, h, w), dtype, memory_format) for h, w in ((13, 11), (9, 4), (4, 2))]
+            for values in (7, 4)
+        )
+        ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=7, max_candidates=500)
+
+
 RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     focal_loss,
     detection_loss,
@@ -103,6 +114,7 @@ RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     soft_nms,
     anchor_matching,
     batch_norm_act,
+    decode_detections,
 )
 
 

@@ -258,6 +258,24 @@ def _check_batch_norm(device: torch.device) -> float:
     )
 
 
+def _check_decode_detections(device: torch.device) -> float:
+    sizes = ((5, 5), (3, 3))
+    cls_outputs = [(_random(device, 2, 8, h, w) * 4).round() / 4 for h, w in sizes]  # some are equal
+    box_outputs = [_random(device, 2, 8, h, w) * 0.3 for h, w in sizes]
+    corners = _random(device, 68, 2).abs() * 40
+    anchors = torch.cat([corners, corners + 25], dim=-1)
+
+    def found() -> list[Tensor]:
+        detections = ops.decode_detections(
+            cls_outputs, box_outputs, anchors, num_classes=4, max_candidates=90, max_detections=90
+        )
+        return [detections.labels, detections.indices]
+
+    ours = found()
+    with ops.use_reference():
+        return float(not all(map(torch.equal, ours, found())))
+
+
 SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "sigmoid_focal_loss": _check_focal_loss,
     "detection_loss": _check_detection_loss,
@@ -267,6 +285,7 @@ SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "soft_nms": _check_soft_nms,
     "match_anchors": _check_anchor_matching,
     "batch_norm_act": _check_batch_norm,
+    "decode_detections": _check_decode_detections,
 }
 
 

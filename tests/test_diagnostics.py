@@ -21,6 +21,7 @@ def test_doctor_is_green(capsys):
         "batched_nms_padded on cpu",
         "soft_nms on cpu",
         "match_anchors on cpu",
+        "decode_detections on cpu",
         "All is well.",
     ):
         assert expected in printed

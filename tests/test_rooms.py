@@ -19,6 +19,7 @@ OPS = [
     "soft_nms",
     "anchor_matching",
     "batch_norm_act",
+    "decode_detections",
 ]
 ROOM = [
     "csrc/{op}/{op}_math.h",

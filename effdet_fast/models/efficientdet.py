@@ -109,7 +109,7 @@ class EfficientDet(nn.Module):
 
         Returns:
             `Detections(boxes [B, K, 4], scores [B, K], labels [B, K], indices [B, K], counts [B])`: boxes xyxy in input
-            pixels, labels 0-based, by descending score; rows past `counts` are padding. `indices` count candidates.
+            pixels, labels 0-based, by descending score; rows past `counts` are padding. `indices` are rows of `anchors()`.
 
         Raises:
             ValueError: Wrong shapes.

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from effdet_fast.models.box_coder import decode_boxes
 from effdet_fast.models.config import EfficientDetConfig
-from effdet_fast.models.loss import per_anchor_view
-from effdet_fast.ops import Detections, batched_nms_padded
+from effdet_fast.ops import Detections, decode_detections
 
 
-@torch.no_grad()
 def postprocess(
     cls_outputs: list[torch.Tensor],
     box_outputs: list[torch.Tensor],
@@ -35,25 +32,14 @@ def postprocess(
         clip_sizes: float [B, 2] (height, width) in input pixels to clip each image's boxes to, before NMS; None does
             not clip.
     """
-    batch = cls_outputs[0].shape[0]
-    per_cell = config.anchors_per_cell
-    logits = torch.cat([per_anchor_view(output, per_cell).reshape(batch, -1) for output in cls_outputs], dim=1)
-    codes = torch.cat([per_anchor_view(output, per_cell).reshape(batch, -1, 4) for output in box_outputs], dim=1)
-
-    candidates = min(config.max_candidates, logits.shape[1])
-    top_logits, top = torch.topk(logits, candidates, dim=1)
-    anchor_index = torch.div(top, config.num_classes, rounding_mode="floor")
-    labels = top - anchor_index * config.num_classes
-    top_codes = codes.gather(1, anchor_index.unsqueeze(2).expand(-1, -1, 4))
-    boxes = decode_boxes(top_codes.float(), anchors[anchor_index])
-    if clip_sizes is not None:
-        limits = clip_sizes.to(boxes).flip(1).repeat(1, 2).unsqueeze(1)
-        boxes = torch.minimum(boxes.clamp_(min=0.0), limits)
-    return batched_nms_padded(
-        boxes,
-        top_logits.float().sigmoid(),
-        labels,
-        iou_threshold,
-        max_detections=max_detections,
+    return decode_detections(
+        cls_outputs,
+        box_outputs,
+        anchors,
+        num_classes=config.num_classes,
+        max_candidates=config.max_candidates,
         score_threshold=score_threshold,
+        iou_threshold=iou_threshold,
+        max_detections=max_detections,
+        clip_sizes=clip_sizes,
     )

@@ -5,6 +5,7 @@ from effdet_fast.ops._boxes import Detections
 from effdet_fast.ops._library import use_reference
 from effdet_fast.ops.anchor_matching import AnchorTargets, match_anchors, match_anchors_reference
 from effdet_fast.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
+from effdet_fast.ops.decode_detections import decode_detections, decode_detections_reference
 from effdet_fast.ops.depthwise_conv import (
     depthwise_conv2d,
     depthwise_conv2d_reference,
@@ -39,6 +40,8 @@ __all__ = [
     "batched_nms_padded",
     "batched_nms_padded_reference",
     "batched_nms_reference",
+    "decode_detections",
+    "decode_detections_reference",
     "depthwise_conv2d",
     "depthwise_conv2d_reference",
     "depthwise_separable_conv2d",

@@ -17,7 +17,7 @@ from effdet_fast.ops._boxes import (
 )
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
 
-_METHODS = ("hard", "gaussian", "linear")
+METHODS = ("hard", "gaussian", "linear")
 
 
 def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -51,7 +51,7 @@ def batched_nms_padded_reference(
     sigma: float = 0.5,
 ) -> Detections:
     """:func:`batched_nms_padded` in plain PyTorch: the best box left of every image at once, ``max_detections`` times."""
-    check_choice("batched_nms_padded_reference", "method", method, _METHODS)
+    check_choice("batched_nms_padded_reference", "method", method, METHODS)
     boxes, scores, labels = boxes.detach(), scores.detach(), labels.to(boxes.device).long()
     if method != "hard":
         return soft_nms_padded_reference(
@@ -195,7 +195,7 @@ def batched_nms_padded(
     if score_threshold is not None:
         check_number(op, "score_threshold", score_threshold)
     check_most_detections(op, max_detections)
-    check_choice(op, "method", method, _METHODS)
+    check_choice(op, "method", method, METHODS)
     check_sigma(op, sigma)
     if method != "hard":
         return soft_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
@@ -204,8 +204,37 @@ def batched_nms_padded(
             boxes, scores, labels, iou_threshold, max_detections=max_detections, score_threshold=score_threshold
         )
     ranked, order = scores.contiguous().sort(dim=1, descending=True, stable=True)
+    return _hard_nms_padded(boxes, ranked, order, labels, iou_threshold, score_threshold, max_detections)
+
+
+def ranked_nms_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    method: str,
+    sigma: float,
+    iou_threshold: float,
+    score_threshold: float | None,
+    max_detections: int,
+) -> Detections:
+    """:func:`batched_nms_padded` of boxes that come by descending score; arguments are checked, and kernels are there."""
+    if method != "hard":
+        return soft_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
+    order = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores), 1)
+    return _hard_nms_padded(boxes, scores, order, labels, iou_threshold, score_threshold, max_detections)
+
+
+def _hard_nms_padded(
+    boxes: Tensor,
+    ranked_scores: Tensor,
+    order: Tensor,
+    labels: Tensor,
+    iou_threshold: float,
+    score_threshold: float | None,
+    max_detections: int,
+) -> Detections:
     threshold = None if score_threshold is None else float(score_threshold)
-    detections = _nms_padded(
-        boxes.contiguous(), ranked, order, labels.contiguous(), float(iou_threshold), threshold, max_detections
+    found = _nms_padded(
+        boxes.contiguous(), ranked_scores, order, labels.contiguous(), float(iou_threshold), threshold, max_detections
     )
-    return Detections(*detections)
+    return Detections(*found)

@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     bench_anchor_matching,
     bench_batch_norm_act,
+    bench_decode_detections,
     bench_depthwise_conv,
     bench_detection_loss,
     bench_focal_loss,
@@ -123,6 +124,15 @@ def test_anchor_matching():
     check(workload, torch.float32, {"effdet"})
     workload = bench_anchor_matching.retinanet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, most=6)
     check(workload, torch.float32, {"torchvision"})
+
+
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+def test_decode_detections(layout, monkeypatch):
+    monkeypatch.setattr(bench_decode_detections, "CANDIDATES", 400)
+    workload = bench_decode_detections.d0(CPU, torch.float32, layout, batch=2, image=128)
+    anchors = 9 * (256 + 64 + 16 + 4 + 1)
+    assert workload.bytes == {"forward": 2 * anchors * (90 + 4) * 4}
+    check(workload, torch.float32, {"eager", "effdet"})
 
 
 def test_candidates_overlap_and_have_scores_of_their_own():

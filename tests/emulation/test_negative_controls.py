@@ -74,6 +74,20 @@ DAMAGES = [
         "threadIdx.x / kWarpSize;",
         "threadIdx.x / kWarpSize + 1;",
     ),
+    (
+        "decode_detections",
+        "decode_detections",
+        "decode_detections_kernel.cuh",
+        "last_place - index <",
+        "last_place - index <=",
+    ),
+    (
+        "decode_detections",
+        "decode_detections",
+        "decode_detections_kernel.cuh",
+        "missing -= sums[group]",
+        "missing -= 0",
+    ),
 ]
 
 

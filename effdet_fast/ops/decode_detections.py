@@ -1,0 +1,253 @@
+"""From head outputs to detections: the best scores of all levels and classes, their boxes, non-maximum suppression."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import check_choice, check_floating, check_same_device, dtype_name
+from effdet_fast.ops._boxes import Detections, check_most_detections, check_number, in_arithmetic_dtype
+from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
+from effdet_fast.ops.soft_nms import check_sigma
+
+_BOX_CODERS = ("effdet", "torchvision")
+_MOST_LEVELS = 16  # as in csrc/decode_detections/decode_detections.h
+_LARGEST_LOG_SCALE = math.log(1000 / 16)  # torchvision's bound on the log of a box's scale
+_Candidates = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def decode_detections_reference(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    *,
+    num_classes: int,
+    max_candidates: int = 5000,
+    score_threshold: float | None = None,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    clip_sizes: Tensor | None = None,
+    box_coder: str = "effdet",
+    method: str = "hard",
+    sigma: float = 0.5,
+) -> Detections:
+    """:func:`decode_detections` in plain PyTorch; in float64 where the inputs are."""
+    boxes, scores, labels, anchor_indices = decode_candidates_reference(
+        cls_outputs, box_outputs, anchors, clip_sizes, num_classes, max_candidates, box_coder == "torchvision"
+    )
+    found = batched_nms_padded_reference(
+        boxes,
+        scores,
+        labels,
+        iou_threshold,
+        max_detections=max_detections,
+        score_threshold=score_threshold,
+        method=method,
+        sigma=sigma,
+    )
+    return _with_anchors(found, anchor_indices)
+
+
+def decode_candidates_reference(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    clip_sizes: Tensor | None,
+    num_classes: int,
+    max_candidates: int,
+    torchvision_coder: bool,
+) -> _Candidates:
+    """Boxes ``[B, K, 4]``, scores, labels and anchor indices ``[B, K]`` of the best K logits, best first."""
+    batch = cls_outputs[0].shape[0]
+    logits, codes = (
+        torch.cat([x.detach().permute(0, 2, 3, 1).flatten(1) for x in outputs], 1)
+        for outputs in (cls_outputs, box_outputs)
+    )
+    codes = codes.view(batch, anchors.shape[0], 4)
+    ranked, order = logits.sort(dim=1, descending=True, stable=True)
+    ranked, order = ranked[:, :max_candidates], order[:, :max_candidates]
+    anchor_indices = torch.div(order, num_classes, rounding_mode="floor")
+    codes = in_arithmetic_dtype(codes.gather(1, anchor_indices.unsqueeze(-1).expand(-1, -1, 4)))
+    x1, y1, x2, y2 = anchors.to(codes.dtype)[anchor_indices].unbind(-1)
+    dy, dx, log_height, log_width = codes.unbind(-1)
+    if torchvision_coder:
+        dx, dy, log_width, log_height = codes.unbind(-1)
+        log_width, log_height = (x.clamp(max=_LARGEST_LOG_SCALE) for x in (log_width, log_height))
+    width, height = x2 - x1, y2 - y1
+    center_x, center_y = dx * width + (x1 + x2) / 2, dy * height + (y1 + y2) / 2
+    half_width, half_height = log_width.exp() * width / 2, log_height.exp() * height / 2
+    corners = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
+    boxes = torch.stack(corners, -1)
+    if clip_sizes is not None:
+        limits = clip_sizes.to(boxes).flip(1).repeat(1, 2).unsqueeze(1)
+        boxes = torch.minimum(boxes.clamp(min=0), limits)
+    return boxes, in_arithmetic_dtype(ranked).sigmoid(), order - anchor_indices * num_classes, anchor_indices
+
+
+def _fake_candidates(
+    cls_outputs: list[Tensor],
+    box_outputs: list[Tensor],
+    anchors: Tensor,
+    clip_sizes: Tensor | None,
+    num_classes: int,
+    max_candidates: int,
+    torchvision_coder: bool,
+) -> _Candidates:
+    batch, count = cls_outputs[0].shape[0], min(max_candidates, anchors.shape[0] * num_classes)
+    return (
+        anchors.new_empty(batch, count, 4),
+        anchors.new_empty(batch, count),
+        anchors.new_empty(batch, count, dtype=torch.int64),
+        anchors.new_empty(batch, count, dtype=torch.int64),
+    )
+
+
+_decode_candidates = _library.define(
+    "decode_candidates(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor anchors, Tensor? clip_sizes, int num_classes, "
+    "int max_candidates, bool torchvision_coder) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_candidates,
+)
+
+
+def decode_detections(
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    *,
+    num_classes: int,
+    max_candidates: int = 5000,
+    score_threshold: float | None = None,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    clip_sizes: Tensor | None = None,
+    box_coder: str = "effdet",
+    method: str = "hard",
+    sigma: float = 0.5,
+) -> Detections:
+    """Detections of a batch from the raw outputs of a detector's heads, which are read where they lie.
+
+    Per image, the ``max_candidates`` largest logits over all levels, anchors and classes are found, of equal ones those that come
+    first in the order (level, row, column, anchor, class); their scores are sigmoids, their boxes are decoded from their anchors
+    and clipped; then :func:`batched_nms_padded` runs. Nothing waits for the device, and a CUDA graph can capture it.
+
+    As in ``torch.topk``, a NaN logit is greater than all others: such candidates come first. A score threshold drops them, as do
+    the soft methods; without one they are detected first. -0.0 equals 0.0.
+
+    Args:
+        cls_outputs: per level ``[B, A * num_classes, H, W]`` logits; float16, bfloat16, float32 or float64; NCHW or channels_last
+            (other strides are copied); at most 16 levels.
+        box_outputs: per level ``[B, A * 4, H, W]`` codes, dtype of ``cls_outputs``.
+        anchors: ``[N, 4]`` (x1, y1, x2, y2), floating, ordered (level, row, column, anchor).
+        num_classes: C, >= 1.
+        max_candidates: how many logits go on, >= 1.
+        score_threshold, iou_threshold, max_detections, method, sigma: as in :func:`batched_nms_padded`.
+        clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
+        box_coder: "effdet": codes (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
+
+    Returns:
+        :class:`Detections` with boxes and scores in float32 (float64 for float64 outputs), classes as ``labels`` and the rows of
+        ``anchors`` as ``indices``. Deterministic. No gradient.
+
+    Raises:
+        TypeError: something is not a tensor, or dtypes are not supported or differ; a number is not one.
+        ValueError: shapes or devices do not fit, or an option is out of its range.
+    """
+    op = "decode_detections"
+    _check(op, cls_outputs, box_outputs, anchors, num_classes, clip_sizes)
+    if not isinstance(max_candidates, int) or max_candidates < 1:
+        raise ValueError(f"{op}: max_candidates must be an int >= 1, got {max_candidates}")
+    check_number(op, "iou_threshold", iou_threshold)
+    if score_threshold is not None:
+        check_number(op, "score_threshold", score_threshold)
+    check_most_detections(op, max_detections)
+    check_choice(op, "box_coder", box_coder, _BOX_CODERS)
+    check_choice(op, "method", method, METHODS)
+    check_sigma(op, sigma)
+    if not _library.is_native(anchors):
+        return decode_detections_reference(
+            cls_outputs,
+            box_outputs,
+            anchors,
+            num_classes=num_classes,
+            max_candidates=max_candidates,
+            score_threshold=score_threshold,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+            clip_sizes=clip_sizes,
+            box_coder=box_coder,
+            method=method,
+            sigma=sigma,
+        )
+    dtype = torch.float64 if cls_outputs[0].dtype == torch.float64 else torch.float32
+    boxes, scores, labels, anchor_indices = _decode_candidates(
+        [_dense(x) for x in cls_outputs],
+        [_dense(x) for x in box_outputs],
+        anchors.detach().to(dtype).contiguous(),
+        None if clip_sizes is None else clip_sizes.detach().to(dtype).contiguous(),
+        num_classes,
+        max_candidates,
+        box_coder == "torchvision",
+    )
+    found = ranked_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
+    return _with_anchors(found, anchor_indices)
+
+
+def _with_anchors(found: Detections, anchor_indices: Tensor) -> Detections:
+    if anchor_indices.shape[1] == 0:
+        return found
+    anchors = anchor_indices.gather(1, found.indices.clamp(min=0))
+    return found._replace(indices=torch.where(found.indices >= 0, anchors, -1))
+
+
+def _dense(x: Tensor) -> Tensor:
+    is_dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.detach() if is_dense else x.detach().contiguous()
+
+
+def _check(
+    op: str,
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    num_classes: int,
+    clip_sizes: Tensor | None,
+) -> None:
+    check_floating(op, "anchors", anchors)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"{op}: num_classes must be an int >= 1, got {num_classes}")
+    if not 1 <= len(cls_outputs) <= _MOST_LEVELS or len(box_outputs) != len(cls_outputs):
+        raise ValueError(
+            f"{op}: cls_outputs and box_outputs must have 1 to {_MOST_LEVELS} levels each, and as many, "
+            f"got {len(cls_outputs)} and {len(box_outputs)}"
+        )
+    for name, outputs in (("cls_outputs", cls_outputs), ("box_outputs", box_outputs)):
+        for i, x in enumerate(outputs):
+            check_floating(op, f"{name}[{i}]", x)
+            check_same_device(op, f"{name}[{i}]", x, "anchors", anchors)
+            if x.dtype != cls_outputs[0].dtype:
+                expected = dtype_name(cls_outputs[0].dtype)
+                raise TypeError(f"{op}: {name}[{i}] must be {expected} as cls_outputs[0], got {dtype_name(x.dtype)}")
+    first = cls_outputs[0]
+    if first.dim() != 4 or first.shape[1] % num_classes:
+        raise ValueError(
+            f"{op}: cls_outputs[0] must have shape [B, A * num_classes, H, W], num_classes {num_classes}, got {list(first.shape)}"
+        )
+    batch, per_cell, cells = first.shape[0], first.shape[1] // num_classes, 0
+    for i, (cls_output, box_output) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
+        for name, x, channels in (
+            ("cls_outputs", cls_output, first.shape[1]),
+            ("box_outputs", box_output, per_cell * 4),
+        ):
+            expected_shape = [batch, channels, *cls_output.shape[2:]]
+            if x.dim() != 4 or list(x.shape) != expected_shape:
+                expected = f"[{batch}, {channels}, H, W]" if x is cls_output else str(expected_shape)
+                raise ValueError(f"{op}: {name}[{i}] must have shape {expected}, got {list(x.shape)}")
+        cells += cls_output.shape[2] * cls_output.shape[3]
+    if list(anchors.shape) != [cells * per_cell, 4]:
+        raise ValueError(f"{op}: anchors must have shape [{cells * per_cell}, 4], got {list(anchors.shape)}")
+    if clip_sizes is not None:
+        check_same_device(op, "clip_sizes", clip_sizes, "anchors", anchors)
+        if list(clip_sizes.shape) != [batch, 2]:
+            raise ValueError(f"{op}: clip_sizes must have shape [{batch}, 2], got {list(clip_sizes.shape)}")
