@@ -8,14 +8,13 @@ namespace ef::detection_loss {
 namespace {
 constexpr int64_t kMaxBlocks = 132 * 8;  // fills the largest part; fixed, so that a sum has the same bits on every device
 
-// Whether every vector of a level's logits, and of their gradient, is whole and aligned. (A last one of an image may be short where
-// the channels are innermost.)
+// Whether every vector of a level's logits, and of their gradient, is whole and aligned.
 template <typename scalar_t>
 bool takes_vectors(const Problem<scalar_t>& p, const Level<scalar_t>& level) {
   constexpr int64_t kVec = kVecSize<scalar_t>;
   const Output<scalar_t>& cls = level.cls;
   const int64_t channels = p.per_cell * p.classes, n = channels * level.pixels;
-  const bool images_fit = is_vec_aligned(cls.x, cls.grad) && (p.images == 1 || (cls.image_stride % kVec == 0 && n % kVec == 0));
+  const bool images_fit = is_vec_aligned(cls.x, cls.grad) && n % kVec == 0 && (p.images == 1 || cls.image_stride % kVec == 0);
   if (cls.channels_last) return images_fit && cls.channel_stride == 1 && (level.pixels == 1 || cls.pixel_stride == channels);
   return images_fit && cls.pixel_stride == 1 && level.pixels % kVec == 0 && cls.channel_stride % kVec == 0;
 }

@@ -36,37 +36,26 @@ __device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level
   for (int step = 0; step < kSteps; ++step) {
     const int64_t i = ((tile * kSteps + step) * kThreads + threadIdx.x) * kVec;
     if (i >= n) break;
-    const int count = n - i < kVec ? int(n - i) : kVec;
-    int64_t row = n <= 0x7fffffff ? int64_t(uint32_t(i) / uint32_t(p.classes)) : i / p.classes, column = i - row * p.classes;
+    int64_t row = quotient(i, p.classes), column = i - row * p.classes;
     Vec<scalar_t, kVec> in, out;
-    if (kVec == 1) {
-      const int64_t pixel = row / p.per_cell;
-      in.v[0] = x[pixel * level.cls.pixel_stride + (i - pixel * channels) * level.cls.channel_stride];
-    } else if (count == kVec) {
+    if constexpr (kVec > 1) {
       in = load_vec<kVec>(x + i);
     } else {
-      for (int k = 0; k < count; ++k) in.v[k] = x[i + k];
+      const int64_t pixel = quotient(row, p.per_cell);
+      in.v[0] = x[pixel * level.cls.pixel_stride + (i - pixel * channels) * level.cls.channel_stride];
     }
     int64_t label = p.labels[first_label + row];
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
-      if (k < count) {
-        const Element<A> f = focal<kModulator>(A(in.v[k]), label == column, label == -2, p.focal);
-        sum += f.loss;
-        out.v[k] = scalar_t(scale * f.grad);
-        if (++column == p.classes) {
-          column = 0;
-          ++row;
-          if (k + 1 < count) label = p.labels[first_label + row];
-        }
+      if (column == p.classes) {
+        column = 0;
+        label = p.labels[first_label + ++row];
       }
+      const Element<A> f = focal<kModulator>(A(in.v[k]), label == column++, label == -2, p.focal);
+      sum += f.loss;
+      out.v[k] = scalar_t(scale * f.grad);
     }
-    if (!p.with_grad) continue;
-    if (count == kVec) {
-      store_vec<kVec>(grad + i, out);
-    } else {
-      for (int k = 0; k < count; ++k) grad[i + k] = out.v[k];
-    }
+    if (p.with_grad) store_vec<kVec>(grad + i, out);
   }
   return sum;
 }
@@ -76,7 +65,8 @@ __device__ acc_t<scalar_t> pixels_tile(const Problem<scalar_t>& p, const Level<s
                                        acc_t<scalar_t> scale) {
   using A = acc_t<scalar_t>;
   const int64_t runs = ceil_div(level.pixels, int64_t(kThreads) * kVec), groups = ceil_div(p.classes, int64_t(kClasses));
-  const int64_t pixel = (tile % runs * kThreads + threadIdx.x) * kVec, group = tile / runs % groups, anchor = tile / runs / groups;
+  const int64_t rest = quotient(tile, runs), anchor = quotient(rest, groups), group = rest - anchor * groups;
+  const int64_t pixel = ((tile - rest * runs) * kThreads + threadIdx.x) * kVec;
   if (pixel >= level.pixels) return A(0);
   int64_t labels[kVec];
 #pragma unroll
@@ -106,7 +96,7 @@ __device__ acc_t<scalar_t> boxes_tile(const Problem<scalar_t>& p, const Level<sc
   const Output<scalar_t>& box = level.box;
   const int64_t of_level = tile * kThreads + threadIdx.x, channels = 4 * p.per_cell;
   if (of_level >= level.pixels * p.per_cell) return A(0);
-  const int64_t pixel = of_level / p.per_cell, channel = 4 * (of_level - pixel * p.per_cell);
+  const int64_t pixel = quotient(of_level, p.per_cell), channel = 4 * (of_level - pixel * p.per_cell);
   const int64_t of_image = level.first_anchor + of_level, i = image * p.anchors + of_image;
   A codes[4], targets[4], anchor[4] = {}, slope[4];
 #pragma unroll
@@ -148,7 +138,7 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
     while (tile >= tiles.end[part]) ++part;
     const bool of_boxes = part >= p.level_count;
     const Level<scalar_t>& level = p.levels[of_boxes ? part - p.level_count : part];
-    const int64_t local = tile - (part ? tiles.end[part - 1] : 0), image = local / tiles.per_image[part];
+    const int64_t local = tile - (part ? tiles.end[part - 1] : 0), image = quotient(local, tiles.per_image[part]);
     const int64_t of_image = local - image * tiles.per_image[part];
     if (p.normalizer == Normalizer::kPerImage) factor = image_factor(p.positives[image], p.images);
     if (of_boxes) {

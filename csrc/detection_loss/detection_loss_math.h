@@ -63,30 +63,32 @@ struct Box {
 template <typename A>
 inline constexpr A kMaxLogScale = A(4.135166556742356);
 
-// Where in its four codes a coder keeps x, y, width and height.
+// Reads boxes from codes. Positions are chosen by value, not by index, so that a GPU keeps codes in registers.
 template <typename A>
 struct Decoder {
-  int x, y, w, h;
+  bool y_first;
   A limit, anchor_x, anchor_y, anchor_w, anchor_h;
   EF_HD Decoder(const A* anchor, BoxCoder coder, bool limited) {
-    const bool yx = coder == BoxCoder::kYxhw;
-    x = yx, y = !yx, w = 2 + yx, h = 2 + !yx;
-    limit = limited && !yx ? kMaxLogScale<A> : A(INFINITY);
+    y_first = coder == BoxCoder::kYxhw;
+    limit = limited && !y_first ? kMaxLogScale<A> : A(INFINITY);
     anchor_w = anchor[2] - anchor[0], anchor_h = anchor[3] - anchor[1];
     anchor_x = anchor[0] + A(0.5) * anchor_w, anchor_y = anchor[1] + A(0.5) * anchor_h;
   }
-  EF_HD A side(A code, A of_anchor) const { return exp_of(code > limit ? limit : code) * of_anchor; }
+  EF_HD A w(const A* codes) const { return y_first ? codes[3] : codes[2]; }
+  EF_HD A h(const A* codes) const { return y_first ? codes[2] : codes[3]; }
+  EF_HD A half_side(A code, A of_anchor) const { return A(0.5) * exp_of(code > limit ? limit : code) * of_anchor; }
   EF_HD Box<A> box(const A* codes) const {
-    const A cx = codes[x] * anchor_w + anchor_x, cy = codes[y] * anchor_h + anchor_y;
-    const A half_w = A(0.5) * side(codes[w], anchor_w), half_h = A(0.5) * side(codes[h], anchor_h);
-    return {{cx - half_w, cy - half_h, cx + half_w, cy + half_h}};
+    const A x = (y_first ? codes[1] : codes[0]) * anchor_w + anchor_x, y = (y_first ? codes[0] : codes[1]) * anchor_h + anchor_y;
+    const A half_w = half_side(w(codes), anchor_w), half_h = half_side(h(codes), anchor_h);
+    return {{x - half_w, y - half_h, x + half_w, y + half_h}};
   }
   // Gradient with respect to the codes from that with respect to the corners.
   EF_HD void chain(const A* codes, const A* g, A* grad) const {
-    grad[x] = (g[0] + g[2]) * anchor_w;
-    grad[y] = (g[1] + g[3]) * anchor_h;
-    grad[w] = codes[w] > limit ? A(0) : A(0.5) * (g[2] - g[0]) * side(codes[w], anchor_w);
-    grad[h] = codes[h] > limit ? A(0) : A(0.5) * (g[3] - g[1]) * side(codes[h], anchor_h);
+    const A x = (g[0] + g[2]) * anchor_w, y = (g[1] + g[3]) * anchor_h;
+    const A width = w(codes) > limit ? A(0) : (g[2] - g[0]) * half_side(w(codes), anchor_w);
+    const A height = h(codes) > limit ? A(0) : (g[3] - g[1]) * half_side(h(codes), anchor_h);
+    grad[0] = y_first ? y : x, grad[1] = y_first ? x : y;
+    grad[2] = y_first ? height : width, grad[3] = y_first ? width : height;
   }
 };
 

@@ -30,8 +30,8 @@ DAMAGES = [
         "detection_loss",
         "detection_loss",
         "detection_loss_kernel.cuh",
-        "if (++column == p.classes) {",
-        "if (++column == p.classes + 1) {",
+        "if (column == p.classes) {",
+        "if (column == p.classes + 1) {",
     ),
     (
         "detection_loss",

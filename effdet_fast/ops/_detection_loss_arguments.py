@@ -1,0 +1,133 @@
+"""Checks of the detection loss's arguments, and its targets brought into one form."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from effdet_fast.ops._arguments import (
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    check_tensor,
+    dtype_name,
+)
+from effdet_fast.ops.focal_loss import LABEL_DTYPES, check_label_values
+
+# Numbered as in csrc/detection_loss/detection_loss_math.h.
+BOX_LOSSES = {"huber": 0, "l1": 1, "smooth_l1": 2, "giou": 3}
+BOX_CODERS = {"effdet": 0, "torchvision": 1}
+NORMALIZERS = {"batch": 0, "per_image": 1}
+MAX_LEVELS = 8
+
+
+def joined_labels(labels: Tensor | Sequence[Tensor]) -> Tensor:
+    """[B, N] from [B, H, W, A] of each level."""
+    return labels if isinstance(labels, Tensor) else torch.cat([level.flatten(1) for level in labels], 1)
+
+
+def joined_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
+    """[B, N, 4] from [B, H, W, A * 4] of each level."""
+    if isinstance(codes, Tensor):
+        return codes
+    return torch.cat([level.unflatten(3, (-1, 4)).flatten(1, 3) for level in codes], 1)
+
+
+def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -> None:
+    if not 0 < delta < math.inf:
+        raise ValueError(f"{op}: delta must be positive, got {delta}")
+    if not 0 <= box_loss_weight < math.inf:
+        raise ValueError(f"{op}: box_loss_weight must be >= 0, got {box_loss_weight}")
+    check_choice(op, "box_loss", box_loss, BOX_LOSSES)
+    check_choice(op, "normalizer", normalizer, NORMALIZERS)
+    check_choice(op, "box_coder", box_coder, BOX_CODERS)
+
+
+def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
+    for name, outputs in (("cls_outputs", cls_outputs), ("box_outputs", box_outputs)):
+        if not isinstance(outputs, list | tuple):
+            raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(outputs).__name__}")
+    if not 1 <= len(cls_outputs) <= MAX_LEVELS:
+        raise ValueError(f"{op}: cls_outputs must be 1 to {MAX_LEVELS} levels, got {len(cls_outputs)}")
+    if len(box_outputs) != len(cls_outputs):
+        raise ValueError(f"{op}: box_outputs must be {len(cls_outputs)} levels as cls_outputs, got {len(box_outputs)}")
+    if not num_classes >= 1:
+        raise ValueError(f"{op}: num_classes must be at least 1, got {num_classes}")
+    outputs = [*cls_outputs, *box_outputs]
+    names = [f"{kind}_outputs[{i}]" for kind in ("cls", "box") for i in range(len(cls_outputs))]
+    for name, x in zip(names, outputs, strict=True):
+        check_floating(op, name, x)
+        check_same_device(op, name, x, names[0], outputs[0])
+    first = outputs[0]
+    if first.dim() != 4 or first.shape[1] == 0 or first.shape[1] % num_classes:
+        raise ValueError(f"{op}: cls_outputs[0] must have shape [B, A * {num_classes}, H, W], got {list(first.shape)}")
+    batch, per_cell = first.shape[0], first.shape[1] // num_classes
+    for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
+        if cls.dim() != 4 or cls.shape[0] != batch or cls.shape[1] != first.shape[1]:
+            expected = f"[{batch}, {first.shape[1]}, H, W]"
+            raise ValueError(f"{op}: cls_outputs[{i}] must have shape {expected}, got {list(cls.shape)}")
+        expected_box = [batch, 4 * per_cell, *cls.shape[2:]]
+        if list(box.shape) != expected_box:
+            raise ValueError(f"{op}: box_outputs[{i}] must have shape {expected_box}, got {list(box.shape)}")
+    dtypes = {x.dtype for x in outputs}
+    if len(dtypes) > 1:
+        if autocast_dtype(first) is None:
+            found = ", ".join(sorted(map(dtype_name, dtypes)))
+            raise TypeError(f"{op}: cls_outputs and box_outputs must have one dtype outside autocast, got {found}")
+        widest = first.dtype
+        for dtype in dtypes:
+            widest = torch.promote_types(widest, dtype)
+        outputs = [x.to(widest) for x in outputs]
+    return outputs[: len(cls_outputs)], outputs[len(cls_outputs) :]
+
+
+def check_targets(
+    op: str, cls_outputs: list[Tensor], cls_targets, box_targets, num_positives, num_classes: int, normalizer: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels [B, N] and codes [B, N, 4] of all levels, and the numbers of positives."""
+    batch, per_cell = cls_outputs[0].shape[0], cls_outputs[0].shape[1] // num_classes
+    cells = [(x.shape[2], x.shape[3]) for x in cls_outputs]
+    count = per_cell * sum(height * width for height, width in cells)
+    per_level = [[batch, height, width, per_cell] for height, width in cells]
+    _check_target_shapes(op, "cls_targets", cls_targets, [batch, count], per_level)
+    _check_target_shapes(op, "box_targets", box_targets, [batch, count, 4], [[*s[:3], 4 * s[3]] for s in per_level])
+    labels, codes = joined_labels(cls_targets), joined_codes(box_targets)
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")
+    check_floating(op, "box_targets", codes)
+    check_tensor(op, "num_positives", num_positives)
+    if num_positives.shape != (batch,) and not (normalizer == "batch" and num_positives.dim() == 0):
+        raise ValueError(f"{op}: num_positives must have shape [{batch}], got {list(num_positives.shape)}")
+    for name, x in (("cls_targets", labels), ("box_targets", codes), ("num_positives", num_positives)):
+        check_same_device(op, name, x, "cls_outputs[0]", cls_outputs[0])
+        if x.requires_grad:
+            raise ValueError(f"{op}: {name} must not require a gradient, got a tensor with requires_grad=True")
+    check_label_values(op, labels, num_classes)
+    return labels, codes, num_positives
+
+
+def _check_target_shapes(op: str, name: str, targets, shape: list[int], per_level: list[list[int]]) -> None:
+    if not isinstance(targets, list | tuple):
+        check_tensor(op, name, targets)
+        if list(targets.shape) != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {list(targets.shape)}")
+        return
+    for i, level in enumerate(targets):
+        check_tensor(op, f"{name}[{i}]", level)
+    if (got := [list(level.shape) for level in targets]) != per_level:
+        raise ValueError(f"{op}: {name} must have shapes {per_level}, got {got}")
+
+
+def check_anchors(op: str, anchors: Tensor | None, box_loss: str, first: Tensor, count: int) -> None:
+    if anchors is None:
+        if box_loss == "giou":
+            raise ValueError(f"{op}: anchors must be given with box_loss='giou', got None")
+        return
+    check_floating(op, "anchors", anchors)
+    check_same_device(op, "anchors", anchors, "cls_outputs[0]", first)
+    if list(anchors.shape) != [count, 4]:
+        raise ValueError(f"{op}: anchors must have shape [{count}, 4], got {list(anchors.shape)}")
+    if anchors.requires_grad:
+        raise ValueError(f"{op}: anchors must not require a gradient, got a tensor with requires_grad=True")
