@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of each batch in BatchNorm's running statistics, in (0, 1]; try 0.1 in runs of a few hundred steps "
         "(default: the model's, 0.01 in neck and heads)",
     )
-    model.add_argument("--sync-bn", action=switch, help="with several GPUs, share BatchNorm statistics (default: yes)")
+    model.add_argument(
+        "--sync-bn", action=switch, help="with several processes, share BatchNorm statistics (default: yes)"
+    )
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument(

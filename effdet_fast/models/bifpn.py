@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.config import EfficientDetConfig
-from effdet_fast.nn import SeparableConv2d, WeightedFusion
+from effdet_fast.nn import BatchNormAct2d, SeparableConv2d, WeightedFusion
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+def batch_norm(channels: int, activation: str | None = None) -> BatchNormAct2d:
+    return BatchNormAct2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM, activation=activation)
 
 
 class NodeInput(NamedTuple):

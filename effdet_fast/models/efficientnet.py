@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.activation import activate_
-from effdet_fast.nn import DepthwiseConv2d
+from effdet_fast.nn import BatchNormAct2d, DepthwiseConv2d
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.1
@@ -98,8 +98,8 @@ def scaled_stages(variant: Variant) -> list[Stage]:
     return stages
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM)
+def batch_norm(channels: int, activation: str | None = None) -> BatchNormAct2d:
+    return BatchNormAct2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM, activation=activation)
 
 
 class StemConv2d(nn.Conv2d):
@@ -137,39 +137,23 @@ def add_residual(x: torch.Tensor, shortcut: torch.Tensor, drop_path: float, trai
 
 
 class DepthwiseSeparableBlock(nn.Module):
-    """Block without expansion: depthwise, BN, act, squeeze-excite, pointwise, BN.
-
-    `prologue` is the activation its input still lacks; the depthwise convolution applies it while reading.
-    """
+    """Block without expansion: depthwise, BN, act, squeeze-excite, pointwise, BN."""
 
     def __init__(
-        self,
-        in_channels: int,
-        stage: Stage,
-        stride: int,
-        *,
-        squeeze: bool,
-        activation: str,
-        drop_path: float,
-        prologue: str | None,
+        self, in_channels: int, stage: Stage, stride: int, *, squeeze: bool, activation: str, drop_path: float
     ) -> None:
         super().__init__()
-        self.conv_dw = DepthwiseConv2d(
-            in_channels, stage.kernel_size, stride, padding="same", bias=False, prologue=prologue
-        )
-        self.bn1 = batch_norm(in_channels)
+        self.conv_dw = DepthwiseConv2d(in_channels, stage.kernel_size, stride, padding="same", bias=False)
+        self.bn1 = batch_norm(in_channels, activation)
         self.se = SqueezeExcite(in_channels, round(in_channels * 0.25), activation) if squeeze else None
         self.conv_pw = nn.Conv2d(in_channels, stage.channels, 1, bias=False)
         self.bn2 = batch_norm(stage.channels)
-        self.activation = activation
         self.drop_path = drop_path
         self.has_skip = stride == 1 and in_channels == stage.channels
-        if self.has_skip and prologue is not None:
-            raise ValueError("DepthwiseSeparableBlock: a block with a shortcut needs its input activated")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        x = activate_(self.bn1(self.conv_dw(x)), self.activation)
+        x = self.bn1(self.conv_dw(x))
         if self.se is not None:
             x = self.se(x)
         x = self.bn2(self.conv_pw(x))
@@ -177,7 +161,7 @@ class DepthwiseSeparableBlock(nn.Module):
 
 
 class InvertedResidualBlock(nn.Module):
-    """MBConv: expand, BN, act, depthwise, BN, act, squeeze-excite, project, BN. The depthwise applies the first act."""
+    """MBConv: expand, BN, act, depthwise, BN, act, squeeze-excite, project, BN."""
 
     def __init__(
         self, in_channels: int, stage: Stage, stride: int, *, squeeze: bool, activation: str, drop_path: float
@@ -185,23 +169,20 @@ class InvertedResidualBlock(nn.Module):
         super().__init__()
         middle = in_channels * stage.expansion
         self.conv_pw = nn.Conv2d(in_channels, middle, 1, bias=False)
-        self.bn1 = batch_norm(middle)
-        self.conv_dw = DepthwiseConv2d(
-            middle, stage.kernel_size, stride, padding="same", bias=False, prologue=activation
-        )
-        self.bn2 = batch_norm(middle)
+        self.bn1 = batch_norm(middle, activation)
+        self.conv_dw = DepthwiseConv2d(middle, stage.kernel_size, stride, padding="same", bias=False)
+        self.bn2 = batch_norm(middle, activation)
         # A quarter of the block's input channels, before expansion.
         self.se = SqueezeExcite(middle, round(middle * (0.25 / stage.expansion)), activation) if squeeze else None
         self.conv_pwl = nn.Conv2d(middle, stage.channels, 1, bias=False)
         self.bn3 = batch_norm(stage.channels)
-        self.activation = activation
         self.drop_path = drop_path
         self.has_skip = stride == 1 and in_channels == stage.channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        x = self.conv_dw(self.bn1(self.conv_pw(x)))
-        x = activate_(self.bn2(x), self.activation)
+        x = self.bn1(self.conv_pw(x))
+        x = self.bn2(self.conv_dw(x))
         if self.se is not None:
             x = self.se(x)
         x = self.bn3(self.conv_pwl(x))
@@ -228,7 +209,7 @@ class EfficientNet(nn.Module):
         activation = "relu6" if variant.lite else "silu"
         channels = STEM_CHANNELS if variant.lite else scale_channels(STEM_CHANNELS, variant.width)
         self.conv_stem = StemConv2d(3, channels)
-        self.bn1 = batch_norm(channels)
+        self.bn1 = batch_norm(channels, activation)
 
         stages = scaled_stages(variant)
         total = sum(stage.repeats for stage in stages)
@@ -239,29 +220,10 @@ class EfficientNet(nn.Module):
             for repeat in range(stage.repeats):
                 stride = stage.stride if repeat == 0 else 1
                 drop_path = drop_path_rate * index / total
-                if stage.expansion == 1:
-                    blocks.append(
-                        DepthwiseSeparableBlock(
-                            channels,
-                            stage,
-                            stride,
-                            squeeze=not variant.lite,
-                            activation=activation,
-                            drop_path=drop_path,
-                            prologue=activation if index == 0 else None,
-                        )
-                    )
-                else:
-                    blocks.append(
-                        InvertedResidualBlock(
-                            channels,
-                            stage,
-                            stride,
-                            squeeze=not variant.lite,
-                            activation=activation,
-                            drop_path=drop_path,
-                        )
-                    )
+                block = DepthwiseSeparableBlock if stage.expansion == 1 else InvertedResidualBlock
+                blocks.append(
+                    block(channels, stage, stride, squeeze=not variant.lite, activation=activation, drop_path=drop_path)
+                )
                 channels = stage.channels
                 index += 1
             self.blocks.append(blocks)
@@ -281,7 +243,6 @@ class EfficientNet(nn.Module):
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of stride 8, 16 and 32 of images [B, 3, H, W]; sizes are ceil-halved at each stride."""
-        # The stem's activation is left to the first depthwise convolution.
         x = self.bn1(self.conv_stem(images))
         features = []
         for index, stage in enumerate(self.blocks):

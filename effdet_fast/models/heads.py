@@ -29,25 +29,16 @@ class Head(nn.Module):
     def __init__(self, num_outputs: int, config: EfficientDetConfig, prior: float | None = None) -> None:
         super().__init__()
         channels = config.fpn_channels
-        # The pyramid's outputs are not activated; from then on the depthwise convolution applies the activation that
-        # follows the BatchNorm before it.
         self.conv_rep = nn.ModuleList(
-            SeparableConv2d(
-                channels,
-                channels,
-                3,
-                bias=config.redundant_bias,
-                prologue=None if repeat == 0 else config.activation,
-            )
-            for repeat in range(config.head_repeats)
+            SeparableConv2d(channels, channels, 3, bias=config.redundant_bias) for _ in range(config.head_repeats)
         )
         self.bn_rep = nn.ModuleList(
-            nn.ModuleList(nn.Sequential(OrderedDict(bn=batch_norm(channels))) for _ in range(config.num_levels))
+            nn.ModuleList(
+                nn.Sequential(OrderedDict(bn=batch_norm(channels, config.activation))) for _ in range(config.num_levels)
+            )
             for _ in range(config.head_repeats)
         )
-        self.predict = SeparableConv2d(
-            channels, num_outputs * config.anchors_per_cell, 3, bias=True, prologue=config.activation
-        )
+        self.predict = SeparableConv2d(channels, num_outputs * config.anchors_per_cell, 3, bias=True)
         self.prior = prior
         self.reset_parameters()
 

@@ -79,7 +79,7 @@ class TrainConfig:
             model's own (0.01 in EfficientDet's necks and heads, which lags in runs of a few hundred steps).
         freeze_backbone: Train neck and heads only.
         freeze_bn: Keep all BatchNorm layers at their loaded statistics and weights.
-        sync_bn: With several processes on GPUs, share BatchNorm statistics among them.
+        sync_bn: With several processes, take BatchNorm statistics over the images of all of them.
         tensorboard: Write TensorBoard event files too (extra `tensorboard`).
         progress: Show a progress bar.
     """

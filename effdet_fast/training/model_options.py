@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 
@@ -37,8 +36,3 @@ def enter_training(model: nn.Module, *, frozen_backbone: bool, frozen_bn: bool) 
     if frozen_bn:
         for module in batch_norms(model):
             module.eval()
-
-
-def share_bn_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """BatchNorm over the images of all processes; PyTorch has it on GPUs only, elsewhere the model stays as it is."""
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from effdet_fast.models import EfficientDet, create_model, load_checkpoint, model_config
+from effdet_fast.nn import synchronize_batch_norm
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
 from effdet_fast.training.distributed import Processes, join_processes
 from effdet_fast.training.interrupt import Interrupt
-from effdet_fast.training.model_options import freeze, set_bn_momentum, share_bn_statistics
+from effdet_fast.training.model_options import freeze, set_bn_momentum
 from effdet_fast.training.run_data import RunData, open_data
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.seeding import algorithm_choice
@@ -145,9 +146,7 @@ def _build_model(config: TrainConfig, classes: int, processes: Processes, device
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if processes.world_size > 1 and config.sync_bn:
-        if device.type != "cuda" and processes.is_main:
-            warnings.warn("train: PyTorch has sync-BN on GPUs only; here BatchNorm stays per process", stacklevel=3)
-        model = share_bn_statistics(model, device)  # type: ignore[assignment]
+        model = synchronize_batch_norm(model)  # type: ignore[assignment]
     return model
 
 

@@ -72,10 +72,8 @@ def test_head_outputs_at_released_size(name):
 
 @pytest.mark.parametrize(("name", "size"), CASES)
 def test_losses_and_gradients_in_eval_mode(name, size):
-    pair = model_pair(name, size)
-    x = images(3, size)
-    gt_boxes, gt_labels = random_objects(3, 12, size, 90)
-    check_losses_and_gradients(pair.peer, pair.ours, x, gt_boxes, gt_labels)
+    peer, ours = copy.deepcopy(model_pair(name, size))
+    check_losses_and_gradients(peer, ours, images(3, size), *random_objects(3, 12, size, 90))
 
 
 @pytest.mark.parametrize(("name", "size"), CASES)
@@ -84,23 +82,23 @@ def test_training_mode(name, size):
     peer, ours = copy.deepcopy(model_pair(name, size))
     peer.train()
     ours.train()
-    x = images(3, size)
-    gt_boxes, gt_labels = random_objects(3, 12, size, 90)
-    check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels)
+    check_losses_and_gradients(peer, ours, images(3, size), *random_objects(3, 12, size, 90))
     for (key, our_value), peer_value in zip(ours.state_dict().items(), peer.state_dict().values(), strict=True):
         torch.testing.assert_close(our_value, peer_value, atol=1e-4, rtol=1e-4, msg=lambda text, key=key: key + text)
 
 
 def check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels) -> None:
-    peer.zero_grad()
-    ours.zero_grad()
+    largest = 1e-3
+    if ours.config.activation == "relu6":
+        # It has kinks: in float32 rounding decides on which side some values fall, and with them their whole gradients.
+        peer, ours, x, largest = peer.double(), ours.double(), x.double(), 1e-6
     torch.manual_seed(3)
     expected = peer_loss(peer, peer(x), gt_boxes, gt_labels)
     torch.manual_seed(3)
     actual = ours.loss(ours(x), gt_boxes, gt_labels)
     assert expected[1] > 0.1 and expected[2] > 1e-3
     for our_value, peer_value in zip(actual, expected, strict=True):
-        torch.testing.assert_close(our_value, peer_value, rtol=1e-5, atol=0)
+        torch.testing.assert_close(our_value, peer_value, rtol=1e-5, atol=0, check_dtype=False)
     expected[0].backward()
     actual.total.backward()
     peer_gradients = {key: value.grad for key, value in peer.named_parameters()}
@@ -109,7 +107,7 @@ def check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels) -> None:
     noise = 1e-7 * torch.stack([gradient.norm() for gradient in peer_gradients.values()]).norm()
     for key, parameter in ours.named_parameters():
         error = (parameter.grad - peer_gradients[key]).norm()
-        bound = 1e-3 * peer_gradients[key].norm() + noise
+        bound = largest * peer_gradients[key].norm() + noise
         assert error <= bound, f"{key}: gradients differ by {error}, allowed {bound}"
 
 

@@ -80,10 +80,12 @@ def test_loss_reads_the_outputs_in_place():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_autocast(name):
-    model = small(name).train()
+    model = small(name, drop_path_rate=0.0)
     x = torch.randn(2, 3, 96, 160)
     gt_boxes, gt_labels = random_objects(2, 5, (96, 160), 5)
-    expected = model.loss(model(x), gt_boxes, gt_labels)
+    model.train()(x)
+    # With statistics kept still: those of the coarsest levels, over four values a channel, turn rounding into noise.
+    expected = model.eval().loss(model(x), gt_boxes, gt_labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(x)
         loss = model.loss(outputs, gt_boxes, gt_labels)
@@ -91,7 +93,8 @@ def test_bf16_autocast(name):
     assert outputs[0][0].dtype == outputs[1][0].dtype == torch.bfloat16
     assert loss.total.dtype == loss.cls.dtype == loss.box.dtype == detections.boxes.dtype == torch.float32
     torch.testing.assert_close(loss.total, expected.total, rtol=0.05, atol=0)
-    loss.total.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.train().loss(model(x), gt_boxes, gt_labels).total.backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32 and torch.isfinite(parameter.grad).all(), key
 
