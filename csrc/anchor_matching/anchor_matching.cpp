@@ -28,15 +28,18 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   Tensor out_labels = allocate(anchors, {batch, count}, ScalarType::Long);
   Tensor codes = allocate(anchors, {batch, count, 4}, anchors.scalar_type());
   Tensor positives = allocate(anchors, {batch}, ScalarType::Long);
-  torch::stable::zero_(positives);
+  if (std::is_same_v<Device, Cuda> || count == 0) torch::stable::zero_(positives);  // the CUDA kernel adds to them
   if (batch == 0 || count == 0) return {out_labels, codes, positives};
-  Tensor workspace = allocate(anchors, {workspace_size(scope.device, batch, most)}, ScalarType::Long);
-  if (workspace.numel() > 0) torch::stable::zero_(workspace);
+  std::optional<Tensor> workspace;
+  if (const int64_t size = workspace_size(scope.device, batch, most)) {
+    workspace = allocate(anchors, {size}, ScalarType::Long);
+    torch::stable::zero_(*workspace);
+  }
   const auto run = [&]<typename T>() {
     const Problem<T> problem{
         const_data<T>(anchors),   const_data<T>(boxes),     const_data<int64_t>(labels), const_data<int64_t>(counts), count, batch, most,
         static_cast<T>(positive), static_cast<T>(negative), static_cast<Force>(force),   static_cast<Coder>(coder)};
-    launch_match<T>(scope.device, problem, mutable_data<int64_t>(workspace),
+    launch_match<T>(scope.device, problem, workspace ? mutable_data<int64_t>(*workspace) : nullptr,
                     {mutable_data<int64_t>(out_labels), mutable_data<T>(codes), mutable_data<int64_t>(positives)});
   };
   is_double ? run.template operator()<double>() : run.template operator()<float>();

@@ -26,7 +26,7 @@ template <typename T>
 struct Targets {
   int64_t* labels;     // [batch, count]: a label, -1 background, -2 ignored
   T* codes;            // [batch, count, 4]
-  int64_t* positives;  // [batch]
+  int64_t* positives;  // [batch]; zeros at first on CUDA
 };
 
 // `workspace` holds workspace_size(batch, most) zeros.

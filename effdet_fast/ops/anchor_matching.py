@@ -201,16 +201,22 @@ def match_anchors(
         )
     dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
     labels, boxes, counts = _match_anchors(
-        anchors.detach().to(dtype).contiguous(),
-        gt_boxes.detach().to(dtype).contiguous(),
-        gt_labels.long().contiguous(),
-        None if gt_counts is None else gt_counts.long().contiguous(),
+        _dense(anchors, dtype),
+        _dense(gt_boxes, dtype),
+        _dense(gt_labels, torch.int64),
+        None if gt_counts is None else _dense(gt_counts, torch.int64),
         float(pos_iou),
         float(neg_iou),
         _force_rule(force_match, allow_low_quality_matches),
         _CODERS[box_coder],
     )
     return AnchorTargets(labels, boxes, counts.float())
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the kernels read; costs nothing where the tensor is that already."""
+    x = x.detach() if x.requires_grad else x
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None) -> None:
