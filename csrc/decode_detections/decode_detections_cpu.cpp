@@ -57,14 +57,17 @@ class Best {
   }
   const std::vector<Candidate<T>>& sorted() {
     if (int64_t(list_.size()) > wanted_) shrink();
-    std::sort(list_.begin(), list_.end(), is_before<T>);
+    std::sort(list_.begin(), list_.end(), Before{});
     return list_;
   }
 
  private:
+  struct Before {  // a type, so that sorting inlines it
+    bool operator()(const Candidate<T>& a, const Candidate<T>& b) const { return is_before(a, b); }
+  };
   void shrink() {
     const auto last = list_.begin() + (wanted_ - 1);
-    std::nth_element(list_.begin(), last, list_.end(), is_before<T>);
+    std::nth_element(list_.begin(), last, list_.end(), Before{});
     list_.resize(wanted_);
     worst_ = list_.back();
     bar_ = value_of<T>(worst_.key);  // NaN where NaN alone are enough: then no value is below it
