@@ -1,5 +1,6 @@
 """Depthwise convolution (one k x k filter per channel), and the depthwise-separable convolution built on it."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,11 @@ PointwiseFunction = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6":
 class Geometry(NamedTuple):
     """A convolution's checked numbers; pairs are (vertical, horizontal), sides (left, right, top, bottom)."""
 
-    kernel: tuple[int, int]
     stride: tuple[int, int]
     dilation: tuple[int, int]
     sides: tuple[int, int, int, int]
+    size: tuple[int, int]  # of the output
+    has_kernel: bool  # one of our own
 
 
 def depthwise_conv2d_reference(
@@ -48,9 +50,8 @@ def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     left, right, top, bottom = geometry.sides
     x = PointwiseFunction[prologue](x)
     if x.shape[1] == 0:  # PyTorch knows no convolution without channels
-        size = (1 + (n - d * (k - 1) - 1) // s for n, k, s, d in zip(_padded(x, geometry), *geometry[:3], strict=True))
         nothing = x.sum() + weight.sum() + (0 if bias is None else bias.sum())
-        return nothing * x.new_zeros(x.shape[0], 0, *size)
+        return nothing * x.new_zeros(x.shape[0], 0, *geometry.size)
     symmetric = left == right and top == bottom
     if not symmetric:
         x = F.pad(x, geometry.sides)
@@ -86,59 +87,54 @@ _depthwise_conv_grad_weight = _library.define(
 
 class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last):
+    def forward(ctx, x, weight, bias, geometry, prologue, channels_last):
         ctx.save_for_backward(x, weight)
-        ctx.options = (stride, left, top, prologue, channels_last)
-        ctx.has_bias = bias is not None
-        return _depthwise_conv(x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last)
+        ctx.geometry, ctx.prologue, ctx.channels_last = geometry, prologue, channels_last
+        return _forward(x, weight, bias, geometry, prologue, channels_last)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        need_bias = need_bias and ctx.has_bias
-        grad = grad.contiguous(memory_format=torch.channels_last if ctx.options[-1] else torch.contiguous_format)
+        if _library.wants_second_derivative():
+            # The bias is not kept: its gradient needs no value of it.
+            bias = grad.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
+            wanted = [v for v, need in ((x, need_x), (weight, need_weight)) if need] + (
+                [bias] if bias is not None else []
+            )
+            y = _pytorch(x, weight, bias, ctx.geometry, ctx.prologue)
+            grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            return *(next(grads) if need else None for need in (need_x, need_weight, need_bias)), None, None, None
+        left, _, top, _ = ctx.geometry.sides
+        options = (ctx.geometry.stride[0], left, top, ACTIVATIONS[ctx.prologue], ctx.channels_last)
+        grad = grad.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format)
         grad_x = grad_weight = grad_bias = None
         if need_x:
-            grad_x = _depthwise_conv_grad_input(grad, x, weight, *ctx.options)
+            grad_x = _depthwise_conv_grad_input(grad, x, weight, *options)
         if need_weight or need_bias:
-            grad_weight, grad_bias = _depthwise_conv_grad_weight(grad, x, weight.shape[2], *ctx.options, need_bias)
-        return (
-            grad_x,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            *(None,) * 7,
-        )
+            grad_weight, grad_bias = _depthwise_conv_grad_weight(grad, x, weight.shape[2], *options, need_bias)
+        return grad_x, grad_weight if need_weight else None, grad_bias if need_bias else None, None, None, None
+
+
+def _forward(x, weight, bias, geometry: Geometry, prologue: str | None, channels_last: bool) -> Tensor:
+    left, _, top, _ = geometry.sides
+    stride, size = geometry.stride[0], geometry.size
+    return _depthwise_conv(x, weight, bias, stride, left, top, *size, ACTIVATIONS[prologue], channels_last)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, prologue: str | None) -> Tensor:
-    left, _, top, _ = geometry.sides
-    stride = geometry.stride[0]
-    out_height, out_width = ((n - k) // stride + 1 for n, k in zip(_padded(x, geometry), geometry.kernel, strict=True))
     channels_last = _is_channels_last(x)
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    options = (stride, left, top, out_height, out_width, ACTIVATIONS[prologue], channels_last)
     needs_gradient = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if torch.is_grad_enabled() and needs_gradient:
-        return _DepthwiseConv.apply(x, weight, bias, *options)
-    return _depthwise_conv(x, weight, bias, *options)
-
-
-def _has_kernel(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
-    return (
-        _library.is_native(x)
-        and geometry.kernel in ((3, 3), (5, 5))
-        and geometry.stride in ((1, 1), (2, 2))
-        and geometry.dilation == (1, 1)
-        and weight.shape[0] == x.shape[1]
-    )
+    run = _DepthwiseConv.apply if needs_gradient and torch.is_grad_enabled() else _forward
+    return run(x, weight, bias, geometry, prologue, channels_last)
 
 
 def _is_channels_last(x: Tensor) -> bool:
     """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
-    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.stride() != (1, 1, 1, 1)
+    strides = x.stride()
+    return strides[1] == 1 and strides[3] >= x.shape[1] and strides != (1, 1, 1, 1)
 
 
 def depthwise_conv2d(
@@ -188,8 +184,11 @@ def depthwise_conv2d(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
     check_choice(op, "prologue", prologue, ACTIVATIONS)
-    x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
-    run = _native if _has_kernel(x, weight, geometry) else _pytorch
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    run = _native if geometry.has_kernel and _library.is_native(x) else _pytorch
     return run(x, weight, bias, geometry, prologue)
 
 
@@ -260,9 +259,8 @@ def _check_operand(op: str, name: str, operand: Tensor, x: Tensor) -> None:
         )
 
 
-def _autocast(x: Tensor) -> Tensor:
-    dtype = autocast_dtype(x)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
+def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -272,40 +270,11 @@ def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return pair
 
 
-def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation) -> Geometry:
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x must have shape [N, C, H, W], got {list(x.shape)}")
-    if x.shape[2] == 0 or x.shape[3] == 0:
-        raise ValueError(f"{op}: x must have at least one row and one column, got {list(x.shape)}")
-    channels = x.shape[1]
-    fits = weight.dim() == 4 and weight.shape[1] == 1 and min(weight.shape[2:]) >= 1
-    if not fits or (
-        weight.shape[0] != channels and (channels == 0 or weight.shape[0] % channels or not weight.shape[0])
-    ):
-        raise ValueError(f"{op}: weight must have shape [{channels}, 1, k, k], got {list(weight.shape)}")
-    stride, dilation = _pair(op, "stride", stride), _pair(op, "dilation", dilation)
-    kernel = (weight.shape[2], weight.shape[3])
-    geometry = Geometry(kernel, stride, dilation, _sides(op, x, kernel, stride, dilation, padding))
-    if any(size < d * (k - 1) + 1 for size, k, d in zip(_padded(x, geometry), kernel, dilation, strict=True)):
-        got = f"{list(x.shape)} with padding {padding!r}"
-        raise ValueError(f"{op}: the padded x must not be smaller than the filter {list(kernel)}, got {got}")
-    return geometry
-
-
-def _padded(x: Tensor, geometry: Geometry) -> tuple[int, int]:
-    left, right, top, bottom = geometry.sides
-    return x.shape[2] + top + bottom, x.shape[3] + left + right
-
-
-def _sides(op, x: Tensor, kernel, stride, dilation, padding) -> tuple[int, int, int, int]:
+def _sides(op: str, padding: Padding) -> str | tuple[int, int, int, int]:
+    """(left, right, top, bottom), or "same", for which they follow from the sizes."""
     if isinstance(padding, str):
         check_choice(op, "padding", padding, ("same",))
-        totals = [
-            max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-            for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-        ]
-        (top, left) = (total // 2 for total in totals)
-        return left, totals[1] - left, top, totals[0] - top
+        return padding
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     if len(sides) == 2:
         sides = (sides[1], sides[1], sides[0], sides[0])
@@ -313,3 +282,45 @@ def _sides(op, x: Tensor, kernel, stride, dilation, padding) -> tuple[int, int, 
         wanted = "'same', an integer >= 0, (vertical, horizontal) or (left, right, top, bottom)"
         raise ValueError(f"{op}: padding must be {wanted}, got {padding!r}")
     return sides
+
+
+def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation) -> Geometry:
+    stride, dilation = _pair(op, "stride", stride), _pair(op, "dilation", dilation)
+    arguments = (op, x.shape, weight.shape, stride, _sides(op, padding), dilation)
+    # Sizes may be symbols while compiling.
+    geometry = _resolve(*arguments) if torch.compiler.is_compiling() else _resolve_once(*arguments)
+    if geometry.size[0] < 1 or geometry.size[1] < 1:
+        got = f"{list(x.shape)} with padding {padding!r}"
+        raise ValueError(f"{op}: the padded x must not be smaller than the filter {list(weight.shape[2:])}, got {got}")
+    return geometry
+
+
+def _resolve(op, shape, weight_shape, stride, sides, dilation) -> Geometry:
+    if len(shape) != 4:
+        raise ValueError(f"{op}: x must have shape [N, C, H, W], got {list(shape)}")
+    if shape[2] == 0 or shape[3] == 0:
+        raise ValueError(f"{op}: x must have at least one row and one column, got {list(shape)}")
+    channels, filters = shape[1], weight_shape[0] if weight_shape else 0
+    fits = len(weight_shape) == 4 and weight_shape[1] == 1 and min(weight_shape[2:]) >= 1
+    if not fits or (filters != channels and (channels == 0 or filters % channels or not filters)):
+        raise ValueError(f"{op}: weight must have shape [{channels}, 1, k, k], got {list(weight_shape)}")
+    kernel = (weight_shape[2], weight_shape[3])
+    if sides == "same":
+        totals = [
+            max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
+            for n, k, s, d in zip(shape[2:], kernel, stride, dilation, strict=True)
+        ]
+        (top, left) = (total // 2 for total in totals)
+        sides = (left, totals[1] - left, top, totals[0] - top)
+    padded = (shape[2] + sides[2] + sides[3], shape[3] + sides[0] + sides[1])
+    height, width = (
+        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(padded, kernel, stride, dilation, strict=True)
+    )
+    has_kernel = (
+        kernel in ((3, 3), (5, 5)) and stride in ((1, 1), (2, 2)) and dilation == (1, 1) and filters == channels
+    )
+    return Geometry(stride, dilation, sides, (height, width), has_kernel)
+
+
+# A model calls with the same few shapes over and over.
+_resolve_once = lru_cache(maxsize=1024)(_resolve)

@@ -1,6 +1,7 @@
 """Weighted feature fusion of a BiFPN node (Tan et al., "EfficientDet", 2020): resampling, weights, sum, activation in one."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ def weighted_fusion_reference(
 ) -> Tensor:
     """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
     resample = ["none"] * len(inputs) if resample is None else list(resample)
-    size = _output_size("weighted_fusion_reference", inputs, resample, size)
+    size = None if size is None else (size[0], size[1])
+    size = _output_size("weighted_fusion_reference", [x.shape for x in inputs], resample, size)
     dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     normalized = None if weights is None else _normalized(weights.to(dtype), method, eps)
     total: Tensor | None = None
@@ -194,7 +196,11 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
         raise ValueError(f"{op}: eps must be >= 0, got {eps}")
     inputs = _check_inputs(op, inputs)
     resample = _check_resample(op, len(inputs), resample)
-    size = _output_size(op, inputs, resample, size)
+    _check_size(op, size)
+    shapes = tuple([x.shape for x in inputs])
+    # Sizes may be symbols while compiling.
+    find_size = _output_size if torch.compiler.is_compiling() else _output_size_once
+    size = find_size(op, shapes, resample, None if size is None else (size[0], size[1]))
     _check_weights(op, inputs, weights, method)
     arguments = {"method": method, "resample": resample, "size": size, "activation": activation, "eps": eps}
     first = inputs[0]
@@ -208,8 +214,8 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
         weights = weights.to(torch.float64 if first.dtype == torch.float64 else torch.float32).contiguous()
     codes = [RESAMPLES[how] for how in resample]
     options = (METHODS[method], float(eps), codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
-    needs_gradient = any(x.requires_grad for x in inputs) or (weights is not None and weights.requires_grad)
-    if torch.is_grad_enabled() and needs_gradient:
+    needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)
+    if needs_gradient and torch.is_grad_enabled():
         return _Fusion.apply(options, arguments, weights, *inputs)
     return _fusion_forward(inputs, weights, *options)
 
@@ -222,13 +228,16 @@ def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     first = inputs[0]
     for i, x in enumerate(inputs):
         check_floating(op, f"inputs[{i}]", x)
+        shape = x.shape
+        if len(shape) != 4:
+            raise ValueError(f"{op}: inputs[{i}] must have shape [N, C, H, W], got {list(shape)}")
+        if i == 0:
+            n, c = shape[0], shape[1]
+            continue
         check_same_device(op, f"inputs[{i}]", x, "inputs[0]", first)
-        if x.dim() != 4:
-            raise ValueError(f"{op}: inputs[{i}] must have shape [N, C, H, W], got {list(x.shape)}")
-        if x.shape[0] != first.shape[0] or x.shape[1] != first.shape[1]:
-            n, c = first.shape[0], first.shape[1]
-            raise ValueError(f"{op}: inputs[{i}] must have shape [{n}, {c}, H, W] as inputs[0], got {list(x.shape)}")
-    if any(x.dtype != first.dtype for x in inputs):
+        if shape[0] != n or shape[1] != c:
+            raise ValueError(f"{op}: inputs[{i}] must have shape [{n}, {c}, H, W] as inputs[0], got {list(shape)}")
+    if any([x.dtype != first.dtype for x in inputs]):
         if autocast_dtype(first) is None:
             names = ", ".join(dtype_name(x.dtype) for x in inputs)
             raise TypeError(f"{op}: inputs must have one dtype outside autocast, got {names}")
@@ -239,7 +248,7 @@ def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(inputs)
 
 
-def _check_resample(op: str, count: int, resample: Sequence[str] | None) -> Sequence[str]:
+def _check_resample(op: str, count: int, resample: Sequence[str] | None) -> tuple[str, ...]:
     if resample is None:
         return ("none",) * count
     if not isinstance(resample, list | tuple):
@@ -248,33 +257,39 @@ def _check_resample(op: str, count: int, resample: Sequence[str] | None) -> Sequ
         raise ValueError(f"{op}: resample must have one entry for each of the {count} inputs, got {len(resample)}")
     for i, how in enumerate(resample):
         check_choice(op, f"resample[{i}]", how, RESAMPLES)
-    return resample
+    return tuple(resample)
 
 
-def _output_size(op: str, inputs: Sequence[Tensor], resample: Sequence[str], size) -> tuple[int, int]:
+def _check_size(op: str, size) -> None:
     if size is not None:
         if not isinstance(size, list | tuple) or len(size) != 2:
             raise TypeError(f"{op}: size must be a pair (height, width), got {size!r}")
         if size[0] < 0 or size[1] < 0:
             raise ValueError(f"{op}: size must not be negative, got {tuple(size)}")
-        size = (size[0], size[1])
-    for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
+
+
+def _output_size(op: str, shapes, resample: Sequence[str], size: tuple[int, int] | None) -> tuple[int, int]:
+    for i, (shape, how) in enumerate(zip(shapes, resample, strict=True)):
         if how == "nearest":
             continue
-        height, width = x.shape[2], x.shape[3]
+        height, width = shape[2], shape[3]
         if how == "max_pool":
             height, width = (height + 1) // 2, (width + 1) // 2
         if size is None:
             size = (height, width)
         elif (height, width) != size:
-            gives = f"{list(x.shape)} is {(height, width)}" + (" after max_pool" if how == "max_pool" else "")
+            gives = f"{list(shape)} is {(height, width)}" + (" after max_pool" if how == "max_pool" else "")
             raise ValueError(f"{op}: inputs[{i}] must fit the size {size}, got {gives}")
     if size is None:
         raise ValueError(f"{op}: size must be given when every input has resample 'nearest', got None")
-    for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
-        if how == "nearest" and (x.shape[2] < min(size[0], 1) or x.shape[3] < min(size[1], 1)):
-            raise ValueError(f"{op}: inputs[{i}] must not be empty to be resampled to {size}, got {list(x.shape)}")
+    for i, (shape, how) in enumerate(zip(shapes, resample, strict=True)):
+        if how == "nearest" and (shape[2] < min(size[0], 1) or shape[3] < min(size[1], 1)):
+            raise ValueError(f"{op}: inputs[{i}] must not be empty to be resampled to {size}, got {list(shape)}")
     return size
+
+
+# A model calls with the same few shapes over and over.
+_output_size_once = lru_cache(maxsize=1024)(_output_size)
 
 
 def _check_weights(op: str, inputs: Sequence[Tensor], weights: Tensor | None, method: str) -> None:

@@ -40,6 +40,14 @@ def test_gradcheck(backend, kernel, stride, channels_last):
     )
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_second_derivatives(backend, count):
+    inputs = make((1, 2, 4, 3), 3, False, dtype=torch.float64, device=backend.device)[:count]
+    assert torch.autograd.gradgradcheck(
+        lambda *t: ops.depthwise_conv2d(*t, stride=2, padding="same", prologue="silu"), inputs
+    )
+
+
 @pytest.mark.parametrize(
     "needed", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)]
 )
