@@ -70,9 +70,11 @@ EF_HD void encode(Coder coder, const Box<T>& box, const Box<T>& anchor, T* code)
   const T width = box.x2 - box.x1, height = box.y2 - box.y1;
   const T anchor_width = anchor.x2 - anchor.x1, anchor_height = anchor.y2 - anchor.y1;
   const T dx = (box.x1 + width / 2) - (anchor.x1 + anchor_width / 2), dy = (box.y1 + height / 2) - (anchor.y1 + anchor_height / 2);
-  code[effdet ? 1 : 0] = dx / (anchor_width + eps);
-  code[effdet ? 0 : 1] = dy / (anchor_height + eps);
-  code[effdet ? 3 : 2] = log_of((width + eps) / (anchor_width + eps));
-  code[effdet ? 2 : 3] = log_of((height + eps) / (anchor_height + eps));
+  const T x = dx / (anchor_width + eps), y = dy / (anchor_height + eps);
+  const T w = log_of((width + eps) / (anchor_width + eps)), h = log_of((height + eps) / (anchor_height + eps));
+  code[0] = effdet ? y : x;
+  code[1] = effdet ? x : y;
+  code[2] = effdet ? h : w;
+  code[3] = effdet ? w : h;
 }
 }  // namespace ef::anchor_matching

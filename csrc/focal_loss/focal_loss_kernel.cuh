@@ -32,33 +32,35 @@ struct SoftTarget {
   __device__ A grad(A x, const Parameters<A>& p) const { return soft_grad<kModulator>(x, t, p); }
 };
 
-// The targets of the logits i .. i + kVec - 1, asked for in this order.
+// The targets of the logits i .. i + kVec - 1.
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 class Targets {
  public:
-  __device__ Targets(const Problem<scalar_t>& in, int64_t i) : in_(in), row_(quotient(i, in.classes)), column_(i - row_ * in.classes) {
+  __device__ Targets(const Problem<scalar_t>& in, int64_t i) {
     if constexpr (kSoft) {
       soft_ = load_vec<kVec>(in.soft + i);
     } else {
-      label_ = in.labels[row_];
+      int64_t row = quotient(i, in.classes), column = i - row * in.classes;
+      for (int begin = 0; begin < kVec; column = 0, ++row) {  // the rows that the vector touches: one or two, if there are many classes
+        const int64_t label = in.labels[row], end = begin + in.classes - column, place = begin + label - column;
+        const int last = end < kVec ? int(end) : kVec;
+        if (label >= 0 && place >= begin && place < last) positive_ |= 1u << place;
+        if (label == -2) ignored_ |= (1u << last) - (1u << begin);
+        begin = last;
+      }
     }
   }
-  __device__ auto next(int k) {
+  __device__ auto operator[](int k) const {
     using A = acc_t<scalar_t>;
     if constexpr (kSoft) {
       return SoftTarget<kModulator, A>{A(soft_.v[k])};
     } else {
-      if (column_ == in_.classes) {
-        column_ = 0;
-        label_ = in_.labels[++row_];
-      }
-      return HardTarget<kModulator, A>{label_ == -2, label_ == column_++};
+      return HardTarget<kModulator, A>{(ignored_ >> k & 1) != 0, (positive_ >> k & 1) != 0};
     }
   }
 
  private:
-  const Problem<scalar_t>& in_;
-  int64_t row_, column_, label_ = 0;
+  uint32_t positive_ = 0, ignored_ = 0;  // a bit for each logit
   Vec<scalar_t, kSoft ? kVec : 1> soft_;
 };
 
@@ -76,10 +78,10 @@ __global__ void focal_loss_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_
                                   scalar_t* __restrict__ loss) {  // [rows, classes]
   for_each_vector<kVec>(in.rows * in.classes, [&]<int kSize>(int64_t i) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
-    Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
+    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
     Vec<scalar_t, kSize> out;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets.next(k).loss(acc_t<scalar_t>(x.v[k]), p));
+    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets[k].loss(acc_t<scalar_t>(x.v[k]), p));
     store_vec<kSize>(loss + i, out);
   });
 }
@@ -90,9 +92,9 @@ __global__ void focal_loss_sum_kernel(Problem<scalar_t> in, Parameters<acc_t<sca
   acc_t<scalar_t> sum = 0;
   for_each_vector<kVec>(in.rows * in.classes, [&]<int kSize>(int64_t i) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
-    Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
+    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) sum += targets.next(k).loss(acc_t<scalar_t>(x.v[k]), p);
+    for (int k = 0; k < kSize; ++k) sum += targets[k].loss(acc_t<scalar_t>(x.v[k]), p);
   });
   sum = block_sum(sum, shared_memory<acc_t<scalar_t>>());
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
@@ -119,10 +121,10 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
     Vec<scalar_t, kSize> upstream{}, out;
     if (grad_loss) upstream = load_vec<kSize>(grad_loss + i);
-    Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
+    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      out.v[k] = scalar_t((grad_loss ? A(upstream.v[k]) : scale) * targets.next(k).grad(A(x.v[k]), p));
+      out.v[k] = scalar_t((grad_loss ? A(upstream.v[k]) : scale) * targets[k].grad(A(x.v[k]), p));
     }
     store_vec<kSize>(grad_logits + i, out);
   });

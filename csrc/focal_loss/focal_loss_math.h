@@ -43,7 +43,7 @@ struct Logistic {  // everything the formulas need of z, from one exponential
 template <typename acc_t>
 EF_HD Logistic<acc_t> logistic(acc_t z) {
   const acc_t u = exp_of(z < acc_t(0) ? z : -z);  // exp(-|z|)
-  const acc_t r = acc_t(1) / (acc_t(1) + u), l = log1p_of(u);
+  const acc_t r = quotient_of(acc_t(1), acc_t(1) + u), l = log1p_of(u);
   const bool negative = z < acc_t(0);
   const acc_t ur = u * r;
   return {negative ? ur : r, negative ? r : ur, (negative ? acc_t(0) : z) + l, (negative ? z : acc_t(0)) - l};

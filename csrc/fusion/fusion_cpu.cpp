@@ -45,8 +45,7 @@ class Walker {
 
   // Buffers of one thread.
   struct Buffers {
-    std::vector<A> inputs[kMaxInputs], sum, grad;
-    std::vector<int32_t> taps;
+    std::vector<A> inputs[kMaxInputs], sum, grad, taps;
     explicit Buffers(const Walker& walker) : sum(walker.segment_size()), grad(walker.segment_size()), taps(walker.segment_size()) {
       for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
     }
@@ -70,7 +69,7 @@ class Walker {
       } else if (taps) {
         pool_row<true>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, buffers.taps.data() + r * m);
       } else {
-        pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, static_cast<int32_t*>(nullptr));
+        pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, static_cast<A*>(nullptr));
       }
     }
     if (taps) convert(buffers.taps.data(), rows * m, taps + at);

@@ -22,45 +22,78 @@ EF_CPU_CLONES void nearest_row(const scalar_t* __restrict x, const int32_t* __re
     for (int64_t k = 0; k < c; ++k) out[j * c + k] = A(x[columns[j] * c + k]);
 }
 
-// Maxima of the windows (row, first + j), j < m, of the image x [h, w, c]; taps only where wanted.
+// One window's taps, in order. A tap outside the image repeats the one before it (the first ones the first inside): a value that comes
+// twice in a row changes neither the maximum nor which tap counts.
+template <typename scalar_t>
+struct Window {
+  const scalar_t* pixels[9];  // [c]
+  acc_t<scalar_t> taps[9];    // their numbers, in the type of the maxima so that both fill one kind of vector
+
+  EF_HD Window(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t top, int64_t left) {
+    const int first = first_tap(top < 0, left < 0);
+    int last = first;
+    for (int i = 0; i < 9; ++i) {
+      const int64_t row = top + i / 3, column = left + i % 3;
+      if (row >= 0 && row < h && column >= 0 && column < w) last = i;
+      taps[i] = acc_t<scalar_t>(last);
+      pixels[i] = x + ((top + last / 3) * w + left + last % 3) * c;
+    }
+  }
+};
+
+// out[k] = the largest of the window's values; taps only where wanted.
 template <bool kTaps, typename scalar_t>
-EF_CPU_CLONES void pool_row(const scalar_t* __restrict x, int64_t h, int64_t w, int64_t c, int64_t row, int64_t first, int64_t m,
-                            acc_t<scalar_t>* __restrict out, int32_t* __restrict taps) {
+EF_CPU_CLONES void pool_window(const Window<scalar_t> window, int64_t c, acc_t<scalar_t>* __restrict out,
+                               acc_t<scalar_t>* __restrict taps) {
   using A = acc_t<scalar_t>;
-  const int64_t top = 2 * row - pool_before(h), before = pool_before(w);
-  for (int64_t j = 0; j < m * c; ++j) out[j] = A(-INFINITY);
+#pragma GCC ivdep
+  for (int64_t k = 0; k < c; ++k) {
+    A highest = A(window.pixels[0][k]);
+    A tap = window.taps[0];
+#pragma GCC unroll 8
+    for (int i = 1; i < 9; ++i) {
+      const A value = A(window.pixels[i][k]), number = window.taps[i];
+      const bool take = is_new_maximum(value, highest);
+      highest = take ? value : highest;
+      if constexpr (kTaps) tap = take ? number : tap;
+    }
+    out[k] = highest;
+    if constexpr (kTaps) taps[k] = tap;
+  }
+}
+
+// The same of m windows along a line of an image of one channel: all at one tap after the other.
+template <bool kTaps, typename scalar_t>
+EF_CPU_CLONES void pool_line(const scalar_t* __restrict x, int64_t h, int64_t w, int64_t top, int64_t left, int64_t m,
+                             acc_t<scalar_t>* __restrict out, acc_t<scalar_t>* __restrict taps) {
+  using A = acc_t<scalar_t>;
+  for (int64_t j = 0; j < m; ++j) out[j] = A(-INFINITY);
   if constexpr (kTaps) {
-    const int tap = first_tap(top < 0, false);
-    for (int64_t j = 0; j < m * c; ++j) taps[j] = tap;
-    if (before && first == 0)
-      for (int64_t k = 0; k < c; ++k) taps[k] = first_tap(top < 0, true);
+    for (int64_t j = 0; j < m; ++j) taps[j] = A(first_tap(top < 0, left + 2 * j < 0));
   }
   for (int ky = 0; ky < 3; ++ky) {
     if (top + ky < 0 || top + ky >= h) continue;
     for (int kx = 0; kx < 3; ++kx) {
-      const int tap = 3 * ky + kx;
-      const int64_t left = 2 * first - before + kx;  // column of j = 0
-      const int64_t begin = left < 0 ? 1 : 0, end = left + 2 * (m - 1) >= w ? m - 1 : m;
-      const scalar_t* __restrict line = x + ((top + ky) * w + left) * c;
-      if (c == 1) {
-        for (int64_t j = begin; j < end; ++j) {
-          const A value = A(line[2 * j]), highest = out[j];
-          const bool take = is_new_maximum(value, highest);
-          out[j] = take ? value : highest;
-          if constexpr (kTaps) taps[j] = take ? tap : taps[j];
-        }
-        continue;
-      }
+      const int64_t begin = left + kx < 0 ? 1 : 0, end = left + kx + 2 * (m - 1) >= w ? m - 1 : m;
+      const scalar_t* __restrict line = x + (top + ky) * w + left + kx;
       for (int64_t j = begin; j < end; ++j) {
-        const scalar_t* __restrict pixel = line + 2 * j * c;
-        for (int64_t k = 0; k < c; ++k) {
-          const A value = A(pixel[k]), highest = out[j * c + k];
-          const bool take = is_new_maximum(value, highest);
-          out[j * c + k] = take ? value : highest;
-          if constexpr (kTaps) taps[j * c + k] = take ? tap : taps[j * c + k];
-        }
+        const A value = A(line[2 * j]), highest = out[j];
+        const bool take = is_new_maximum(value, highest);
+        out[j] = take ? value : highest;
+        if constexpr (kTaps) taps[j] = take ? A(3 * ky + kx) : taps[j];
       }
     }
+  }
+}
+
+// Maxima of the windows (row, first + j), j < m, of the image x [h, w, c].
+template <bool kTaps, typename scalar_t>
+void pool_row(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t row, int64_t first, int64_t m, acc_t<scalar_t>* out,
+              acc_t<scalar_t>* taps) {
+  const int64_t top = 2 * row - pool_before(h), left = 2 * first - pool_before(w);
+  if (c == 1) return pool_line<kTaps>(x, h, w, top, left, m, out, taps);
+  for (int64_t j = 0; j < m; ++j) {
+    pool_window<kTaps>(Window<scalar_t>(x, h, w, c, top, left + 2 * j), c, out + j * c, kTaps ? taps + j * c : nullptr);
   }
 }
 

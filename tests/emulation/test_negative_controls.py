@@ -11,7 +11,7 @@ from tests.emulation.build import ROOT, build
 
 # (op, self-test, file, the text to damage, what it becomes)
 DAMAGES = [
-    ("focal_loss", "sigmoid_focal_loss", "focal_loss_kernel.cuh", "column_ = 0;", "column_ = 1;"),
+    ("focal_loss", "sigmoid_focal_loss", "focal_loss_kernel.cuh", "column = 0, ++row", "column = 1, ++row"),
     (
         "focal_loss",
         "sigmoid_focal_loss",
