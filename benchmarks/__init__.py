@@ -1,1 +1,13 @@
 """Measures the ops against their peers: `python -m benchmarks --help`."""
+
+OPS = (
+    "focal_loss",
+    "detection_loss",
+    "fusion",
+    "depthwise_conv",
+    "nms",
+    "soft_nms",
+    "anchor_matching",
+    "batch_norm_act",
+    "decode_detections",
+)

@@ -10,22 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, records
+from benchmarks import OPS, environment, records
 from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, PHASES, Case
 
-OPS = (
-    "focal_loss",
-    "detection_loss",
-    "fusion",
-    "depthwise_conv",
-    "nms",
-    "soft_nms",
-    "anchor_matching",
-    "batch_norm_act",
-    "decode_detections",
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 

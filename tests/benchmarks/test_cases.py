@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    OPS,
     bench_anchor_matching,
     bench_batch_norm_act,
     bench_decode_detections,
@@ -18,7 +19,6 @@ from benchmarks import (
     bench_soft_nms,
     smoke,
 )
-from benchmarks.__main__ import OPS
 from benchmarks.harness import passing
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, OURS
 
