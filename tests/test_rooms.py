@@ -6,21 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import OPS
 from effdet_fast import _extension, ops
 from effdet_fast.ops import _library
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = [
-    "focal_loss",
-    "detection_loss",
-    "fusion",
-    "depthwise_conv",
-    "nms",
-    "soft_nms",
-    "anchor_matching",
-    "batch_norm_act",
-    "decode_detections",
-]
 ROOM = [
     "csrc/{op}/{op}_math.h",
     "csrc/{op}/{op}_kernel.cuh",

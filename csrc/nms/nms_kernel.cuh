@@ -6,6 +6,7 @@
 // counter: those before it have started, so waiting for them ends. Memory: 16 bytes a tile; no n x n mask.
 // nms_padded_kernel: a block owns an image, keeps its list in shared memory and stops at max_detections.
 #pragma once
+#include "../common/box.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
 #include "nms.h"
@@ -36,20 +37,6 @@ struct Tile {
   unsigned finished[2];   // candidates at or below the score threshold: no later one takes part
   unsigned dead[kWarps];  // bits of the candidates a warp found suppressed; even warps have 0-31, odd ones 32-63
 };
-
-template <bool kAligned, typename scalar_t>
-__device__ Box<acc_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {
-  using A = acc_t<scalar_t>;
-  constexpr int kSize = !kAligned ? 1 : kVecSize<scalar_t> < 4 ? 2 : 4;
-  A corner[4];
-#pragma unroll
-  for (int k = 0; k < 4; k += kSize) {
-    const Vec<scalar_t, kSize> part = load_vec<kSize>(boxes + i * 4 + k);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) corner[k + j] = A(part.v[j]);
-  }
-  return box_of(corner[0], corner[1], corner[2], corner[3]);
-}
 
 template <typename A>
 __device__ bool suppresses(const Kept<A>& kept, const Kept<A>& candidate, A threshold) {

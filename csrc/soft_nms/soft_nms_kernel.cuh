@@ -3,6 +3,7 @@
 // decays its boxes of that class and meanwhile finds its own best for the next step. One barrier a step: the places where the warps
 // leave their best alternate. Bytes: the scores and labels once a step, and the boxes of the class; all from shared memory and L1 / L2.
 #pragma once
+#include "../common/box.cuh"
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
 #include "soft_nms.h"
@@ -28,20 +29,6 @@ __device__ Best<A> warp_best(Best<A> best) {
     best = better_of(best, {__shfl_xor_sync(0xffffffffu, best.score, mask), __shfl_xor_sync(0xffffffffu, best.index, mask)});
   }
   return best;
-}
-
-template <bool kAligned, typename scalar_t>
-__device__ Box<acc_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {
-  using A = acc_t<scalar_t>;
-  constexpr int kSize = !kAligned ? 1 : kVecSize<scalar_t> < 4 ? 2 : 4;
-  A corner[4];
-#pragma unroll
-  for (int k = 0; k < 4; k += kSize) {
-    const Vec<scalar_t, kSize> part = load_vec<kSize>(boxes + i * 4 + k);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) corner[k + j] = A(part.v[j]);
-  }
-  return box_of(corner[0], corner[1], corner[2], corner[3]);
 }
 
 template <bool kGaussian, bool kAligned, typename scalar_t>
