@@ -82,6 +82,7 @@ def run(step: Step, limit: float, log: TextIO | None = None) -> Result:
             text=True,
             errors="replace",
             start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
     except OSError as error:
         return Result(step.name, FAILED, 0.0, str(error))
@@ -95,6 +96,11 @@ def run(step: Step, limit: float, log: TextIO | None = None) -> Result:
         _end(process)
     reader.join(GRACE_SECONDS)
     return Result(step.name, status, time.monotonic() - start, "\n".join(tail))
+
+
+def _heed_interrupts() -> None:
+    """In the command: a shell's background jobs ignore interrupts, and what they start would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -71,7 +72,8 @@ time.sleep(60)
         assert time.monotonic() - start < 30
 
 
-def test_an_interrupted_step_can_still_write_what_it_has(monkeypatch):
+@pytest.mark.parametrize("interrupts", [signal.default_int_handler, signal.SIG_IGN])
+def test_an_interrupted_step_can_still_write_what_it_has(interrupts, monkeypatch):
     monkeypatch.setattr(steps, "GRACE_SECONDS", 20.0)  # a busy machine may take its time
     code = """
 import time
@@ -81,7 +83,11 @@ try:
 except KeyboardInterrupt:
     print("saved", flush=True)
 """
-    (result,) = steps.run_all([python("saves", code, limit=4.0)], 60.0)
+    before = signal.signal(signal.SIGINT, interrupts)
+    try:
+        (result,) = steps.run_all([python("saves", code, limit=4.0)], 60.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (result.status, result.detail) == (OUT_OF_TIME, "up\nsaved")
 
 
