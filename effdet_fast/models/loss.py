@@ -7,9 +7,8 @@ import torch
 from effdet_fast.models.config import EfficientDetConfig
 from effdet_fast.ops import AnchorTargets, DetectionLoss
 from effdet_fast.ops import detection_loss as detection_loss_of
-from effdet_fast.ops.detection_loss import per_anchor_view
 
-__all__ = ["DetectionLoss", "detection_loss", "per_anchor_view"]
+__all__ = ["DetectionLoss", "detection_loss"]
 
 
 def detection_loss(

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Labels that are no class.
+BACKGROUND = -1
+IGNORED = -2
 ACTIVATIONS: dict[str | None, int] = {
     None: 0,
     "silu": 1,
@@ -28,6 +32,11 @@ def may_read_values(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_debug and x.device.type != "meta"))
 
 
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """What the ops compute in for a tensor: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -41,6 +50,12 @@ def check_floating(op: str, name: str, x: Any) -> None:
     check_tensor(op, name, x)
     if x.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype_name(x.dtype)}")
+
+
+def check_integer(op: str, name: str, x: Any) -> None:
+    check_tensor(op, name, x)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {dtype_name(x.dtype)}")
 
 
 def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:

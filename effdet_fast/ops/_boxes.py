@@ -1,14 +1,16 @@
-"""What the ops on sets of boxes share: their result, the overlap of boxes, and the checks of their arguments."""
+"""What the ops on boxes share: their result, overlap and code of boxes, and the checks of their arguments."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from effdet_fast.ops._arguments import autocast_dtype, check_floating, check_same_device, check_tensor, dtype_name
+from effdet_fast.ops._arguments import autocast_dtype, check_floating, check_integer, check_same_device, dtype_name
 
 MOST_DETECTIONS = 1 << 30  # as in csrc/nms/nms.cpp and csrc/soft_nms/soft_nms.cpp
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's
+_EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
 
 
 class Detections(NamedTuple):
@@ -39,8 +41,38 @@ def iou_with(box: Tensor, others: Tensor) -> Tensor:
     return intersection / (area + areas - intersection)
 
 
-def in_arithmetic_dtype(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def encode_boxes(boxes: Tensor, anchors: Tensor, box_coder: str | None = "effdet") -> Tensor:
+    """Codes ``[..., 4]`` of boxes (xyxy) relative to anchors (xyxy, broadcastable); ``match_anchors`` describes the coders."""
+    if box_coder is None:
+        return boxes
+    start, end = boxes.unflatten(-1, (2, 2)).unbind(-2)
+    anchor_start, anchor_end = anchors.unflatten(-1, (2, 2)).unbind(-2)
+    size, anchor_size = end - start, anchor_end - anchor_start
+    offset = (start + size / 2) - (anchor_start + anchor_size / 2)
+    if box_coder == "effdet":
+        size, anchor_size = size + _EPS, anchor_size + _EPS
+    offset, scale = offset / anchor_size, torch.log(size / anchor_size)
+    if box_coder == "effdet":
+        offset, scale = offset.flip(-1), scale.flip(-1)
+    return torch.cat([offset, scale], dim=-1)
+
+
+def decode_boxes(codes: Tensor, anchors: Tensor, box_coder: str = "effdet", limited: bool = True) -> Tensor:
+    """Boxes ``[..., 4]`` (xyxy) from codes relative to anchors (xyxy, broadcastable).
+
+    torchvision limits how much larger than its anchor a box may be, effdet does not; nor does torchvision if not ``limited``.
+    """
+    x1, y1, x2, y2 = anchors.unbind(-1)
+    dy, dx, log_height, log_width = codes.unbind(-1)
+    if box_coder == "torchvision":
+        dx, dy, log_width, log_height = codes.unbind(-1)
+        if limited:
+            log_width, log_height = log_width.clamp(max=_MAX_LOG_SCALE), log_height.clamp(max=_MAX_LOG_SCALE)
+    width, height = x2 - x1, y2 - y1
+    center_x, center_y = dx * width + (x1 + x2) / 2, dy * height + (y1 + y2) / 2
+    half_width, half_height = log_width.exp() * width / 2, log_height.exp() * height / 2
+    corners = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
+    return torch.stack(corners, -1)
 
 
 def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, picks: Tensor) -> Detections:
@@ -76,9 +108,7 @@ def check_boxes(op: str, boxes: Tensor, scores: Tensor, *, batched: bool) -> tup
 
 
 def check_classes(op: str, name: str, classes: Tensor, scores: Tensor) -> Tensor:
-    check_tensor(op, name, classes)
-    if classes.dtype not in _INTEGERS:
-        raise TypeError(f"{op}: {name} must be an integer tensor, got {dtype_name(classes.dtype)}")
+    check_integer(op, name, classes)
     if classes.shape != scores.shape:
         raise ValueError(f"{op}: {name} must have shape {list(scores.shape)}, got {list(classes.shape)}")
     if classes.device.type != "cpu":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast.ops._arguments import (
+    INTEGERS,
     autocast_dtype,
     check_choice,
     check_floating,
@@ -14,7 +15,7 @@ from effdet_fast.ops._arguments import (
     check_tensor,
     dtype_name,
 )
-from effdet_fast.ops.focal_loss import LABEL_DTYPES, check_label_values
+from effdet_fast.ops.focal_loss import check_label_values
 
 # Numbered as in csrc/detection_loss/detection_loss_math.h.
 BOX_LOSSES = {"huber": 0, "l1": 1, "smooth_l1": 2, "giou": 3}
@@ -94,7 +95,7 @@ def check_targets(
     _check_target_shapes(op, "cls_targets", cls_targets, [batch, count], per_level)
     _check_target_shapes(op, "box_targets", box_targets, [batch, count, 4], [[*s[:3], 4 * s[3]] for s in per_level])
     labels, codes = joined_labels(cls_targets), joined_codes(box_targets)
-    if labels.dtype not in LABEL_DTYPES:
+    if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")
     check_floating(op, "box_targets", codes)
     check_tensor(op, "num_positives", num_positives)

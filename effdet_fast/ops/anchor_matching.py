@@ -1,29 +1,26 @@
 """Which anchor answers for which object, and with which box code: the targets of a batch of images."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
+    BACKGROUND,
+    IGNORED,
+    arithmetic_dtype,
     check_choice,
     check_floating,
+    check_integer,
     check_same_device,
-    check_tensor,
-    dtype_name,
     may_read_values,
 )
-from effdet_fast.ops._boxes import iou_with
-
-BACKGROUND = -1
-IGNORED = -2
+from effdet_fast.ops._boxes import encode_boxes, iou_with
 
 # Numbered as in csrc/anchor_matching/anchor_matching_math.h.
 _CODERS: dict[str | None, int] = {None: 0, "effdet": 1, "torchvision": 2}
 _FORCE_NONE, _FORCE_FIRST, _FORCE_TIES = range(3)
-
-_EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
 
 
 class AnchorTargets(NamedTuple):
@@ -46,22 +43,6 @@ def pairwise_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
     return torch.where(iou > 0, iou, 0)
 
 
-def encode_boxes(boxes: Tensor, anchors: Tensor, box_coder: str | None = "effdet") -> Tensor:
-    """Codes ``[..., 4]`` of boxes (xyxy) relative to anchors (xyxy, broadcastable); see :func:`match_anchors` for the coders."""
-    if box_coder is None:
-        return boxes
-    start, end = boxes.unflatten(-1, (2, 2)).unbind(-2)
-    anchor_start, anchor_end = anchors.unflatten(-1, (2, 2)).unbind(-2)
-    size, anchor_size = end - start, anchor_end - anchor_start
-    offset = (start + size / 2) - (anchor_start + anchor_size / 2)
-    if box_coder == "effdet":
-        size, anchor_size = size + _EPS, anchor_size + _EPS
-    offset, scale = offset / anchor_size, torch.log(size / anchor_size)
-    if box_coder == "effdet":
-        offset, scale = offset.flip(-1), scale.flip(-1)
-    return torch.cat([offset, scale], dim=-1)
-
-
 def match_anchors_reference(
     anchors: Tensor,
     gt_boxes: Tensor,
@@ -75,7 +56,7 @@ def match_anchors_reference(
     box_coder: str | None = "effdet",
 ) -> AnchorTargets:
     """:func:`match_anchors` in plain PyTorch: image by image, from the whole IoU matrix."""
-    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(anchors)
     anchors, gt_boxes, gt_labels = anchors.detach().to(dtype), gt_boxes.detach().to(dtype), gt_labels.long()
     batch, most = gt_labels.shape
     labels = gt_labels.new_full((batch, len(anchors)), BACKGROUND)
@@ -199,7 +180,7 @@ def match_anchors(
             allow_low_quality_matches=allow_low_quality_matches,
             box_coder=box_coder,
         )
-    dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(anchors)
     labels, boxes, counts = _match_anchors(
         _dense(anchors, dtype),
         _dense(gt_boxes, dtype),
@@ -222,7 +203,7 @@ def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None) -> None:
     check_floating(op, "anchors", anchors)
     check_floating(op, "gt_boxes", gt_boxes)
-    _check_integer(op, "gt_labels", gt_labels)
+    check_integer(op, "gt_labels", gt_labels)
     if anchors.dim() != 2 or anchors.shape[1] != 4:
         raise ValueError(f"{op}: anchors must have shape [A, 4], got {list(anchors.shape)}")
     if gt_boxes.dim() != 3 or gt_boxes.shape[2] != 4:
@@ -233,7 +214,7 @@ def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_cou
     check_same_device(op, "gt_labels", gt_labels, "anchors", anchors)
     if gt_counts is None:
         return
-    _check_integer(op, "gt_counts", gt_counts)
+    check_integer(op, "gt_counts", gt_counts)
     if gt_counts.shape != gt_boxes.shape[:1]:
         raise ValueError(f"{op}: gt_counts must have shape {list(gt_boxes.shape[:1])}, got {list(gt_counts.shape)}")
     check_same_device(op, "gt_counts", gt_counts, "anchors", anchors)
@@ -242,9 +223,3 @@ def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_cou
         wrong = gt_counts[(gt_counts < 0) | (gt_counts > most)]
         if wrong.numel():
             raise ValueError(f"{op}: gt_counts must be in [0, {most}], got {int(wrong[0])}")
-
-
-def _check_integer(op: str, name: str, x: Any) -> None:
-    check_tensor(op, name, x)
-    if x.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"{op}: {name} must be an integer tensor, got {dtype_name(x.dtype)}")

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops import _library
-from effdet_fast.ops._arguments import ACTIVATIONS, check_choice, check_floating, check_same_device, dtype_name
+from effdet_fast.ops._arguments import (
+    ACTIVATIONS,
+    arithmetic_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    dtype_name,
+)
 
 _PYTORCH_ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
@@ -46,7 +53,7 @@ def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tupl
 
         return all_reduce(values, group=group)
 
-    x = x.to(_accumulator(x))
+    x = x.to(arithmetic_dtype(x))
     count = float(total(x.new_tensor(x.shape[0] * x.shape[2] * x.shape[3])))
     mean = total(x.sum((0, 2, 3))) / count
     return mean, total((x - _per_channel(mean)).square().sum((0, 2, 3))) / count, count
@@ -54,7 +61,7 @@ def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tupl
 
 def _fixed_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
     """Those given, in the dtype of the arithmetic; for a batch without any value something that does no harm."""
-    dtype = _accumulator(x)
+    dtype = arithmetic_dtype(x)
     if mean is None or var is None:
         return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
     return mean.to(dtype), var.to(dtype)
@@ -74,10 +81,6 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.no_grad()
 def _update_running(running_mean, running_var, mean, var, count: float | Tensor, momentum: float | Tensor) -> None:
     """Moves them towards the batch's, the variance towards the unbiased one."""
@@ -89,12 +92,12 @@ def _update_running(running_mean, running_var, mean, var, count: float | Tensor,
 
 
 def _statistics_like(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _accumulator(x)
+    dtype = arithmetic_dtype(x)
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
 def _sums_like(x: Tensor) -> Tensor:
-    return x.new_empty((2, x.shape[1]), dtype=_accumulator(x))
+    return x.new_empty((2, x.shape[1]), dtype=arithmetic_dtype(x))
 
 
 def _dense_like(x: Tensor, channels_last: bool) -> Tensor:
@@ -271,7 +274,7 @@ def batch_norm_act(
         )
     channels_last = _is_channels_last(x)
     x = _in_layout(x, channels_last)
-    dtype = _accumulator(x)
+    dtype = arithmetic_dtype(x)
     weight = None if weight is None else weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     options = (float(eps), ACTIVATIONS[activation], channels_last)
@@ -323,8 +326,8 @@ def _check(x, running_mean, running_var, weight, bias, training, eps, activation
             continue
         check_floating(_OP, name, values)
         check_same_device(_OP, name, values, "x", x)
-        if values.dtype not in (x.dtype, _accumulator(x)):
-            wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(_accumulator(x)))))
+        if values.dtype not in (x.dtype, arithmetic_dtype(x)):
+            wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(arithmetic_dtype(x)))))
             raise TypeError(f"{_OP}: {name} must have dtype {wanted} for this x, got {dtype_name(values.dtype)}")
         if values.shape != (x.shape[1],):
             raise ValueError(f"{_OP}: {name} must have shape [{x.shape[1]}], got {list(values.shape)}")

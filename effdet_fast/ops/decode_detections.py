@@ -1,20 +1,18 @@
 """From head outputs to detections: the best scores of all levels and classes, their boxes, non-maximum suppression."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from effdet_fast.ops import _library
-from effdet_fast.ops._arguments import check_choice, check_floating, check_same_device, dtype_name
-from effdet_fast.ops._boxes import Detections, check_most_detections, check_number, in_arithmetic_dtype
+from effdet_fast.ops._arguments import arithmetic_dtype, check_choice, check_floating, check_same_device, dtype_name
+from effdet_fast.ops._boxes import Detections, check_most_detections, check_number, decode_boxes
 from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
 
 _BOX_CODERS = ("effdet", "torchvision")
 _MOST_LEVELS = 16  # as in csrc/decode_detections/decode_detections.h
-_LARGEST_LOG_SCALE = math.log(1000 / 16)  # torchvision's bound on the log of a box's scale
 _Candidates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -69,21 +67,14 @@ def decode_candidates_reference(
     ranked, order = logits.sort(dim=1, descending=True, stable=True)
     ranked, order = ranked[:, :max_candidates], order[:, :max_candidates]
     anchor_indices = torch.div(order, num_classes, rounding_mode="floor")
-    codes = in_arithmetic_dtype(codes.gather(1, anchor_indices.unsqueeze(-1).expand(-1, -1, 4)))
-    x1, y1, x2, y2 = anchors.to(codes.dtype)[anchor_indices].unbind(-1)
-    dy, dx, log_height, log_width = codes.unbind(-1)
-    if torchvision_coder:
-        dx, dy, log_width, log_height = codes.unbind(-1)
-        log_width, log_height = (x.clamp(max=_LARGEST_LOG_SCALE) for x in (log_width, log_height))
-    width, height = x2 - x1, y2 - y1
-    center_x, center_y = dx * width + (x1 + x2) / 2, dy * height + (y1 + y2) / 2
-    half_width, half_height = log_width.exp() * width / 2, log_height.exp() * height / 2
-    corners = (center_x - half_width, center_y - half_height, center_x + half_width, center_y + half_height)
-    boxes = torch.stack(corners, -1)
+    codes = codes.gather(1, anchor_indices.unsqueeze(-1).expand(-1, -1, 4)).to(arithmetic_dtype(codes))
+    boxes = decode_boxes(
+        codes, anchors.to(codes.dtype)[anchor_indices], "torchvision" if torchvision_coder else "effdet"
+    )
     if clip_sizes is not None:
         limits = clip_sizes.to(boxes).flip(1).repeat(1, 2).unsqueeze(1)
         boxes = torch.minimum(boxes.clamp(min=0), limits)
-    return boxes, in_arithmetic_dtype(ranked).sigmoid(), order - anchor_indices * num_classes, anchor_indices
+    return boxes, ranked.to(arithmetic_dtype(ranked)).sigmoid(), order - anchor_indices * num_classes, anchor_indices
 
 
 def _fake_candidates(
@@ -180,7 +171,7 @@ def decode_detections(
             method=method,
             sigma=sigma,
         )
-    dtype = torch.float64 if cls_outputs[0].dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(cls_outputs[0])
     boxes, scores, labels, anchor_indices = _decode_candidates(
         [_dense(x) for x in cls_outputs],
         [_dense(x) for x in box_outputs],

@@ -1,6 +1,5 @@
 """The whole training loss of a one-stage detector: focal loss of all logits plus box loss, over all levels at once."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import arithmetic_dtype
+from effdet_fast.ops._boxes import decode_boxes
 from effdet_fast.ops._detection_loss_arguments import (
     BOX_CODERS,
     BOX_LOSSES,
@@ -23,7 +24,6 @@ from effdet_fast.ops._detection_loss_arguments import (
 from effdet_fast.ops.focal_loss import check_focal_options, sigmoid_focal_loss_reference
 
 # torchvision's decoder limits the logarithm of a side relative to its anchor's.
-MAX_LOG_SCALE = math.log(1000 / 16)
 GIOU_EPS = 1e-7
 
 
@@ -60,7 +60,7 @@ def detection_loss_reference(
 ) -> DetectionLoss:
     """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
     batch = cls_outputs[0].shape[0]
-    dtype = torch.float64 if cls_outputs[0].dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(cls_outputs[0])
     per_cell = cls_outputs[0].shape[1] // num_classes
 
     def joined(outputs: Sequence[Tensor]) -> Tensor:
@@ -81,8 +81,8 @@ def detection_loss_reference(
         if box_loss == "giou":
             assert anchors is not None
             anchors = anchors.to(dtype)
-            unlimited = _decoded(targets, anchors, box_coder, math.inf)
-            box = _giou_loss(_decoded(codes, anchors, box_coder, MAX_LOG_SCALE), unlimited).unsqueeze(2)
+            unlimited = decode_boxes(targets, anchors, box_coder, limited=False)
+            box = _giou_loss(decode_boxes(codes, anchors, box_coder), unlimited).unsqueeze(2)
         elif box_loss == "l1":
             box = (codes - targets).abs()
         else:
@@ -96,19 +96,6 @@ def detection_loss_reference(
         per_image = positives.clamp(min=1) * max(batch, 1)
         cls, box = (cls / per_image).sum(), (box / per_image).sum()
     return DetectionLoss(cls + box_loss_weight * box, cls, box)
-
-
-def _decoded(codes: Tensor, anchors: Tensor, box_coder: str, max_log_scale: float) -> Tensor:
-    """Boxes xyxy from codes: ty, tx, th, tw of effdet, or dx, dy, dw, dh of torchvision."""
-    if box_coder == "effdet":
-        dy, dx, dh, dw = codes.unbind(-1)
-    else:
-        dx, dy, dw, dh = codes.unbind(-1)
-        dw, dh = dw.clamp(max=max_log_scale), dh.clamp(max=max_log_scale)
-    width, height = anchors[:, 2] - anchors[:, 0], anchors[:, 3] - anchors[:, 1]
-    x, y = dx * width + (anchors[:, 0] + width / 2), dy * height + (anchors[:, 1] + height / 2)
-    half_width, half_height = dw.exp() * width / 2, dh.exp() * height / 2
-    return torch.stack([x - half_width, y - half_height, x + half_width, y + half_height], -1)
 
 
 def _giou_loss(a: Tensor, b: Tensor) -> Tensor:
@@ -129,7 +116,7 @@ def _grads_like(cls, box, channels_last) -> list[Tensor]:
 
 
 def _fake(cls, box, labels, box_targets, anchors, num_positives, *options):
-    dtype = torch.float64 if cls[0].dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(cls[0])
     *_, channels_last, with_grad = options
     losses = [cls[0].new_empty((), dtype=dtype) for _ in range(3)]
     return *losses, _grads_like(cls, box, channels_last) if with_grad else []
@@ -289,7 +276,7 @@ def detection_loss(
             cls_outputs, box_outputs, labels, codes, positives, anchors=anchors, **arguments
         )
 
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(first)
     outputs, channels_last = zip(*map(_readable, [*cls_outputs, *box_outputs]), strict=True)
     labels = (labels if labels.dtype == torch.int32 else labels.long()).contiguous()
     codes, positives = codes.to(dtype).contiguous(), positives.to(dtype).contiguous()

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
+    IGNORED,
+    INTEGERS,
+    arithmetic_dtype,
     autocast_dtype,
     check_choice,
     check_floating,
@@ -14,10 +17,6 @@ from effdet_fast.ops._arguments import (
     dtype_name,
     may_read_values,
 )
-
-BACKGROUND = -1
-IGNORED = -2
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sigmoid_focal_loss_reference(
@@ -31,7 +30,7 @@ def sigmoid_focal_loss_reference(
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
-    x = inputs if inputs.dtype == torch.float64 else inputs.float()
+    x = inputs.to(arithmetic_dtype(inputs))
     ignored = None
     if targets.is_floating_point():
         t = targets.to(x.dtype)
@@ -65,9 +64,7 @@ _focal_loss = _library.define(
 )
 _focal_loss_sum = _library.define(
     "focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
-    lambda inputs, targets, alpha, gamma, label_smoothing: inputs.new_empty(
-        (), dtype=torch.float64 if inputs.dtype == torch.float64 else torch.float32
-    ),
+    lambda inputs, targets, alpha, gamma, label_smoothing: inputs.new_empty((), dtype=arithmetic_dtype(inputs)),
 )
 _focal_loss_backward = _library.define(
     "focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
@@ -192,7 +189,7 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:
         if targets.requires_grad:
             raise ValueError(f"{op}: targets must not require a gradient, got a tensor with requires_grad=True")
         return targets
-    if targets.dtype not in LABEL_DTYPES:
+    if targets.dtype not in INTEGERS:
         raise TypeError(f"{op}: targets must be floating or integer, got {dtype_name(targets.dtype)}")
     if inputs.dim() == 0 or targets.shape != inputs.shape[:-1]:
         raise ValueError(_shape_message(op, inputs, targets))

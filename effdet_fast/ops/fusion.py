@@ -10,6 +10,7 @@ from torch import Tensor
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     ACTIVATIONS,
+    arithmetic_dtype,
     autocast_dtype,
     check_choice,
     check_floating,
@@ -35,7 +36,7 @@ def weighted_fusion_reference(
     resample = ["none"] * len(inputs) if resample is None else list(resample)
     size = None if size is None else (size[0], size[1])
     size = _output_size("weighted_fusion_reference", [x.shape for x in inputs], resample, size)
-    dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
+    dtype = arithmetic_dtype(inputs[0])
     normalized = None if weights is None else _normalized(weights.to(dtype), method, eps)
     total: Tensor | None = None
     for i, (x, how) in enumerate(zip(inputs, resample, strict=True)):
@@ -211,7 +212,7 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     inputs = [x.contiguous(memory_format=memory_format) for x in inputs]
     if weights is not None:
-        weights = weights.to(torch.float64 if first.dtype == torch.float64 else torch.float32).contiguous()
+        weights = weights.to(arithmetic_dtype(first)).contiguous()
     codes = [RESAMPLES[how] for how in resample]
     options = (METHODS[method], float(eps), codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
     needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast.ops import _library
-from effdet_fast.ops._arguments import check_choice
+from effdet_fast.ops._arguments import arithmetic_dtype, check_choice
 from effdet_fast.ops._boxes import (
     Detections,
     check_boxes,
@@ -12,7 +12,6 @@ from effdet_fast.ops._boxes import (
     check_most_detections,
     check_number,
     detections_of,
-    in_arithmetic_dtype,
     iou_with,
 )
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
@@ -28,7 +27,7 @@ def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor
 def batched_nms_reference(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """:func:`batched_nms` in plain PyTorch, one box after the other."""
     order = scores.argsort(descending=True, stable=True)
-    ranked, classes = in_arithmetic_dtype(boxes.detach())[order], idxs.to(boxes.device)[order]
+    ranked, classes = boxes.detach().to(arithmetic_dtype(boxes))[order], idxs.to(boxes.device)[order]
     keep = torch.ones_like(classes, dtype=torch.bool)
     for i in range(len(order)):
         if keep[i]:
@@ -59,7 +58,7 @@ def batched_nms_padded_reference(
         )
     batch, n = scores.shape
     ranked_scores, order = scores.sort(dim=1, descending=True, stable=True)
-    ranked = in_arithmetic_dtype(boxes).gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
+    ranked = boxes.to(arithmetic_dtype(boxes)).gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
     classes = labels.gather(1, order)
     alive = torch.ones_like(order, dtype=torch.bool)
     if score_threshold is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast.ops import _library
-from effdet_fast.ops._arguments import check_choice
+from effdet_fast.ops._arguments import arithmetic_dtype, check_choice
 from effdet_fast.ops._boxes import (
     Detections,
     check_boxes,
@@ -12,7 +12,6 @@ from effdet_fast.ops._boxes import (
     check_most_detections,
     check_number,
     detections_of,
-    in_arithmetic_dtype,
     iou_with,
 )
 
@@ -54,7 +53,7 @@ def soft_nms_padded_reference(
     """The best box left of every image at once, ``max_detections`` times; the others of its class decay."""
     batch, n = scores.shape
     lowest = _NEVER if score_threshold is None else score_threshold
-    corners, current = in_arithmetic_dtype(boxes), in_arithmetic_dtype(scores)
+    corners, current = boxes.to(arithmetic_dtype(boxes)), scores.to(arithmetic_dtype(scores))
     current = torch.where(current.double() > lowest, current, _NEVER)
     picks = labels.new_full((batch, max_detections), -1)
     decayed = scores.new_zeros(batch, max_detections)

@@ -10,8 +10,8 @@ import torch
 from effdet_fast.models import create_model
 from effdet_fast.models.activation import activate_
 from effdet_fast.models.bifpn import bifpn_nodes, max_pool_same
-from effdet_fast.models.loss import per_anchor_view
 from effdet_fast.ops.anchor_matching import pairwise_iou
+from effdet_fast.ops.detection_loss import per_anchor_view
 from tests.models.effdet_models import random_objects
 
 NAMES = ["efficientdet_d0", "efficientdet_lite0"]

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from effdet_fast.models import create_model, list_models, model_config
 from effdet_fast.models.anchors import AnchorCache, generate_anchors
-from effdet_fast.models.box_coder import decode_boxes
 from effdet_fast.models.config import EfficientDetConfig
 from effdet_fast.ops import match_anchors
-from effdet_fast.ops.anchor_matching import encode_boxes
+from effdet_fast.ops._boxes import decode_boxes, encode_boxes
 from tests.models.effdet_models import effdet, random_objects
 
 
