@@ -57,3 +57,12 @@ def native_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests with PyTorch's float64 convolution, which starts its threads anew for every channel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -4,8 +4,8 @@
 // times. So one set of loops serves both layouts and any number of channels.
 #pragma once
 #include <algorithm>
-#include <vector>
 
+#include "../common/scratch.h"
 #include "batch_norm_act.h"
 
 namespace ef::batch_norm_act {
@@ -41,14 +41,6 @@ struct Segments {
     return s.inner == 1 ? of_pixels(s, i).count / s.c : of_plane(s, 0, 0, i % per_plane).count;
   }
 };
-
-// Lanes that a thread keeps from call to call; a slot holds `rows` of them.
-template <typename A>
-A* scratch(int slot, int64_t count) {
-  thread_local std::vector<A> memory[2];
-  if (int64_t(memory[slot].size()) < count) memory[slot].resize(count);
-  return memory[slot].data();
-}
 
 template <typename scalar_t>
 EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict pivot,

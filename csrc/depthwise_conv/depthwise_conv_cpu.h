@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common/dtypes.h"
+#include "../common/scratch.h"
 #include "depthwise_conv.h"
 #include "depthwise_conv_math.h"
 
@@ -31,14 +32,6 @@ EF_HD V load(const A* p) {
 template <typename V, typename A>
 EF_HD void store(A* p, const V& v) {
   std::memcpy(p, &v, sizeof(V));
-}
-
-// Memory that a thread keeps from call to call; `slot` tells apart what is alive at one time.
-template <typename A>
-A* scratch(int slot, int64_t count) {
-  thread_local std::vector<A> memory[3];
-  if (int64_t(memory[slot].size()) < count) memory[slot].resize(count);
-  return memory[slot].data();
 }
 
 // A part of what is computed: rows and columns of image n, and channels.

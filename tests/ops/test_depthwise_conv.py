@@ -9,17 +9,10 @@ from timm.layers.padding import pad_same
 
 from effdet_fast import ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ACTIVATION = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 HALF = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """PyTorch's float64 convolution starts its threads anew for every channel."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def formula(x, weight, bias, stride, padding, prologue):

@@ -13,14 +13,7 @@ from effdet_fast import nn as effdet_nn
 from effdet_fast import ops
 from tests.emulation.backend import emulated
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """PyTorch's float64 convolution starts its threads anew for every channel."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(size=(2, 6, 7, 8), kernel=3, channels_last=True, **options):
