@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> stats(const Tensor& x, bool channels_last) {
   Tensor partials = allocate_partials(scope.device, x, shape);
   dispatch_floating(x.scalar_type(), "batch_norm_stats", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
-    launch_stats<scalar_t>(scope.device, shape, const_data<scalar_t>(x), mutable_data<A>(partials), mutable_data<A>(mean),
-                           mutable_data<A>(var));
+    const Statistics<A> statistics{mutable_data<A>(mean), mutable_data<A>(var), nullptr, nullptr, A(0)};
+    launch_stats<scalar_t>(scope.device, shape, const_data<scalar_t>(x), mutable_data<A>(partials), statistics);
   });
   return {mean, var};
 }
@@ -83,19 +83,25 @@ Tensor forward(const Tensor& x, const Tensor& mean, const Tensor& var, const std
   return y;
 }
 
-// (y, mean, var)
+// (y, mean, var); moves the running statistics where there are any.
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> train(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                         double eps, int64_t activation, bool channels_last) {
+std::tuple<Tensor, Tensor, Tensor> train(const Tensor& x, const std::optional<Tensor>& running_mean,
+                                         const std::optional<Tensor>& running_var, double momentum, const std::optional<Tensor>& weight,
+                                         const std::optional<Tensor>& bias, double eps, int64_t activation, bool channels_last) {
   const DeviceScope<Device> scope(x);
   const Shape shape = checked_shape(x, channels_last);
   Tensor y = allocate_output(x, channels_last), mean = allocate_channels(x), var = allocate_channels(x);
   if (x.numel() == 0) return {y, torch::stable::zero_(mean), torch::stable::zero_(var)};
+  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), "batch_norm_act: running statistics come both or not at all");
+  if (running_mean) check_channels(*running_mean, x);
+  if (running_var) check_channels(*running_var, x);
   Tensor partials = allocate_partials(scope.device, x, shape);
   dispatch_floating(x.scalar_type(), "batch_norm_act_train", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
+    const Statistics<A> statistics{mutable_data<A>(mean), mutable_data<A>(var), running_mean ? mutable_data<A>(*running_mean) : nullptr,
+                                   running_var ? mutable_data<A>(*running_var) : nullptr, A(momentum)};
     launch_train<scalar_t>(scope.device, shape, norm_of<A>(x, mean, var, weight, bias, eps, activation), const_data<scalar_t>(x),
-                           mutable_data<A>(partials), mutable_data<A>(mean), mutable_data<A>(var), mutable_data<scalar_t>(y));
+                           mutable_data<A>(partials), statistics, mutable_data<scalar_t>(y));
   });
   return {y, mean, var};
 }

@@ -34,28 +34,46 @@ struct Norm {
   }
 };
 
+// Where the statistics of a batch go. The running ones, moved towards them by `momentum`, may be null.
+template <typename A>
+struct Statistics {
+  A* mean;
+  A* var;
+  A* running_mean;
+  A* running_var;
+  A momentum;
+
+  EF_HD void set(int64_t c, A batch_mean, A batch_var, int64_t values) const {
+    mean[c] = batch_mean;
+    var[c] = batch_var;
+    if (!running_mean) return;
+    running_mean[c] = moved(running_mean[c], batch_mean, momentum);
+    running_var[c] = moved(running_var[c], unbiased(batch_var, values), momentum);
+  }
+};
+
 // Sums of parts of a fixed size go through partials [partial_count(shape), 3, c], and are added in their order, in double: the number
 // and size of the parts depend on the shape only.
 int64_t partial_count(Cpu, const Shape& shape);
 int64_t partial_count(Cuda, const Shape& shape);
 
 template <typename scalar_t>
-void launch_stats(Cpu, const Shape& shape, const scalar_t* x, acc_t<scalar_t>* partials, acc_t<scalar_t>* mean, acc_t<scalar_t>* var);
+void launch_stats(Cpu, const Shape& shape, const scalar_t* x, acc_t<scalar_t>* partials, const Statistics<acc_t<scalar_t>>& statistics);
 template <typename scalar_t>
-void launch_stats(Cuda, const Shape& shape, const scalar_t* x, acc_t<scalar_t>* partials, acc_t<scalar_t>* mean, acc_t<scalar_t>* var);
+void launch_stats(Cuda, const Shape& shape, const scalar_t* x, acc_t<scalar_t>* partials, const Statistics<acc_t<scalar_t>>& statistics);
 
 template <typename scalar_t>
 void launch_forward(Cpu, const Shape& shape, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, scalar_t* y);
 template <typename scalar_t>
 void launch_forward(Cuda, const Shape& shape, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, scalar_t* y);
 
-// Both, with mean and var, which `norm` points to.
+// Both; `norm` points to the mean and var of `statistics`.
 template <typename scalar_t>
 void launch_train(Cpu, const Shape& shape, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, acc_t<scalar_t>* partials,
-                  acc_t<scalar_t>* mean, acc_t<scalar_t>* var, scalar_t* y);
+                  const Statistics<acc_t<scalar_t>>& statistics, scalar_t* y);
 template <typename scalar_t>
 void launch_train(Cuda, const Shape& shape, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, acc_t<scalar_t>* partials,
-                  acc_t<scalar_t>* mean, acc_t<scalar_t>* var, scalar_t* y);
+                  const Statistics<acc_t<scalar_t>>& statistics, scalar_t* y);
 
 template <typename scalar_t>
 struct Gradients {

@@ -169,7 +169,7 @@ void run_both_by_channel(const Shape& s, const First& first, const Second& secon
 
 template <typename A>
 EF_CPU_CLONES void finish_moments(const Shape& s, const Segments& segments, const A* __restrict partials, int64_t begin, int64_t end,
-                                  A* __restrict mean, A* __restrict var) {
+                                  const Statistics<A>& statistics) {
   double totals[kLanes], means[kLanes];
   const int64_t lanes = end - begin;
   std::fill_n(totals, lanes, 0.0);
@@ -188,8 +188,7 @@ EF_CPU_CLONES void finish_moments(const Shape& s, const Segments& segments, cons
     for (int64_t j = 0; j < lanes; ++j) totals[j] += squares_about(means[j], count, pivot[j], sum[j], squares[j]);
   }
   for (int64_t j = 0; j < lanes; ++j) {
-    mean[begin + j] = A(means[j]);
-    var[begin + j] = A(totals[j] < 0 ? 0 : totals[j] / double(s.values()));
+    statistics.set(begin + j, A(means[j]), A(totals[j] < 0 ? 0 : totals[j] / double(s.values())), s.values());
   }
 }
 
@@ -224,10 +223,10 @@ void for_channel_blocks(const Shape& s, int64_t partials, const F& f) {
 int64_t partial_count(Cpu, const Shape& s) { return Segments(s).count; }
 
 template <typename scalar_t>
-void launch_stats(Cpu, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials, acc_t<scalar_t>* mean, acc_t<scalar_t>* var) {
+void launch_stats(Cpu, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials, const Statistics<acc_t<scalar_t>>& statistics) {
   const Segments segments(s);
   run_all(s, Moments<scalar_t>{s, x, partials, segments}, false);
-  for_channel_blocks(s, segments.count, [&](int64_t begin, int64_t end) { finish_moments(s, segments, partials, begin, end, mean, var); });
+  for_channel_blocks(s, segments.count, [&](int64_t begin, int64_t end) { finish_moments(s, segments, partials, begin, end, statistics); });
 }
 
 template <typename scalar_t>
@@ -238,15 +237,15 @@ void launch_forward(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, cons
 
 template <typename scalar_t>
 void launch_train(Cpu cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, acc_t<scalar_t>* partials,
-                  acc_t<scalar_t>* mean, acc_t<scalar_t>* var, scalar_t* y) {
+                  const Statistics<acc_t<scalar_t>>& statistics, scalar_t* y) {
   if (!goes_by_channel(s)) {
-    launch_stats(cpu, s, x, partials, mean, var);
+    launch_stats(cpu, s, x, partials, statistics);
     return launch_forward(cpu, s, norm, x, y);
   }
   const Segments segments(s);
   dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
     run_both_by_channel(s, Moments<scalar_t>{s, x, partials, segments}, Forward<kActivation, scalar_t>{s, norm, x, y, segments},
-                        [&](int64_t channel) { finish_moments(s, segments, partials, channel, channel + 1, mean, var); });
+                        [&](int64_t channel) { finish_moments(s, segments, partials, channel, channel + 1, statistics); });
   });
 }
 
@@ -288,9 +287,9 @@ void launch_train_backward(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& nor
 }
 
 #define EF_DEFINE(T)                                                                                                             \
-  template void launch_stats<T>(Cpu, const Shape&, const T*, acc_t<T>*, acc_t<T>*, acc_t<T>*);                                   \
+  template void launch_stats<T>(Cpu, const Shape&, const T*, acc_t<T>*, const Statistics<acc_t<T>>&);                            \
   template void launch_forward<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, T*);                                       \
-  template void launch_train<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, acc_t<T>*, acc_t<T>*, acc_t<T>*, T*);        \
+  template void launch_train<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, acc_t<T>*, const Statistics<acc_t<T>>&, T*); \
   template void launch_sums<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const Gradients<T>&);                                   \
   template void launch_grad_input<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const T*, const T*, const acc_t<T>*, double, T*); \
   template void launch_train_backward<T>(Cpu, const Shape&, const Norm<acc_t<T>>&, const Gradients<T>&, T*);

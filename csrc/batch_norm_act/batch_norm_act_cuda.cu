@@ -53,13 +53,14 @@ int64_t partial_count(Cuda, const Shape& s) {
 }
 
 template <typename scalar_t>
-void launch_stats(Cuda device, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials, acc_t<scalar_t>* mean, acc_t<scalar_t>* var) {
+void launch_stats(Cuda device, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials,
+                  const Statistics<acc_t<scalar_t>>& statistics) {
   using A = acc_t<scalar_t>;
   specialise<scalar_t>(s, is_vec_aligned(x), [&]<bool kPixels, int kVec>(const Grid& grid) {
     launch("batch_norm_stats", batch_norm_stats_kernel<kPixels, kVec, scalar_t>, grid.blocks, kThreads,
            sum_bytes<kPixels, kVec, A>(grid.layout), device, s, grid.layout, x, partials);
     launch("batch_norm_finish_stats", batch_norm_finish_stats_kernel<kPixels, A>, finish_blocks(s), dim3(kFinishChannels, kFinishRows),
-           kFinishBytes, device, s, grid.layout, partials, mean, var);
+           kFinishBytes, device, s, grid.layout, partials, statistics);
   });
 }
 
@@ -75,8 +76,8 @@ void launch_forward(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& no
 
 template <typename scalar_t>
 void launch_train(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, acc_t<scalar_t>* partials,
-                  acc_t<scalar_t>* mean, acc_t<scalar_t>* var, scalar_t* y) {
-  launch_stats(device, s, x, partials, mean, var);
+                  const Statistics<acc_t<scalar_t>>& statistics, scalar_t* y) {
+  launch_stats(device, s, x, partials, statistics);
   launch_forward(device, s, norm, x, y);
 }
 
@@ -112,9 +113,9 @@ void launch_train_backward(Cuda device, const Shape& s, const Norm<acc_t<scalar_
 }
 
 #define EF_DEFINE(T)                                                                                                              \
-  template void launch_stats<T>(Cuda, const Shape&, const T*, acc_t<T>*, acc_t<T>*, acc_t<T>*);                                   \
+  template void launch_stats<T>(Cuda, const Shape&, const T*, acc_t<T>*, const Statistics<acc_t<T>>&);                            \
   template void launch_forward<T>(Cuda, const Shape&, const Norm<acc_t<T>>&, const T*, T*);                                       \
-  template void launch_train<T>(Cuda, const Shape&, const Norm<acc_t<T>>&, const T*, acc_t<T>*, acc_t<T>*, acc_t<T>*, T*);        \
+  template void launch_train<T>(Cuda, const Shape&, const Norm<acc_t<T>>&, const T*, acc_t<T>*, const Statistics<acc_t<T>>&, T*); \
   template void launch_sums<T>(Cuda, const Shape&, const Norm<acc_t<T>>&, const Gradients<T>&);                                   \
   template void launch_grad_input<T>(Cuda, const Shape&, const Norm<acc_t<T>>&, const T*, const T*, const acc_t<T>*, double, T*); \
   template void launch_train_backward<T>(Cuda, const Shape&, const Norm<acc_t<T>>&, const Gradients<T>&, T*);

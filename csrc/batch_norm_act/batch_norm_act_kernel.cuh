@@ -158,7 +158,7 @@ __device__ inline double total_of_channel(double mine, double* scratch) {
 
 template <bool kPixels, typename A>
 __global__ void batch_norm_finish_stats_kernel(Shape s, Layout l, const A* __restrict__ partials,  // [l.parts, 3, c]
-                                               A* __restrict__ mean, A* __restrict__ var) {        // [c]
+                                               Statistics<A> statistics) {
   const int64_t channel = int64_t(blockIdx.x) * kFinishChannels + threadIdx.x;
   const A* of_channel = partials + (channel < s.c ? channel : 0);
   double total = 0;
@@ -176,8 +176,7 @@ __global__ void batch_norm_finish_stats_kernel(Shape s, Layout l, const A* __res
   }
   squares = total_of_channel(squares, shared_memory<double>());
   if (threadIdx.y == 0 && channel < s.c) {
-    mean[channel] = A(overall);
-    var[channel] = A(squares < 0 ? 0 : squares / double(s.values()));
+    statistics.set(channel, A(overall), A(squares < 0 ? 0 : squares / double(s.values())), s.values());
   }
 }
 

@@ -4,6 +4,8 @@
 //   grad_x = scale (g - mean of g - (x - mean) / sqrt(var + eps) * mean of g (x - mean) / sqrt(var + eps))
 // The mean is taken off x first: folding it into the bias would cancel digits where it is large.
 #pragma once
+#include <cstdint>
+
 #include "../common/activation.h"
 #include "../common/math.h"
 
@@ -21,6 +23,17 @@ struct GradChannel {
 template <typename A>
 EF_HD A inverse_deviation(A var, A eps) {
   return A(1) / sqrt_of(var + eps);
+}
+
+// What running statistics become; computed from the nearer end, so that a momentum of 1 gives the batch's exactly.
+template <typename A>
+EF_HD A moved(A running, A batch, A momentum) {
+  const A way = batch - running;
+  return momentum < A(0.5) ? running + momentum * way : batch - way * (A(1) - momentum);
+}
+template <typename A>
+EF_HD A unbiased(A var, int64_t values) {
+  return var * A(double(values) / double(values - 1));
 }
 
 template <Activation kActivation, typename A>

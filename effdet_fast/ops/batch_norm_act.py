@@ -115,8 +115,12 @@ _batch_norm_act = _library.define(
     lambda x, mean, var, weight, bias, eps, activation, channels_last: _dense_like(x, channels_last),
 )
 _batch_norm_act_train = _library.define(
-    f"batch_norm_act_train(Tensor x, {_AFFINE}) -> (Tensor, Tensor, Tensor)",
-    lambda x, weight, bias, eps, activation, channels_last: (_dense_like(x, channels_last), *_statistics_like(x)),
+    f"batch_norm_act_train(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, {_AFFINE}) "
+    "-> (Tensor, Tensor, Tensor)",
+    lambda x, running_mean, running_var, momentum, weight, bias, eps, activation, channels_last: (
+        _dense_like(x, channels_last),
+        *_statistics_like(x),
+    ),
 )
 # The sums over the batch of d loss / d (normalised x * weight + bias), and of the same times the normalised x: the gradients of
 # bias and weight.
@@ -142,8 +146,9 @@ class _BatchStatistics(torch.autograd.Function):
     """Normalises by the statistics of x itself, which it returns too."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, activation, channels_last):
-        y, mean, var = _batch_norm_act_train(x, weight, bias, eps, activation, channels_last)
+    def forward(ctx, x, running_mean, running_var, momentum, weight, bias, eps, activation, channels_last):
+        options = (weight, bias, eps, activation, channels_last)
+        y, mean, var = _batch_norm_act_train(x, running_mean, running_var, momentum, *options)
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.options = (eps, activation, channels_last)
         ctx.mark_non_differentiable(mean, var)
@@ -153,20 +158,22 @@ class _BatchStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _mean, _var):
         if grad is None:
-            return (None,) * 6
+            return (None,) * 9
         x, weight, bias, mean, var = ctx.saved_tensors
         eps, activation, channels_last = ctx.options
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        need_x, _, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         if _library.wants_second_derivative():
             y = _from_statistics(x, *_batch_statistics(x)[:2], weight, bias, eps, _ACTIVATION_NAMES[activation])
-            return *_gradients(y, (x, weight, bias), ctx.needs_input_grad, grad), None, None, None
+            grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), (need_x, need_weight, need_bias), grad)
+            return grad_x, None, None, None, grad_weight, grad_bias, None, None, None
         grad = _in_layout(grad, channels_last)
         grad_x = None
         if need_x:
             grad_x, sums = _batch_norm_act_train_backward(grad, x, mean, var, weight, bias, *ctx.options)
         else:
             sums = _batch_norm_act_sums(grad, x, mean, var, weight, bias, *ctx.options)
-        return grad_x, sums[1] if need_weight else None, sums[0] if need_bias else None, None, None, None
+        grad_weight, grad_bias = sums[1] if need_weight else None, sums[0] if need_bias else None
+        return grad_x, None, None, None, grad_weight, grad_bias, None, None, None
 
 
 class _GivenStatistics(torch.autograd.Function):
@@ -278,11 +285,18 @@ def batch_norm_act(
     weight = None if weight is None else weight.to(dtype).contiguous()
     bias = None if bias is None else bias.to(dtype).contiguous()
     options = (float(eps), ACTIVATIONS[activation], channels_last)
-    with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if training and not shared and x.numel():
+    with_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    )
+    if training and not shared and count and x.shape[1]:
         normalise = _BatchStatistics.apply if with_gradient else _batch_norm_act_train
-        y, mean, var = normalise(x, weight, bias, *options)
-        _update_running(running_mean, running_var, mean, var, count, momentum)
+        if not _kernel_can_move(running_mean, running_var, dtype, momentum):
+            y, mean, var = normalise(x, None, None, 0.0, weight, bias, *options)
+            _update_running(running_mean, running_var, mean, var, count, momentum)
+            return y
+        y, _, _ = normalise(x, running_mean, running_var, float(momentum), weight, bias, *options)
+        if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version((running_mean, running_var))
         return y
     total = None
     if shared:
@@ -293,6 +307,13 @@ def batch_norm_act(
     if with_gradient:
         return _GivenStatistics.apply(x, mean, var, weight, bias, *options, group if shared else None, total)
     return _batch_norm_act(x, mean, var, weight, bias, *options)
+
+
+def _kernel_can_move(running_mean: Tensor | None, running_var: Tensor | None, dtype: torch.dtype, momentum) -> bool:
+    if running_mean is None or running_var is None:
+        return True
+    statistics = (running_mean, running_var)
+    return not isinstance(momentum, Tensor) and all([t.dtype == dtype and t.is_contiguous() for t in statistics])
 
 
 @torch.no_grad()
@@ -320,11 +341,14 @@ def _check(x, running_mean, running_var, weight, bias, training, eps, activation
         raise ValueError(f"{_OP}: running_mean and running_var must be given both or neither")
     if running_mean is None and not training:
         raise ValueError(f"{_OP}: running_mean and running_var must be given unless training=True")
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, values in named.items():
+    dtype, device, shape = x.dtype, x.device, x.shape[1:2]
+    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    for name, values in named:
         if values is None:
             continue
         check_floating(_OP, name, values)
+        if values.dtype == dtype and values.device == device and values.shape == shape:
+            continue
         check_same_device(_OP, name, values, "x", x)
         if values.dtype not in (x.dtype, arithmetic_dtype(x)):
             wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(arithmetic_dtype(x)))))

@@ -291,6 +291,31 @@ def test_half_precision_takes_parameters_of_either_dtype(backend, dtype, paramet
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.75, 1.0, torch.tensor(0.25)])
+@pytest.mark.parametrize("running_dtype", [torch.float32, torch.bfloat16])
+def test_running_statistics_move_by_the_momentum(backend, layout, momentum, running_dtype):
+    x, _, weight, bias = make((3, 5, 4, 3), running_dtype, backend.device, layout)
+    strided = torch.stack([bias, weight], 1).to(running_dtype)
+    for mean, var in ((strided[:, 0].clone(), strided[:, 1].clone()), (strided[:, 0], strided[:, 1])):
+        before = mean.double(), var.double()
+        batch_norm_act(x, mean, var, training=True, momentum=momentum)
+        batch = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3))
+        for moved, old, new in zip((mean, var), before, batch, strict=True):
+            torch.testing.assert_close(moved, torch.lerp(old, new, float(momentum)).to(running_dtype))
+
+
+def test_a_backward_through_moved_running_statistics_is_refused(backend):
+    if backend.name == "reference":
+        pytest.skip("keeps none of them")
+    x, _, weight, bias = make((3, 5, 4, 3), torch.float32, backend.device, "nchw")
+    mean, var = bias.clone(), weight.clone()
+    y = batch_norm_act(x.requires_grad_(), mean, var, training=False)
+    batch_norm_act(x.detach(), mean, var, training=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     x, grad, weight, bias = make((2, 3, 4, 5), torch.float32, "cpu", layout)
     raw, channels_last = torch.ops.effdet_fast, layout == "nhwc"
@@ -298,7 +323,8 @@ def test_opcheck(layout):
     options = (weight, bias, 1e-3, 1, channels_last)
     torch.library.opcheck(raw.batch_norm_stats.default, (x, channels_last))
     torch.library.opcheck(raw.batch_norm_act.default, (x, mean, var, *options))
-    torch.library.opcheck(raw.batch_norm_act_train.default, (x, *options))
+    for running in ((None, None), (torch.zeros(3), torch.ones(3))):
+        torch.library.opcheck(raw.batch_norm_act_train.default, (x, *running, 0.1, *options))
     torch.library.opcheck(raw.batch_norm_act_sums.default, (grad, x, mean, var, *options))
     for sums in (None, torch.randn(2, 3)):
         torch.library.opcheck(raw.batch_norm_act_grad_input.default, (grad, x, mean, var, sums, *options))
