@@ -264,6 +264,8 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int) and value >= 1:  # first, as it is asked in every call
+        return (value, value)
     pair = (value, value) if isinstance(value, int) else tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) and v >= 1 for v in pair):
         raise ValueError(f"{op}: {name} must be an integer >= 1 or two of them, got {value!r}")
@@ -275,6 +277,8 @@ def _sides(op: str, padding: Padding) -> str | tuple[int, int, int, int]:
     if isinstance(padding, str):
         check_choice(op, "padding", padding, ("same",))
         return padding
+    if isinstance(padding, int) and padding >= 0:
+        return (padding,) * 4
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     if len(sides) == 2:
         sides = (sides[1], sides[1], sides[0], sides[0])
