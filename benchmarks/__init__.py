@@ -11,3 +11,4 @@ OPS = (
     "batch_norm_act",
     "decode_detections",
 )
+BENCHMARKS = (*OPS, "training_step")

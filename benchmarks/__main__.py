@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import OPS, environment, records
+from benchmarks import BENCHMARKS, environment, records
 from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, PHASES, Case
@@ -21,7 +21,13 @@ DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    p.add_argument("ops", nargs="*", choices=[[], *OPS], metavar="OP", help=f"any of {', '.join(OPS)}; all by default")
+    p.add_argument(
+        "ops",
+        nargs="*",
+        choices=[[], *BENCHMARKS],
+        metavar="OP",
+        help=f"any of {', '.join(BENCHMARKS)}; all by default",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     p.add_argument(
         "--dtype", action="append", choices=DTYPES, help="repeatable; default float32, on a GPU also bfloat16"
@@ -45,7 +51,7 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> Iterator[tu
     """Every (op, case, dtype, layout) wanted: the first case of each op first, so that a short budget sees all ops."""
     dtypes = [DTYPES[name] for name in arguments.dtype or DEFAULT_DTYPES[device.type]]
     per_op = []
-    for op in arguments.ops or OPS:
+    for op in arguments.ops or BENCHMARKS:
         combinations = [
             (op, case, dtype, layout)
             for case in importlib.import_module(f"benchmarks.bench_{op}").cases(device.type)

@@ -45,14 +45,18 @@ def check(
     dtype: torch.dtype,
     is_peer: bool,
     compared: int | None = None,
+    joined: bool = False,
 ) -> float:
-    """Relative error of the worst of the results, or of the first `compared`.
+    """Relative error of the worst of the results, or of the first `compared`; `joined`: of all as one vector.
 
     Raises WrongResultError where it is too large; lets other errors through.
     """
     results = evaluate(implementation, upstream)
     if len(results) != len(expected):
         raise WrongResultError(f"{len(results)} results instead of {len(expected)}")
+    if joined:
+        tolerance = (PEER_TOLERANCE if is_peer else TOLERANCE)[dtype]
+        return _norm_error("the vector of all results", _as_vector(results), _as_vector(expected), tolerance)
     worst = 0.0
     for i, (result, wanted) in enumerate(zip(results[:compared], expected[:compared], strict=True)):
         if result.shape != wanted.shape and result.numel() != wanted.numel():
@@ -67,14 +71,27 @@ def _compare(i: int, result: Tensor, wanted: Tensor, dtype: torch.dtype, is_peer
         if different:
             raise WrongResultError(f"result {i} differs in {different} of {wanted.numel()} values")
         return 0.0
-    error = (result.double() - wanted.double()).abs_()
-    scale = float(wanted.double().square().mean().sqrt()) if wanted.numel() else 0.0
-    norm_error = float(error.square().mean().sqrt()) / max(scale, 1e-300) if wanted.numel() else 0.0
     if is_peer:
-        if not norm_error <= PEER_TOLERANCE[dtype]:
-            raise WrongResultError(f"result {i} is off by {norm_error:.1e} of its norm")
-        return norm_error
+        return _norm_error(f"result {i}", result, wanted, PEER_TOLERANCE[dtype])
+    norm_error = _norm_error(f"result {i}", result, wanted, float("inf"))
+    error = (result.double() - wanted.double()).abs_()
+    scale = _root_mean_square(wanted)
     excess = error - TOLERANCE[dtype] * (wanted.double().abs() + scale)
     if wanted.numel() and not float(excess.max()) <= 0:  # NaN does not pass
         raise WrongResultError(f"result {i} is off by up to {float(error.max()):.1e} (values of size {scale:.1e})")
     return norm_error
+
+
+def _norm_error(name: str, result: Tensor, wanted: Tensor, tolerance: float) -> float:
+    error = _root_mean_square(result.double() - wanted.double()) / max(_root_mean_square(wanted), 1e-300)
+    if not error <= tolerance:
+        raise WrongResultError(f"{name} is off by {error:.1e} of its norm")
+    return error
+
+
+def _root_mean_square(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def _as_vector(results: list[Tensor]) -> Tensor:
+    return torch.cat([result.double().flatten() for result in results])

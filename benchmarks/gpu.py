@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also runs as a script
 
-from benchmarks import OPS  # noqa: E402
+from benchmarks import BENCHMARKS  # noqa: E402
 from benchmarks.steps import Step, run_all, summary  # noqa: E402
 
 LIMIT = 530.0  # seconds for everything, below 9 minutes
@@ -58,7 +58,7 @@ def steps(sanitizer: str | None, output: Path, pictures: bool) -> list[Step]:
             needs=(build.name,),
             share=True,
         )
-        for op in OPS
+        for op in BENCHMARKS
     ]
     return [build, tests, *checks, *measurements]
 

@@ -72,7 +72,9 @@ def passing(
         is_peer = implementation is not workload.ours
         compared = workload.results_of_peers if is_peer else None
         try:
-            errors[implementation.name] = check(implementation, expected, upstream, dtype, is_peer, compared)
+            errors[implementation.name] = check(
+                implementation, expected, upstream, dtype, is_peer, compared, workload.joined
+            )
         except WrongResultError as error:
             problems[implementation.name] = f"wrong result: {error}"
         except Exception as error:  # a peer may fail in any way; the others are still worth timing

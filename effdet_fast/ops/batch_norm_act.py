@@ -282,8 +282,7 @@ def batch_norm_act(
     channels_last = _is_channels_last(x)
     x = _in_layout(x, channels_last)
     dtype = arithmetic_dtype(x)
-    weight = None if weight is None else weight.to(dtype).contiguous()
-    bias = None if bias is None else bias.to(dtype).contiguous()
+    weight, bias = _dense_of(weight, dtype), _dense_of(bias, dtype)
     options = (float(eps), ACTIVATIONS[activation], channels_last)
     with_gradient = torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
@@ -307,6 +306,12 @@ def batch_norm_act(
     if with_gradient:
         return _GivenStatistics.apply(x, mean, var, weight, bias, *options, group if shared else None, total)
     return _batch_norm_act(x, mean, var, weight, bias, *options)
+
+
+def _dense_of(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if values is None or (values.dtype == dtype and values.is_contiguous()):
+        return values
+    return values.to(dtype).contiguous()
 
 
 def _kernel_can_move(running_mean: Tensor | None, running_var: Tensor | None, dtype: torch.dtype, momentum) -> bool:

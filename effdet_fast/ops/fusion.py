@@ -212,7 +212,8 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     inputs = [x.contiguous(memory_format=memory_format) for x in inputs]
     if weights is not None:
-        weights = weights.to(arithmetic_dtype(first)).contiguous()
+        dtype = arithmetic_dtype(first)
+        weights = (weights if weights.dtype == dtype else weights.to(dtype)).contiguous()
     codes = [RESAMPLES[how] for how in resample]
     options = (METHODS[method], float(eps), codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
     needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    BENCHMARKS,
     OPS,
     bench_anchor_matching,
     bench_batch_norm_act,
@@ -17,10 +18,12 @@ from benchmarks import (
     bench_fusion,
     bench_nms,
     bench_soft_nms,
+    bench_training_step,
     smoke,
 )
 from benchmarks.harness import passing
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, OURS
+from effdet_fast import create_model
 
 CPU = torch.device("cpu")
 BOTH_LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
@@ -142,8 +145,15 @@ def test_candidates_overlap_and_have_scores_of_their_own():
     assert labels.min() >= 0 and labels.max() < 90
 
 
+@pytest.mark.slow  # the oracle of a whole model
+def test_training_step():
+    workload = bench_training_step.step(CPU, torch.float32, CHANNELS_LAST, name="efficientdet_d0", batch=2, size=128)
+    assert len(workload.ours.leaves) == len(list(create_model("efficientdet_d0").parameters()))
+    check(workload, torch.float32, {"effdet"})
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BENCHMARKS)
 def test_cases_are_named_once_and_say_what_they_support(op, device_type):
     module = importlib.import_module(f"benchmarks.bench_{op}")
     found = module.cases(device_type)

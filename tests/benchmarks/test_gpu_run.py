@@ -118,7 +118,7 @@ def test_the_plan():
         "memcheck",
         "racecheck",
         "initcheck",
-        *(f"benchmark {op}" for op in gpu.OPS),
+        *(f"benchmark {op}" for op in gpu.BENCHMARKS),
     ]
     by_name = {s.name: s for s in planned}
     assert by_name["build"].environment["EFFDET_FAST_CUDA"] == "1"

@@ -106,6 +106,18 @@ def test_shapes_and_number_of_results_are_checked():
         check(Implementation("x", lambda: (torch.ones(2, 3), torch.ones(1))), expected, None, torch.float32, False)
 
 
+def test_joined_results_share_one_scale():
+    exact = [torch.ones(100).double(), torch.zeros(100).double()]
+    implementation = Implementation("x", lambda: (torch.ones(100), torch.full((100,), 1e-5)))
+    with pytest.raises(WrongResultError, match="result 1 is off"):
+        check(implementation, exact, None, torch.float32, False)
+    assert check(implementation, exact, None, torch.float32, False, joined=True) == pytest.approx(1e-5)
+    far = Implementation("x", lambda: (torch.ones(100), torch.full((100,), 5e-4)))
+    check(far, exact, None, torch.float32, True, joined=True)
+    with pytest.raises(WrongResultError, match="the vector of all results is off by 5.0e-04 of its norm"):
+        check(far, exact, None, torch.float32, False, joined=True)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_gate_lets_correct_rounding_through(dtype):
     exact = torch.randn(10000, dtype=torch.float64)
