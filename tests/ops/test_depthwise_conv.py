@@ -118,6 +118,37 @@ def test_wide_rows_take_every_tile(backend, channels_last):
         )
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
+def test_every_width_and_vectors_with_a_rest(native_backend, kernel, stride, channels_last):
+    """Tiles of one, four and eight columns that overlap, strips that read their neighbours, channels beyond whole vectors."""
+    if native_backend.name == "emulated":
+        pytest.skip("about the tiles of the CPU kernels")
+    for width in (3, 4, 5, 6, 7, 8, 9, 12, 15, 20):
+        for channels in (8, 11):
+            check(native_backend, (1, channels, 3, width), kernel, stride, "same", channels_last=channels_last)
+    check(native_backend, (1, 160, 19, 41), kernel, stride, (3, 1, 0, 2), channels_last=channels_last)
+    check(native_backend, (1, 8, 5, 9), kernel, stride, (6, 7, 0, 8), "silu", torch.bfloat16, channels_last)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_half_precision_number_is_read_and_rounded_as_pytorch_does(native_backend, channels_last, dtype):
+    if native_backend.name == "emulated":
+        pytest.skip("too large for the emulation")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    weight = torch.zeros(8, 1, 3, 3, dtype=dtype)
+    weight[:, 0, 1, 1] = torch.tensor([1, 1.37, 3e-4, 900, -1, -2.5, 7e-5, 1 / 3], dtype=dtype)
+    if channels_last:
+        x = every.view(-1, 1, 1, 8).permute(0, 3, 1, 2)
+    else:  # with neighbours, which must be finite
+        x = torch.where(every.isfinite(), every, 0).view(-1, 8, 1, 16)
+    x, weight = x.to(native_backend.device), weight.to(native_backend.device)
+    expected = (x.float() * weight[:, :, 1, 1].float().view(1, 8, 1, 1)).to(dtype)
+    actual = ops.depthwise_conv2d(x, weight, None, 1, "same")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -1,0 +1,182 @@
+// The arithmetic of the CPU kernels, on lines [column][lane]: a tile is some columns of one row times one vector of lanes, with its sums
+// in registers. Enough sums to hide the latency of the multiply-add, few enough to stay in the 16 registers of AVX2.
+#pragma once
+#include <algorithm>
+
+#include "../common/vector.h"
+#include "depthwise_conv_math.h"
+
+namespace ef::depthwise_conv {
+constexpr int kTileColumns = 8;
+
+// Memory that the next line reads or writes, so many bytes for each value of this one: a tile asks for its share of it, so that it comes
+// while the processor computes. The lines are too many streams for the processor to foresee them.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t bytes = 0;
+  template <bool kWrite>
+  EF_HD void ask(int64_t first, int64_t count) const {
+    for (int64_t i = first * bytes; i < (first + count) * bytes; i += 64) __builtin_prefetch(data + i, kWrite);
+  }
+};
+
+// out[j] = init + sum over r, t of in[r][j kStep + offset + t] * filter[r][t], for every lane of the columns j.
+template <typename A>
+struct ConvolveJob {
+  const A* in[5];      // [in_columns][in_step], only the rows inside the image
+  const A* filter[5];  // [tap][lanes]
+  int rows;
+  const A* init;  // [lanes], or null
+  A* out;         // [columns][out_step]
+  int64_t lanes, in_step, out_step;
+  int64_t offset, columns, in_columns;
+  Ahead ahead_in[2], ahead_out;  // for each of kStep rows
+};
+
+// A tap outside the line adds nothing, not even zero times the filter; only checked tiles have such taps.
+template <int kTaps, int kStep, int kColumns, bool kChecked, typename V, typename A>
+EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t lane) {
+  const int64_t start = column * kStep + job.offset;
+  V sum[kColumns];
+  const V init = job.init ? load<V>(job.init + lane) : V{};
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) sum[j] = init;
+  for (int r = 0; r < job.rows; ++r) {
+    V w[kTaps];
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) w[t] = load<V>(job.filter[r] + t * job.lanes + lane);
+    const A* in = job.in[r] + start * job.in_step + lane;
+#pragma GCC unroll 32
+    for (int i = 0; i < (kColumns - 1) * kStep + kTaps; ++i, in += job.in_step) {
+      if (kChecked && (start + i < 0 || start + i >= job.in_columns)) continue;
+      const V x = load<V>(in);
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; ++j) {
+        const int t = i - j * kStep;
+        if (t >= 0 && t < kTaps) sum[j] += x * w[t];
+      }
+    }
+  }
+  A* out = job.out + column * job.out_step + lane;
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) store<V>(out + j * job.out_step, sum[j]);
+}
+
+// A line is cut into tiles of eight columns, a rest of up to four of them into one of four; the last tile may overlap the one before.
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
+  using V = typename VectorOf<A>::type;
+  for (int64_t j = 0; j < job.columns;) {
+    const int64_t left = job.columns - j, width = left > 4 && job.columns >= kTileColumns ? kTileColumns : job.columns >= 4 ? 4 : 1;
+    const int64_t column = std::min(j, job.columns - width), start = column * kStep + job.offset;
+    const bool inside = start >= 0 && start + (width - 1) * kStep + kTaps <= job.in_columns;
+    for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
+      const int64_t first = column * job.lanes + lane * width, count = width * kLanes<V, A>;
+      for (int i = 0; i < kStep; ++i) job.ahead_in[i].template ask<false>(first, count);
+      job.ahead_out.template ask<true>(first, count);
+      if (width == kTileColumns) {
+        inside ? convolve_tile<kTaps, kStep, kTileColumns, false, V>(job, column, lane)
+               : convolve_tile<kTaps, kStep, kTileColumns, true, V>(job, column, lane);
+      } else if (width == 4) {
+        convolve_tile<kTaps, kStep, 4, true, V>(job, column, lane);
+      } else {
+        convolve_tile<kTaps, kStep, 1, true, V>(job, column, lane);
+      }
+    }
+    j = column + width;
+  }
+}
+
+template <typename A>
+void convolve(int taps, int step, const ConvolveJob<A>& job) {
+  if (step == 2) return taps == 3 ? convolve_line<3, 2>(job) : convolve_line<5, 2>(job);
+  if (taps == 1) return convolve_line<1, 1>(job);
+  if (taps == 2) return convolve_line<2, 1>(job);
+  return taps == 3 ? convolve_line<3, 1>(job) : convolve_line<5, 1>(job);
+}
+
+// sums[r][t] += sum over j of grad[j] * in[r][j kStep + offset + t], for every lane.
+template <typename A>
+struct CorrelateJob {
+  const A* grad;   // [columns][grad_step]
+  const A* in[5];  // [in_columns][in_step], only the rows inside the image
+  A* sums[5];      // [tap][lanes]
+  int rows;
+  A* bias_sums;  // [lanes], or null
+  int64_t lanes, grad_step, in_step;
+  int64_t offset, columns, in_columns;
+  Ahead ahead_in[2], ahead_grad;
+};
+
+template <int kTaps, int kStep, int kRows, int kColumns, bool kChecked, typename V, typename A>
+EF_HD void correlate_tile(const CorrelateJob<A>& job, int row, int64_t column, int64_t lane, V (&sum)[kRows][kTaps]) {
+  const int64_t start = column * kStep + job.offset;
+  V g[kColumns];
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) g[j] = load<V>(job.grad + (column + j) * job.grad_step + lane);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const A* in = job.in[row + r] + start * job.in_step + lane;
+#pragma GCC unroll 32
+    for (int i = 0; i < (kColumns - 1) * kStep + kTaps; ++i, in += job.in_step) {
+      if (kChecked && (start + i < 0 || start + i >= job.in_columns)) continue;
+      const V x = load<V>(in);
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; ++j) {
+        const int t = i - j * kStep;
+        if (t >= 0 && t < kTaps) sum[r][t] += g[j] * x;
+      }
+    }
+  }
+}
+
+template <int kTaps, int kStep, int kRows, typename V, typename A>
+EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t lane) {
+  constexpr int kColumns = 4;
+  V sum[kRows][kTaps];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) sum[r][t] = load<V>(job.sums[row + r] + t * job.lanes + lane);
+  }
+  int64_t j = 0;
+  while (j < job.columns) {
+    const int64_t start = j * kStep + job.offset;
+    if (start >= 0 && j + kColumns <= job.columns && start + (kColumns - 1) * kStep + kTaps <= job.in_columns) {
+      correlate_tile<kTaps, kStep, kRows, kColumns, false, V>(job, row, j, lane, sum);
+      j += kColumns;
+    } else {
+      correlate_tile<kTaps, kStep, kRows, 1, true, V>(job, row, j++, lane, sum);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; t < kTaps; ++t) store<V>(job.sums[row + r] + t * job.lanes + lane, sum[r][t]);
+  }
+}
+
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES void correlate_line(const CorrelateJob<A>& job) {
+  using V = typename VectorOf<A>::type;
+  constexpr int kRows = kTaps == 3 ? 3 : 2;  // as many as have their sums in registers
+  for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
+    for (int i = 0; i < kStep; ++i) job.ahead_in[i].template ask<false>(lane * job.columns, kLanes<V, A> * job.columns);
+    job.ahead_grad.template ask<false>(lane * job.columns, kLanes<V, A> * job.columns);
+    int row = 0;
+    for (; row + kRows <= job.rows; row += kRows) correlate_rows<kTaps, kStep, kRows, V>(job, row, lane);
+    for (; row < job.rows; ++row) correlate_rows<kTaps, kStep, 1, V>(job, row, lane);
+    if (job.bias_sums) {
+      V sum = load<V>(job.bias_sums + lane);
+      for (int64_t j = 0; j < job.columns; ++j) sum += load<V>(job.grad + j * job.grad_step + lane);
+      store<V>(job.bias_sums + lane, sum);
+    }
+  }
+}
+
+template <typename A>
+void correlate(int taps, int step, const CorrelateJob<A>& job) {
+  if (step == 1) return taps == 3 ? correlate_line<3, 1>(job) : correlate_line<5, 1>(job);
+  return taps == 3 ? correlate_line<3, 2>(job) : correlate_line<5, 2>(job);
+}
+}  // namespace ef::depthwise_conv
