@@ -4,25 +4,23 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../common/tensor.h"
+#include "../common/detection_tensors.h"
 
 namespace ef::nms {
 namespace {
-constexpr int64_t kMostDetections = 1 << 30;  // rows of an image are counted in 32 bits
-
 template <class Device>
-Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou_threshold) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4 && boxes.is_contiguous(), "nms: boxes must be contiguous [n, 4]");
-  const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(!labels || (labels->numel() == n && labels->is_contiguous() && labels->scalar_type() == ScalarType::Long),
-                  "nms: labels must be contiguous int64 [n]");
+Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou_threshold, int64_t most) {
+  STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "nms: boxes must be contiguous [batch, n, 4]");
+  const int64_t batch = boxes.size(0), n = boxes.size(1);
+  STD_TORCH_CHECK(!labels || (labels->numel() == batch * n && labels->is_contiguous() && labels->scalar_type() == ScalarType::Long),
+                  "nms: labels must be contiguous int64 [batch, n]");
   const DeviceScope<Device> scope(boxes);
-  Tensor result = allocate(boxes, {n}, ScalarType::Bool);
-  if (n == 0) return result;
-  Tensor workspace = allocate(boxes, {workspace_size(scope.device, n)}, ScalarType::Long);
+  Tensor result = allocate(boxes, {batch, n}, ScalarType::Bool);
+  if (batch * n == 0) return result;
+  Tensor workspace = allocate(boxes, {workspace_size(scope.device, batch, n)}, ScalarType::Long);
   if (workspace.numel() > 0) torch::stable::zero_(workspace);
   dispatch_floating(boxes.scalar_type(), "nms", [&]<typename scalar_t>() {
-    launch_keep<scalar_t>(scope.device, {const_data<scalar_t>(boxes), const_data<int64_t>(labels), n, iou_threshold},
+    launch_keep<scalar_t>(scope.device, {const_data<scalar_t>(boxes), const_data<int64_t>(labels), batch, n, most, iou_threshold},
                           mutable_data<int64_t>(workspace), mutable_data<bool>(result));
   });
   return result;
@@ -42,25 +40,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, c
                   "nms_padded: order and labels must be contiguous int64 [batch, n]");
   STD_TORCH_CHECK(max_detections >= 1 && max_detections <= kMostDetections, "nms_padded: max_detections must be in [1, 2^30]");
   const DeviceScope<Device> scope(boxes);
-  Tensor out_boxes = allocate(boxes, {batch, max_detections, 4}, boxes.scalar_type());
-  Tensor out_scores = allocate(boxes, {batch, max_detections}, boxes.scalar_type());
-  Tensor out_labels = allocate(boxes, {batch, max_detections}, ScalarType::Long);
-  Tensor out_indices = allocate(boxes, {batch, max_detections}, ScalarType::Long);
-  Tensor counts = allocate(boxes, {batch}, ScalarType::Long);
+  STD_TORCH_CHECK(std::min(n, max_detections) <= most_padded(scope.device), "nms_padded: an image can keep more than ",
+                  most_padded(scope.device), " boxes");
+  const DetectionTensors out(boxes, max_detections);
   if (batch > 0) {
     dispatch_floating(boxes.scalar_type(), "nms_padded", [&]<typename scalar_t>() {
-      const int64_t bytes = batch_workspace_bytes<scalar_t>(scope.device, batch, std::min(n, max_detections));
-      Tensor workspace = allocate(boxes, {bytes}, ScalarType::Byte);
       launch_padded<scalar_t>(
           scope.device,
           {const_data<scalar_t>(boxes), const_data<scalar_t>(ranked_scores), const_data<int64_t>(order), const_data<int64_t>(labels), batch,
            n, max_detections, iou_threshold, score_threshold.has_value(), score_threshold.value_or(0)},
-          workspace.mutable_data_ptr(),
-          {mutable_data<scalar_t>(out_boxes), mutable_data<scalar_t>(out_scores), mutable_data<int64_t>(out_labels),
-           mutable_data<int64_t>(out_indices), mutable_data<int64_t>(counts)});
+          out.data<scalar_t>());
     });
   }
-  return {out_boxes, out_scores, out_labels, out_indices, counts};
+  return out.as_tuple();
 }
 
 template <class Device>

@@ -2,25 +2,27 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/detections.h"
 #include "../common/platform.h"
 
 namespace ef::nms {
 template <typename scalar_t>
 struct Problem {
-  const scalar_t* boxes;  // [n, 4], by class, then by descending score
-  const int64_t* labels;  // [n], ascending, or null for one class
-  int64_t n;
+  const scalar_t* boxes;  // [batch, n, 4], of an image by class, then by descending score
+  const int64_t* labels;  // [batch, n], ascending in an image; or null for one class
+  int64_t batch, n;
+  int64_t most;  // of a class that are wanted
   double iou_threshold;
 };
 
-// keep[i]: no kept box before box i of its class overlaps it. [n]
-// `workspace` holds workspace_size(n) zeros.
+// keep[i]: no kept box before box i of its class overlaps it. Once `most` of a class are kept, its later ones may be false. [batch, n]
+// `workspace` holds workspace_size(batch, n) zeros.
 template <typename scalar_t>
 void launch_keep(Cpu, const Problem<scalar_t>& problem, int64_t* workspace, bool* keep);
 template <typename scalar_t>
 void launch_keep(Cuda, const Problem<scalar_t>& problem, int64_t* workspace, bool* keep);
-int64_t workspace_size(Cpu, int64_t n);
-int64_t workspace_size(Cuda, int64_t n);
+int64_t workspace_size(Cpu, int64_t batch, int64_t n);
+int64_t workspace_size(Cuda, int64_t batch, int64_t n);
 
 template <typename scalar_t>
 struct BatchProblem {
@@ -33,22 +35,12 @@ struct BatchProblem {
   bool has_score_threshold;
   double score_threshold;
 };
-template <typename scalar_t>
-struct BatchDetections {
-  scalar_t* boxes;   // [batch, max_detections, 4]
-  scalar_t* scores;  // [batch, max_detections]
-  int64_t* labels;   // [batch, max_detections]
-  int64_t* indices;  // [batch, max_detections]
-  int64_t* counts;   // [batch]
-};
 
-// `workspace` holds batch_workspace_bytes<scalar_t>(batch, slots) bytes; slots = min(n, max_detections), the most an image can keep.
 template <typename scalar_t>
-void launch_padded(Cpu, const BatchProblem<scalar_t>& problem, void* workspace, const BatchDetections<scalar_t>& out);
+void launch_padded(Cpu, const BatchProblem<scalar_t>& problem, const Detections<scalar_t>& out);
 template <typename scalar_t>
-void launch_padded(Cuda, const BatchProblem<scalar_t>& problem, void* workspace, const BatchDetections<scalar_t>& out);
-template <typename scalar_t>
-int64_t batch_workspace_bytes(Cpu, int64_t batch, int64_t slots);
-template <typename scalar_t>
-int64_t batch_workspace_bytes(Cuda, int64_t batch, int64_t slots);
+void launch_padded(Cuda, const BatchProblem<scalar_t>& problem, const Detections<scalar_t>& out);
+// The most detections of an image that launch_padded finds: min(n, max_detections) may not be above it.
+int64_t most_padded(Cpu);
+int64_t most_padded(Cuda);
 }  // namespace ef::nms

@@ -66,14 +66,18 @@ EF_CPU_CLONES void test_tile(const scalar_t* boxes, int64_t begin, int64_t end, 
   for (int64_t i = begin; i < end; ++i) keep[i] = !overlaps_any(load_box(boxes, i), kept, count, threshold);
 }
 
-// Goes through boxes begin .. end - 1, which overlap none of the first `tested` kept ones unless keep[i] is false already; returns the
-// new number of kept boxes.
+// Goes through boxes begin .. end - 1, which overlap none of the first `tested` kept ones unless keep[i] is false already, until `most`
+// are kept; returns the new number of kept boxes.
 template <typename scalar_t>
 EF_CPU_CLONES int64_t resolve(const scalar_t* boxes, int64_t begin, int64_t end, Packet<acc_t<scalar_t>>* kept, int64_t tested,
-                              int64_t count, acc_t<scalar_t> threshold, bool* keep) {
+                              int64_t count, int64_t most, acc_t<scalar_t> threshold, bool* keep) {
   const int64_t first = tested / kLanes;
   for (int64_t i = begin; i < end; ++i) {
     if (!keep[i]) continue;
+    if (count >= most) {
+      keep[i] = false;
+      continue;
+    }
     const auto box = load_box(boxes, i);
     keep[i] = !overlaps_any(box, kept + first, count - first * kLanes, threshold);
     if (keep[i]) append(kept, count++, box);
@@ -86,11 +90,15 @@ void keep_in_large_class(const Problem<scalar_t>& in, int64_t begin, int64_t end
   std::vector<Packet<acc_t<scalar_t>>> kept;
   int64_t count = 0;
   for (int64_t tile = begin; tile < end; tile += kTile) {
+    if (count >= in.most) {
+      std::fill(keep + tile, keep + end, false);
+      break;
+    }
     const int64_t tile_end = std::min(end, tile + kTile);
     kept.resize(ceil_div(count + kTile, kLanes));
     parallel_for(tile_end - tile, 64,
                  [&](int64_t a, int64_t b) { test_tile(in.boxes, tile + a, tile + b, kept.data(), count, threshold, keep); });
-    count = resolve(in.boxes, tile, tile_end, kept.data(), count, count, threshold, keep);
+    count = resolve(in.boxes, tile, tile_end, kept.data(), count, count, in.most, threshold, keep);
   }
 }
 
@@ -126,7 +134,7 @@ struct Classes {
 template <typename scalar_t>
 EF_CPU_CLONES int64_t detect_in_image(const BatchProblem<scalar_t>& in, int64_t image, const int64_t* slot, const int64_t* first_packet,
                                       Packet<acc_t<scalar_t>>* packets, int64_t* counts, acc_t<scalar_t> threshold,
-                                      const BatchDetections<scalar_t>& out) {
+                                      const Detections<scalar_t>& out) {
   const scalar_t* boxes = in.boxes + image * in.n * 4;
   int64_t found = 0;
   for (int64_t rank = 0; rank < in.n && found < in.max_detections; ++rank) {
@@ -140,29 +148,24 @@ EF_CPU_CLONES int64_t detect_in_image(const BatchProblem<scalar_t>& in, int64_t 
     const auto box = load_box(boxes, i);
     if (overlaps_any(box, packets + first_packet[c], counts[c], threshold)) continue;
     append(packets + first_packet[c], counts[c]++, box);
-    const int64_t row = image * in.max_detections + found++;
-    for (int64_t k = 0; k < 4; ++k) out.boxes[row * 4 + k] = boxes[i * 4 + k];
-    out.scores[row] = score;
-    out.labels[row] = in.labels[image * in.n + i];
-    out.indices[row] = i;
+    out.set(image * in.max_detections + found++, boxes + i * 4, score, in.labels[image * in.n + i], i);
   }
   return found;
 }
 }  // namespace
 
-int64_t workspace_size(Cpu, int64_t) { return 0; }
-template <typename scalar_t>
-int64_t batch_workspace_bytes(Cpu, int64_t, int64_t) {
-  return 0;
-}
+int64_t workspace_size(Cpu, int64_t, int64_t) { return 0; }
+int64_t most_padded(Cpu) { return std::numeric_limits<int64_t>::max(); }
 
 template <typename scalar_t>
 void launch_keep(Cpu, const Problem<scalar_t>& in, int64_t*, bool* keep) {
   using A = acc_t<scalar_t>;
   const A threshold = threshold_in<A>(in.iou_threshold);
   std::vector<int64_t> bounds;  // of the small classes: begin, end, begin, end, ...
-  for (int64_t begin = 0, end = 0; begin < in.n; begin = end) {
-    end = in.labels ? std::upper_bound(in.labels + begin, in.labels + in.n, in.labels[begin]) - in.labels : in.n;
+  const int64_t boxes = in.batch * in.n;
+  for (int64_t begin = 0, end = 0; begin < boxes; begin = end) {
+    end = (begin / in.n + 1) * in.n;  // of the image
+    if (in.labels) end = std::upper_bound(in.labels + begin, in.labels + end, in.labels[begin]) - in.labels;
     if (end - begin > kLargeClass) {
       keep_in_large_class(in, begin, end, threshold, keep);
     } else {
@@ -170,19 +173,19 @@ void launch_keep(Cpu, const Problem<scalar_t>& in, int64_t*, bool* keep) {
     }
   }
   const int64_t classes = static_cast<int64_t>(bounds.size()) / 2;
-  parallel_for(classes, std::max<int64_t>(1, classes * kBoxesPerThread / in.n), [&](int64_t first, int64_t last) {
+  parallel_for(classes, std::max<int64_t>(1, classes * kBoxesPerThread / boxes), [&](int64_t first, int64_t last) {
     std::vector<Packet<A>> kept;
     for (int64_t c = first; c < last; ++c) {
       const int64_t begin = bounds[2 * c], end = bounds[2 * c + 1];
       kept.resize(std::max<size_t>(kept.size(), ceil_div(end - begin, kLanes)));
       std::fill(keep + begin, keep + end, true);
-      resolve(in.boxes, begin, end, kept.data(), 0, 0, threshold, keep);
+      resolve(in.boxes, begin, end, kept.data(), 0, 0, in.most, threshold, keep);
     }
   });
 }
 
 template <typename scalar_t>
-void launch_padded(Cpu, const BatchProblem<scalar_t>& in, void*, const BatchDetections<scalar_t>& out) {
+void launch_padded(Cpu, const BatchProblem<scalar_t>& in, const Detections<scalar_t>& out) {
   using A = acc_t<scalar_t>;
   const A threshold = threshold_in<A>(in.iou_threshold);
   parallel_for(in.batch, 1, [&](int64_t first, int64_t last) {
@@ -192,11 +195,7 @@ void launch_padded(Cpu, const BatchProblem<scalar_t>& in, void*, const BatchDete
       std::vector<int64_t> counts(classes.first_packet.size());
       const int64_t found =
           detect_in_image(in, image, classes.slot.data(), classes.first_packet.data(), packets.data(), counts.data(), threshold, out);
-      const int64_t row = image * in.max_detections, end = row + in.max_detections;
-      std::fill(out.boxes + (row + found) * 4, out.boxes + end * 4, scalar_t(0.f));
-      std::fill(out.scores + row + found, out.scores + end, scalar_t(0.f));
-      std::fill(out.labels + row + found, out.labels + end, -1);
-      std::fill(out.indices + row + found, out.indices + end, -1);
+      for (int64_t k = found; k < in.max_detections; ++k) out.clear(image * in.max_detections + k);
       out.counts[image] = found;
     }
   });
@@ -204,8 +203,7 @@ void launch_padded(Cpu, const BatchProblem<scalar_t>& in, void*, const BatchDete
 
 #define EF_DEFINE(scalar_t)                                                            \
   template void launch_keep<scalar_t>(Cpu, const Problem<scalar_t>&, int64_t*, bool*); \
-  template int64_t batch_workspace_bytes<scalar_t>(Cpu, int64_t, int64_t);             \
-  template void launch_padded<scalar_t>(Cpu, const BatchProblem<scalar_t>&, void*, const BatchDetections<scalar_t>&);
+  template void launch_padded<scalar_t>(Cpu, const BatchProblem<scalar_t>&, const Detections<scalar_t>&);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE
 }  // namespace ef::nms

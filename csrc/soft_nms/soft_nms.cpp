@@ -3,12 +3,10 @@
 
 #include <tuple>
 
-#include "../common/tensor.h"
+#include "../common/detection_tensors.h"
 
 namespace ef::soft_nms {
 namespace {
-constexpr int64_t kMostBoxes = 1 << 30;  // boxes and rows of an image are counted in 32 bits
-
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect(const Tensor& boxes, const Tensor& scores, const Tensor& labels, bool gaussian,
                                                           double sigma, double iou_threshold, double score_threshold,
@@ -20,26 +18,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect(const Tensor& boxes, c
   };
   STD_TORCH_CHECK(is_dense(scores, boxes.scalar_type()), "soft_nms: scores must be contiguous [batch, n], of the boxes' dtype");
   STD_TORCH_CHECK(is_dense(labels, ScalarType::Long), "soft_nms: labels must be contiguous int64 [batch, n]");
-  STD_TORCH_CHECK(n <= kMostBoxes && max_detections >= 1 && max_detections <= kMostBoxes,
+  STD_TORCH_CHECK(n <= kMostDetections && max_detections >= 1 && max_detections <= kMostDetections,
                   "soft_nms: max_detections must be in [1, 2^30], and an image has at most 2^30 boxes");
   const DeviceScope<Device> scope(boxes);
-  Tensor out_boxes = allocate(boxes, {batch, max_detections, 4}, boxes.scalar_type());
-  Tensor out_scores = allocate(boxes, {batch, max_detections}, boxes.scalar_type());
-  Tensor out_labels = allocate(boxes, {batch, max_detections}, ScalarType::Long);
-  Tensor out_indices = allocate(boxes, {batch, max_detections}, ScalarType::Long);
-  Tensor counts = allocate(boxes, {batch}, ScalarType::Long);
+  const DetectionTensors out(boxes, max_detections);
   if (batch > 0) {
     dispatch_floating(boxes.scalar_type(), "soft_nms", [&]<typename scalar_t>() {
       Tensor workspace = allocate(boxes, {workspace_bytes<scalar_t>(scope.device, batch, n)}, ScalarType::Byte);
       launch<scalar_t>(scope.device,
                        {const_data<scalar_t>(boxes), const_data<scalar_t>(scores), const_data<int64_t>(labels), batch, n, max_detections,
                         gaussian, sigma, iou_threshold, score_threshold},
-                       workspace.mutable_data_ptr(),
-                       {mutable_data<scalar_t>(out_boxes), mutable_data<scalar_t>(out_scores), mutable_data<int64_t>(out_labels),
-                        mutable_data<int64_t>(out_indices), mutable_data<int64_t>(counts)});
+                       workspace.mutable_data_ptr(), out.data<scalar_t>());
     });
   }
-  return {out_boxes, out_scores, out_labels, out_indices, counts};
+  return out.as_tuple();
 }
 
 template <class Device>

@@ -1,11 +1,10 @@
 // What the Tensor boundary may call; raw pointers only. Boxes are (x1, y1, x2, y2); all buffers are dense.
 #pragma once
-#include "../nms/nms.h"
+#include <cstdint>
+
+#include "../common/detections.h"
 
 namespace ef::soft_nms {
-template <typename scalar_t>
-using Detections = nms::BatchDetections<scalar_t>;
-
 template <typename scalar_t>
 struct Problem {
   const scalar_t* boxes;   // [batch, n, 4]

@@ -123,20 +123,14 @@ void detect_in_image(const Problem<scalar_t>& in, int64_t image, const Decay<acc
     const Best<A> best = heads.top();
     heads.pop();
     const int64_t i = image * in.n + best.index;
-    std::copy_n(in.boxes + i * 4, 4, out.boxes + row * 4);
-    out.scores[row] = static_cast<scalar_t>(best.score);
-    out.labels[row] = in.labels[i];
-    out.indices[row++] = best.index;
+    out.set(row++, in.boxes + i * 4, static_cast<scalar_t>(best.score), in.labels[i], best.index);
     auto& list = lists[best.list];
     (in.gaussian ? take<true, A> : take<false, A>)(list.packets.data(), list.packets.size(), best.place, decay);
     const Best<A> next = best_of(list, best.list);
     if (next.index >= 0) heads.push(next);
   }
   out.counts[image] = row - first;
-  std::fill(out.boxes + row * 4, out.boxes + end * 4, scalar_t(0.f));
-  std::fill(out.scores + row, out.scores + end, scalar_t(0.f));
-  std::fill(out.labels + row, out.labels + end, -1);
-  std::fill(out.indices + row, out.indices + end, -1);
+  for (; row < end; ++row) out.clear(row);
 }
 }  // namespace
 

@@ -59,11 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
     const Box<A> box = load_box<kAligned>(boxes, best.index);
     const int64_t label = labels[best.index];
     if (threadIdx.x == 0) {
-      const int64_t row = first_row + found;
-      for (int k = 0; k < 4; ++k) out.boxes[row * 4 + k] = boxes[best.index * int64_t(4) + k];
-      out.scores[row] = static_cast<scalar_t>(best.score);
-      out.labels[row] = label;
-      out.indices[row] = best.index;
+      out.set(first_row + found, boxes + best.index * int64_t(4), static_cast<scalar_t>(best.score), label, best.index);
     }
     mine = {out_score<A>(), n};
     for (int i = threadIdx.x; i < n; i += kThreads) {
@@ -84,12 +80,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
       mine = better_of(mine, {score, i});
     }
   }
-  for (int k = found + int(threadIdx.x); k < most; k += kThreads) {
-    const int64_t row = first_row + k;
-    for (int c = 0; c < 4; ++c) out.boxes[row * 4 + c] = scalar_t(0.f);
-    out.scores[row] = scalar_t(0.f);
-    out.labels[row] = out.indices[row] = -1;
-  }
+  for (int k = found + int(threadIdx.x); k < most; k += kThreads) out.clear(first_row + k);
   if (threadIdx.x == 0) out.counts[image] = found;
 }
 }  // namespace ef::soft_nms

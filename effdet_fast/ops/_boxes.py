@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effdet_fast.ops._arguments import autocast_dtype, check_floating, check_integer, check_same_device, dtype_name
 
-MOST_DETECTIONS = 1 << 30  # as in csrc/nms/nms.cpp and csrc/soft_nms/soft_nms.cpp
+MOST_DETECTIONS = 1 << 30  # as in csrc/common/detection_tensors.h
 _MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's
 _EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
 

@@ -17,6 +17,9 @@ from effdet_fast.ops._boxes import (
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
 
 METHODS = ("hard", "gaussian", "linear")
+_MOST_IN_ORDER = (
+    1024  # detections of an image that one block finds one after the other; kMostInShared in csrc/nms/nms_cuda.cu
+)
 
 
 def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -76,8 +79,8 @@ def batched_nms_padded_reference(
 
 
 _nms = _library.define(
-    "nms(Tensor boxes, Tensor? labels, float iou_threshold) -> Tensor",
-    lambda boxes, labels, iou_threshold: boxes.new_empty(boxes.shape[0], dtype=torch.bool),
+    "nms(Tensor boxes, Tensor? labels, float iou_threshold, int most) -> Tensor",
+    lambda boxes, labels, iou_threshold, most: boxes.new_empty(boxes.shape[:2], dtype=torch.bool),
 )
 _nms_padded = _library.define(
     "nms_padded(Tensor boxes, Tensor ranked_scores, Tensor order, Tensor labels, float iou_threshold, float? score_threshold, "
@@ -118,7 +121,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if not _library.is_native(boxes):
         return nms_reference(boxes, scores, iou_threshold)
     order = scores.argsort(descending=True, stable=True)
-    return order[_nms(boxes[order].contiguous(), None, float(iou_threshold))]
+    return order[_nms(boxes[order][None].contiguous(), None, float(iou_threshold), len(order))[0]]
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -146,7 +149,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
     ranking = scores.argsort(descending=True, stable=True)
     classes, by_class = idxs[ranking].sort(stable=True)  # the kernel wants each class in one piece
-    keep = _nms(boxes[ranking[by_class]].contiguous(), classes, float(iou_threshold))
+    keep = _nms(boxes[ranking[by_class]][None].contiguous(), classes[None], float(iou_threshold), len(ranking))[0]
     return ranking[torch.empty_like(keep).scatter_(0, by_class, keep)]
 
 
@@ -232,8 +235,37 @@ def _hard_nms_padded(
     score_threshold: float | None,
     max_detections: int,
 ) -> Detections:
+    if min(boxes.shape[1], max_detections) > _MOST_IN_ORDER:
+        return _nms_padded_by_class(boxes, ranked_scores, order, labels, iou_threshold, score_threshold, max_detections)
     threshold = None if score_threshold is None else float(score_threshold)
     found = _nms_padded(
         boxes.contiguous(), ranked_scores, order, labels.contiguous(), float(iou_threshold), threshold, max_detections
     )
     return Detections(*found)
+
+
+def _nms_padded_by_class(
+    boxes: Tensor,
+    ranked_scores: Tensor,
+    order: Tensor,
+    labels: Tensor,
+    iou_threshold: float,
+    score_threshold: float | None,
+    max_detections: int,
+) -> Detections:
+    """All classes of all images at the same time; what they keep is joined by rank and cut to the best."""
+    classes, by_class = labels.gather(1, order).sort(dim=1, stable=True)
+    candidates = boxes.gather(1, order.gather(1, by_class).unsqueeze(-1).expand(-1, -1, 4))
+    takes_part, most = torch.ones_like(order, dtype=torch.bool), max_detections
+    if score_threshold is not None:
+        takes_part = ranked_scores.double() > score_threshold
+        # NaN scores rank first and must suppress nothing, as a box of NaN does. Such boxes are kept, so a class may need more.
+        candidates = candidates.masked_fill(~takes_part.gather(1, by_class).unsqueeze(-1), float("nan"))
+        most = order.shape[1]
+    kept = _nms(candidates, classes, float(iou_threshold), most)
+    kept = torch.empty_like(kept).scatter_(1, by_class, kept) & takes_part
+    row = kept.cumsum(1) - 1
+    row = torch.where(kept & (row < max_detections), row, max_detections)  # the row past the last takes all the others
+    picks = order.new_full((len(order), max_detections + 1), -1).scatter_(1, row, order)[:, :-1].contiguous()
+    found = ranked_scores.new_zeros(len(order), max_detections + 1).scatter_(1, row, ranked_scores)[:, :-1]
+    return detections_of(boxes, found, labels, picks)

@@ -264,15 +264,16 @@ def test_random_grids(name, data, n, classes):
 
 
 def test_raw_op():
-    boxes, labels = random_boxes(80), torch.randint(0, 3, (80,)).sort()[0]
+    boxes, labels = random_boxes(2, 80), torch.randint(0, 3, (2, 80)).sort()[0]
+    op = torch.ops.effdet_fast.nms.default
     for classes in (labels, None):
-        torch.library.opcheck(torch.ops.effdet_fast.nms.default, (boxes, classes, 0.5))
-    torch.library.opcheck(torch.ops.effdet_fast.nms.default, (boxes[:0], None, 0.5))
-    for damaged in (boxes.t().contiguous().t(), boxes[:, :3], boxes[0]):
+        torch.library.opcheck(op, (boxes, classes, 0.5, 80))
+    torch.library.opcheck(op, (boxes[:, :0].contiguous(), None, 0.5, 1))
+    for damaged in (boxes.mT.contiguous().mT, boxes[:, :, :3], boxes[0]):
         with pytest.raises(RuntimeError, match="nms: boxes must be contiguous"):
-            torch.ops.effdet_fast.nms(damaged, None, 0.5)
+            op(damaged, None, 0.5, 80)
     with pytest.raises(RuntimeError, match="nms: labels must be contiguous int64"):
-        torch.ops.effdet_fast.nms(boxes, labels.int(), 0.5)
+        op(boxes, labels.int(), 0.5, 80)
 
 
 def test_compiled():
