@@ -28,26 +28,38 @@ def cases(device_type: str) -> list[Case]:
         Case(
             "batched, padded: 1 image x 5000 boxes x 90 classes", partial(padded, batch=1, count=5000), dtypes=float32
         ),
+        Case(
+            "batched, padded: 16 images x 5000 boxes x 90 classes, up to 2000 stay",
+            partial(padded, batch=16, count=5000, most=2000),
+            dtypes=float32,
+        ),
+        Case("single: 16 boxes", partial(single, count=16), dtypes=float32),
+        Case("single: 1000 boxes", partial(single, count=1000), dtypes=float32),
         Case("single: 2000 boxes", partial(single, count=2000), dtypes=float32),
         Case("single: 10000 boxes", partial(single, count=10000), dtypes=float32),
+        Case(
+            "single: 100000 boxes, 500 round each object", partial(single, count=100000, per_object=500), dtypes=float32
+        ),
     ]
 
 
-def padded(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, count: int) -> Workload:
+def padded(
+    device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, count: int, most: int = MAX_DETECTIONS
+) -> Workload:
     boxes, scores, labels = candidates(batch, count, device, dtype)
 
     def ours():
-        found = ops.batched_nms_padded(boxes, scores, labels, IOU_THRESHOLD, max_detections=MAX_DETECTIONS)
+        found = ops.batched_nms_padded(boxes, scores, labels, IOU_THRESHOLD, max_detections=most)
         return found.scores, found.counts, found.indices, found.labels, found.boxes
 
     def reference():
-        found = ops.batched_nms_padded_reference(boxes, scores, labels, IOU_THRESHOLD, max_detections=MAX_DETECTIONS)
+        found = ops.batched_nms_padded_reference(boxes, scores, labels, IOU_THRESHOLD, max_detections=most)
         return found.scores, found.counts, found.indices, found.labels, found.boxes
 
     absent: dict[str, str] = {}
     peers = []
     if torchvision := optional("torchvision.ops", absent):
-        loop = partial(loop_over_images, torchvision.batched_nms, boxes, scores, labels)
+        loop = partial(loop_over_images, torchvision.batched_nms, boxes, scores, labels, most)
         peers.append(Implementation("torchvision", loop))
     workload = workload_of(ours, reference, peers, absent, boxes, scores, labels)
     # torchvision shifts the boxes of a class by an offset, which rounds: which of two boxes near the threshold stays can differ.
@@ -55,13 +67,13 @@ def padded(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int,
     return workload
 
 
-def loop_over_images(batched_nms, boxes: Tensor, scores: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+def loop_over_images(batched_nms, boxes: Tensor, scores: Tensor, labels: Tensor, most: int) -> tuple[Tensor, ...]:
     """The same outputs from a function for one image."""
     batch = len(boxes)
-    indices = torch.full((batch, MAX_DETECTIONS), -1, dtype=torch.int64, device=boxes.device)
+    indices = torch.full((batch, most), -1, dtype=torch.int64, device=boxes.device)
     counts = torch.zeros(batch, dtype=torch.int64, device=boxes.device)
     for i in range(batch):
-        keep = batched_nms(boxes[i], scores[i], labels[i], IOU_THRESHOLD)[:MAX_DETECTIONS]
+        keep = batched_nms(boxes[i], scores[i], labels[i], IOU_THRESHOLD)[:most]
         indices[i, : len(keep)] = keep
         counts[i] = len(keep)
     there, safe = indices >= 0, indices.clamp(min=0)
@@ -74,8 +86,8 @@ def loop_over_images(batched_nms, boxes: Tensor, scores: Tensor, labels: Tensor)
     )
 
 
-def single(device: torch.device, dtype: torch.dtype, layout: str, *, count: int) -> Workload:
-    boxes, scores, _ = (x[0] for x in candidates(1, count, device, dtype))
+def single(device: torch.device, dtype: torch.dtype, layout: str, *, count: int, per_object: int = 25) -> Workload:
+    boxes, scores, _ = (x[0] for x in candidates(1, count, device, dtype, per_object))
     absent: dict[str, str] = {}
     peers = []
     if torchvision := optional("torchvision.ops", absent):
@@ -95,9 +107,11 @@ def workload_of(ours, reference, peers, absent, *inputs: Tensor) -> Workload:
     )
 
 
-def candidates(batch: int, count: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """About 25 boxes round each object of a 512 x 512 image, most of them of its class; all scores differ."""
-    objects = max(1, count // 25)
+def candidates(
+    batch: int, count: int, device: torch.device, dtype: torch.dtype, per_object: int = 25
+) -> tuple[Tensor, Tensor, Tensor]:
+    """About so many boxes round each object of a 512 x 512 image, most of them of its class; all scores differ."""
+    objects = max(1, count // per_object)
     centers = torch.rand(batch, objects, 2, device=device) * 512
     sizes = torch.exp(torch.rand(batch, objects, 2, device=device) * 3 + 2)
     classes = torch.randint(CLASSES, (batch, objects), device=device)
