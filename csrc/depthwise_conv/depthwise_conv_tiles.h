@@ -8,6 +8,7 @@
 
 namespace ef::depthwise_conv {
 constexpr int kTileColumns = 8;
+constexpr int kCorrelateColumns = 16;  // worked on lane after lane: their rows stay in the first-level cache
 
 // Memory that the next line reads or writes, so many bytes for each value of this one: a tile asks for its share of it, so that it comes
 // while the processor computes. The lines are too many streams for the processor to foresee them.
@@ -131,7 +132,7 @@ EF_HD void correlate_tile(const CorrelateJob<A>& job, int row, int64_t column, i
 }
 
 template <int kTaps, int kStep, int kRows, typename V, typename A>
-EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t lane) {
+EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t j, int64_t last, int64_t lane) {
   constexpr int kColumns = 4;
   V sum[kRows][kTaps];
 #pragma GCC unroll 16
@@ -139,10 +140,9 @@ EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t lane) {
 #pragma GCC unroll 16
     for (int t = 0; t < kTaps; ++t) sum[r][t] = load<V>(job.sums[row + r] + t * job.lanes + lane);
   }
-  int64_t j = 0;
-  while (j < job.columns) {
+  while (j < last) {
     const int64_t start = j * kStep + job.offset;
-    if (start >= 0 && j + kColumns <= job.columns && start + (kColumns - 1) * kStep + kTaps <= job.in_columns) {
+    if (start >= 0 && j + kColumns <= last && start + (kColumns - 1) * kStep + kTaps <= job.in_columns) {
       correlate_tile<kTaps, kStep, kRows, kColumns, false, V>(job, row, j, lane, sum);
       j += kColumns;
     } else {
@@ -160,16 +160,20 @@ template <int kTaps, int kStep, typename A>
 EF_CPU_CLONES void correlate_line(const CorrelateJob<A>& job) {
   using V = typename VectorOf<A>::type;
   constexpr int kRows = kTaps == 3 ? 3 : 2;  // as many as have their sums in registers
-  for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
-    for (int i = 0; i < kStep; ++i) job.ahead_in[i].template ask<false>(lane * job.columns, kLanes<V, A> * job.columns);
-    job.ahead_grad.template ask<false>(lane * job.columns, kLanes<V, A> * job.columns);
-    int row = 0;
-    for (; row + kRows <= job.rows; row += kRows) correlate_rows<kTaps, kStep, kRows, V>(job, row, lane);
-    for (; row < job.rows; ++row) correlate_rows<kTaps, kStep, 1, V>(job, row, lane);
-    if (job.bias_sums) {
-      V sum = load<V>(job.bias_sums + lane);
-      for (int64_t j = 0; j < job.columns; ++j) sum += load<V>(job.grad + j * job.grad_step + lane);
-      store<V>(job.bias_sums + lane, sum);
+  for (int64_t first = 0; first < job.columns; first += kCorrelateColumns) {
+    const int64_t last = std::min(job.columns, first + kCorrelateColumns), width = last - first;
+    for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
+      const int64_t share = first * job.lanes + lane * width, count = width * kLanes<V, A>;
+      for (int i = 0; i < kStep; ++i) job.ahead_in[i].template ask<false>(share, count);
+      job.ahead_grad.template ask<false>(share, count);
+      int row = 0;
+      for (; row + kRows <= job.rows; row += kRows) correlate_rows<kTaps, kStep, kRows, V>(job, row, first, last, lane);
+      for (; row < job.rows; ++row) correlate_rows<kTaps, kStep, 1, V>(job, row, first, last, lane);
+      if (job.bias_sums) {
+        V sum = load<V>(job.bias_sums + lane);
+        for (int64_t j = first; j < last; ++j) sum += load<V>(job.grad + j * job.grad_step + lane);
+        store<V>(job.bias_sums + lane, sum);
+      }
     }
   }
 }
