@@ -23,10 +23,8 @@ struct Moments {
     A *pivot = scratch<A>(0, 3 * width), *sum = pivot + width, *squares = sum + width;
     const scalar_t* first = x + segment.offset;
     const int64_t pixel = s.inner == 1 ? s.c : 1, last = segment.count - pixel, middle = last / 2 / pixel * pixel;
-    for_each_lane(width, s, 0, [&](int64_t lane, int64_t c) {
-      c = s.inner == 1 ? c : 0;
-      pivot[lane] = median(A(first[c]), A(first[middle + c]), A(first[last + c]));
-    });
+    medians(first, first + middle, first + last, pixel, pivot);
+    for (int64_t lane = pixel; lane < width; ++lane) pivot[lane] = pivot[lane - pixel];
     std::fill_n(sum, 2 * width, A(0));
     add_moments(first, segment.count, width, pivot, sum, squares);
     A* out = partials + segment.index * 3 * s.c;
@@ -49,11 +47,9 @@ struct Forward {
   void prepare(int64_t channel) {
     const int64_t width = segments.width;
     lanes = scratch<A>(0, 3 * width);
-    for_each_lane(width, s, channel, [&](int64_t lane, int64_t c) {
+    fill_lanes(lanes, width, s, channel, [&](int64_t c) {
       const Channel<A> constants = norm.channel(c);
-      lanes[lane] = constants.mean;
-      lanes[width + lane] = constants.scale;
-      lanes[2 * width + lane] = constants.bias;
+      return std::array{constants.mean, constants.scale, constants.bias};
     });
   }
   void run(const Segment& segment) const {
@@ -104,10 +100,9 @@ struct InputGradient {
     const int64_t width = segments.width;
     constants.prepare(channel);
     lanes = scratch<A>(1, 2 * width);
-    for_each_lane(width, s, channel, [&](int64_t lane, int64_t c) {
+    fill_lanes(lanes, width, s, channel, [&](int64_t c) {
       const GradChannel<A> of_channel = norm.grad_channel(sums, factor, s.c, c);
-      lanes[lane] = of_channel.shift;
-      lanes[width + lane] = of_channel.slope;
+      return std::array{of_channel.shift, of_channel.slope};
     });
   }
   void run(const Segment& segment) const {

@@ -4,6 +4,7 @@
 // times. So one set of loops serves both layouts and any number of channels.
 #pragma once
 #include <algorithm>
+#include <array>
 
 #include "../common/scratch.h"
 #include "batch_norm_act.h"
@@ -41,6 +42,12 @@ struct Segments {
     return s.inner == 1 ? of_pixels(s, i).count / s.c : of_plane(s, 0, 0, i % per_plane).count;
   }
 };
+
+template <typename scalar_t>
+EF_CPU_CLONES void medians(const scalar_t* a, const scalar_t* b, const scalar_t* c, int64_t count, acc_t<scalar_t>* __restrict out) {
+  using A = acc_t<scalar_t>;
+  for (int64_t j = 0; j < count; ++j) out[j] = median(A(a[j]), A(b[j]), A(c[j]));
+}
 
 template <typename scalar_t>
 EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict pivot,
@@ -127,14 +134,22 @@ void fold(const A* lanes, int64_t width, const Shape& s, int64_t channel, A* out
   out[channel] = total;
 }
 
-// Calls f(lane, channel) for the lanes of a segment that starts with `channel`.
-template <class F>
-void for_each_lane(int64_t width, const Shape& s, int64_t channel, const F& f) {
-  if (s.inner == 1) {
-    for (int64_t i = 0; i < width; i += s.c)
-      for (int64_t c = 0; c < s.c; ++c) f(i + c, c);
-  } else {
-    for (int64_t j = 0; j < width; ++j) f(j, channel);
+// rows[k, lane] = values(channel of the lane)[k], for the lanes of a segment that starts with `channel`.
+template <typename A, class F>
+void fill_lanes(A* rows, int64_t width, const Shape& s, int64_t channel, const F& values) {
+  if (s.inner > 1) {
+    for (const A value : values(channel)) {
+      std::fill_n(rows, width, value);
+      rows += width;
+    }
+    return;
+  }
+  for (int64_t c = 0; c < s.c; ++c) {
+    A* row = rows;
+    for (const A value : values(c)) {
+      for (int64_t lane = c; lane < width; lane += s.c) row[lane] = value;
+      row += width;
+    }
   }
 }
 }  // namespace ef::batch_norm_act

@@ -5,10 +5,10 @@
 namespace ef {
 enum class Activation : int { kNone = 0, kSilu = 1, kRelu = 2, kRelu6 = 3 };
 
-// Comparisons are written so that NaN passes through, as in PyTorch.
+// NaN passes through, as in PyTorch: by how comparisons are written, and in SiLU as a factor.
 template <Activation kActivation, typename T>
 EF_HD T activate(T x) {
-  if constexpr (kActivation == Activation::kSilu) return x * sigmoid(x);
+  if constexpr (kActivation == Activation::kSilu) return quotient_of(x, T(1) + exp_of_number(-x));
   if constexpr (kActivation == Activation::kRelu) return x < T(0) ? T(0) : x;
   if constexpr (kActivation == Activation::kRelu6) return x < T(0) ? T(0) : (x > T(6) ? T(6) : x);
   return x;
@@ -17,7 +17,7 @@ EF_HD T activate(T x) {
 template <Activation kActivation, typename T>
 EF_HD T activate_grad(T x) {
   if constexpr (kActivation == Activation::kSilu) {
-    const T s = sigmoid(x);
+    const T s = quotient_of(T(1), T(1) + exp_of_number(-x));
     return s * (T(1) + x * (T(1) - s));
   }
   if constexpr (kActivation == Activation::kRelu) return x <= T(0) ? T(0) : T(1);

@@ -10,6 +10,7 @@ namespace ef {
 #if defined(__CUDA_ARCH__)
 EF_HD float fma_of(float a, float b, float c) { return fmaf(a, b, c); }
 EF_HD float exp_of(float x) { return expf(x); }
+EF_HD float exp_of_number(float x) { return expf(x); }
 EF_HD float quotient_of(float a, float b) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(b));
@@ -24,22 +25,34 @@ EF_HD float sqrt_of(float x) {
 EF_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 EF_HD float quotient_of(float a, float b) { return a / b; }
 EF_HD float sqrt_of(float x) { return sqrtf(x); }
-// exp by range reduction and a degree-6 polynomial, relative error 2e-7; the argument is clamped to [-87, 88].
-EF_HD float exp_of(float x) {
-  x = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
-  const float k = __builtin_nearbyintf(x * 1.44269504f);
-  const float r = __builtin_fmaf(k, 2.12194440e-4f, __builtin_fmaf(k, -0.693359375f, x));
-  float p = 1.9875691500e-4f;
-  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
-  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
-  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
-  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
-  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
-  p = __builtin_fmaf(p, r * r, r) + 1.f;
-  const uint32_t bits = (static_cast<uint32_t>(static_cast<int32_t>(k)) + 127u) << 23;
+// exp of a number: by range reduction and a polynomial of degree 6, relative error 2e-7; the argument is clamped to [-87, 88], in which
+// its bits are compared as integers (a negative float is a large unsigned one). Comparing floats with constants makes GCC fold what
+// follows into three selects; a sum in powers of r^2 has the shortest chain of dependent operations.
+EF_HD float exp_of_number(float x) {
+  int32_t signed_bits;
+  std::memcpy(&signed_bits, &x, sizeof(x));
+  constexpr int32_t kHighest = 0x42b00000;
+  constexpr uint32_t kLowest = 0xc2ae0000u;
+  const uint32_t below = static_cast<uint32_t>(signed_bits < kHighest ? signed_bits : kHighest);
+  const uint32_t bits = below < kLowest ? below : kLowest;
+  std::memcpy(&x, &bits, sizeof(x));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it, with the bias of the exponent, in the low bits.
+  constexpr float kRound = 12582912.f + 127.f;
+  const float shifted = __builtin_fmaf(x, 1.44269504f, kRound), k = shifted - kRound;
+  const float r = __builtin_fmaf(k, 2.12194440e-4f, __builtin_fmaf(k, -0.693359375f, x)), r2 = r * r;
+  const float low = __builtin_fmaf(1.6666520063e-1f, r, 4.9999993409e-1f);
+  const float high = __builtin_fmaf(1.3814455727e-3f, r2, __builtin_fmaf(8.3687858016e-3f, r, 4.1668394738e-2f));
+  const float p = __builtin_fmaf(__builtin_fmaf(high, r2, low), r2, 1.f + r);
+  uint32_t exponent;
+  std::memcpy(&exponent, &shifted, sizeof(exponent));
+  exponent <<= 23;
   float scale;
-  std::memcpy(&scale, &bits, sizeof(scale));
+  std::memcpy(&scale, &exponent, sizeof(scale));
   return p * scale;
+}
+EF_HD float exp_of(float x) {
+  const float e = exp_of_number(x);
+  return x != x ? x : e;
 }
 #endif
 
@@ -56,6 +69,7 @@ EF_HD float log1p_of(float u) {
   return 2.f * fma_of(p * z2, z, z);
 }
 EF_HD double exp_of(double x) { return ::exp(x); }
+EF_HD double exp_of_number(double x) { return ::exp(x); }
 EF_HD double log1p_of(double u) { return ::log1p(u); }
 EF_HD float log_of(float x) { return logf(x); }
 EF_HD double log_of(double x) { return ::log(x); }
