@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "huge_pages.h"
 #include "platform.h"
 
 #if defined(EF_EMULATE_CUDA)
@@ -22,13 +23,19 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A tensor just allocated.
+inline Tensor in_huge_pages(Tensor fresh) {
+  if (fresh.is_cpu()) prefer_huge_pages(fresh.mutable_data_ptr(), fresh.numel() * int64_t(fresh.element_size()));
+  return fresh;
+}
+
 // Uninitialised tensor on the device of `like`.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
                        MemoryFormat format = MemoryFormat::Contiguous) {
 #if defined(EF_EMULATE_CUDA)
   return emulation::guarded_empty(sizes, emulation::dense_strides(sizes, format == MemoryFormat::ChannelsLast), dtype, like.device());
 #else
-  return torch::stable::empty(sizes, dtype, torch::headeronly::Layout::Strided, like.device(), false, format);
+  return in_huge_pages(torch::stable::empty(sizes, dtype, torch::headeronly::Layout::Strided, like.device(), false, format));
 #endif
 }
 
@@ -38,7 +45,7 @@ inline Tensor allocate_like(const Tensor& like) {
   const auto sizes = like.sizes(), strides = like.strides();
   return emulation::guarded_empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, like.scalar_type(), like.device());
 #else
-  return torch::stable::empty_like(like);
+  return in_huge_pages(torch::stable::empty_like(like));
 #endif
 }
 

@@ -1,0 +1,36 @@
+"""Large outputs on the CPU ask for huge pages: the first write to each small one is a trap into the kernel."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from effdet_fast.ops import batch_norm_act
+from effdet_fast.ops._library import is_native
+
+SMAPS = Path("/proc/self/smaps")
+
+
+def flags_of(x: torch.Tensor) -> list[str]:
+    """The kernel's flags of the mapping that holds the first element."""
+    inside = False
+    for line in SMAPS.read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key and not key.endswith(":"):
+            begin, end = (int(address, 16) for address in key.split("-"))
+            inside = begin <= x.data_ptr() + 4096 < end
+        elif inside and key == "VmFlags:":
+            return values
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
+def test_only_large_outputs_ask_for_huge_pages():
+    large, small = (torch.zeros(1, 1, 1, mebibytes << 18) for mebibytes in (33, 30))
+    if not is_native(large):
+        pytest.skip("there is no extension")
+    mean, var = torch.zeros(1), torch.ones(1)
+    y = batch_norm_act(large, mean, var, activation="relu")
+    assert "hg" in flags_of(y) and not y.any()
+    assert "hg" not in flags_of(batch_norm_act(small, mean, var, activation="relu"))
