@@ -49,6 +49,11 @@ EF_CPU_CLONES void medians(const scalar_t* a, const scalar_t* b, const scalar_t*
   for (int64_t j = 0; j < count; ++j) out[j] = median(A(a[j]), A(b[j]), A(c[j]));
 }
 
+// An exponential is a long chain of dependent operations: two vectors' chains side by side keep the units busy.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("schedule-insns", "unroll-loops")
+#endif
 template <typename scalar_t>
 EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict pivot,
                                acc_t<scalar_t>* __restrict sum, acc_t<scalar_t>* __restrict squares) {
@@ -118,6 +123,10 @@ EF_CPU_CLONES void input_gradients(const scalar_t* grad, const scalar_t* __restr
     }
   }
 }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 
 // The sums of a channel's lanes, to [c] or, for a plane, to its one channel.
 template <typename A>
