@@ -7,6 +7,7 @@
 
 #include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "fusion_pool.h"
 #include "fusion_rows.h"
 
 namespace ef::fusion {
@@ -28,7 +29,13 @@ class Walker {
     }
   }
   const NormalizedWeights<A>& weights() const { return weights_; }
-  const Columns& columns(int i) const { return columns_[i]; }
+
+  // Adds the gradients of `m` output columns from x on to those of the nearest input i they are read from.
+  template <typename T>
+  void add_to_parents(int i, const T* children, int64_t x, int64_t m, A* parents) const {
+    if (doubled(i)) return add_pairs_to_parents(children, m / 2, parents + x / 2);
+    fusion::add_to_parents(children, columns_[i].data() + x, m, p_.c, parents);
+  }
 
   // Calls f(first row, first column, rows, columns) for segments that cover the output rows [begin, end).
   template <class F>
@@ -45,8 +52,9 @@ class Walker {
 
   // Buffers of one thread.
   struct Buffers {
-    std::vector<A> inputs[kMaxInputs], sum, grad, taps;
-    explicit Buffers(const Walker& walker) : sum(walker.segment_size()), grad(walker.segment_size()), taps(walker.segment_size()) {
+    std::vector<A> inputs[kMaxInputs], grad, taps, lines;
+    explicit Buffers(const Walker& walker)
+        : grad(walker.segment_size()), taps(walker.segment_size()), lines(walker.p_.c == 1 ? 3 * (2 * kSegment + 1) : 0) {
       for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
     }
   };
@@ -65,31 +73,33 @@ class Walker {
       const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
       const scalar_t* source = in.x + image * in.h * in.w * p_.c;
       if (in.resample == Resample::kNearest) {
-        nearest_row(source + nearest_source(y, in.h, p_.h) * in.w * p_.c, columns_[i].data() + x, columns, p_.c, out + r * m);
+        source += nearest_source(y, in.h, p_.h) * in.w * p_.c;
+        doubled(i) ? doubled_row(source + x / 2, m / 2, out + r * m)
+                   : nearest_row(source, columns_[i].data() + x, columns, p_.c, out + r * m);
       } else if (taps) {
-        pool_row<true>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, buffers.taps.data() + r * m);
+        pool_row<true>(source, in.h, in.w, p_.c, y, x, columns, buffers.lines.data(), out + r * m, buffers.taps.data() + r * m);
       } else {
-        pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, out + r * m, static_cast<A*>(nullptr));
+        pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, buffers.lines.data(), out + r * m, static_cast<A*>(nullptr));
       }
     }
     if (taps) convert(buffers.taps.data(), rows * m, taps + at);
     return out;
   }
 
-  // The sum before the activation, in buffers.sum.
-  void sum(const A* const* rows, int64_t m, Buffers& buffers) const {
-    switch (p_.count) {
-      case 2:
-        return weighted_sum<2>(rows, weights_.v, m, buffers.sum.data());
-      case 3:
-        return weighted_sum<3>(rows, weights_.v, m, buffers.sum.data());
-      default:
-        return weighted_sum<4>(rows, weights_.v, m, buffers.sum.data());
-    }
+  // Calls f.template operator()<activation, number of inputs>().
+  template <class F>
+  void dispatch(const F& f) const {
+    dispatch_activation(int64_t(p_.activation), [&]<Activation kActivation>() {
+      p_.count == 2   ? f.template operator()<kActivation, 2>()
+      : p_.count == 3 ? f.template operator()<kActivation, 3>()
+                      : f.template operator()<kActivation, 4>();
+    });
   }
 
  private:
   int64_t segment_size() const { return std::max(kSegment, p_.c); }
+  // Whether each column of a nearest input of one channel is read by two; segments then start at the first of two.
+  bool doubled(int i) const { return p_.c == 1 && p_.w == 2 * p_.inputs[i].w; }
 
   const Problem<scalar_t>& p_;
   const NormalizedWeights<A> weights_;
@@ -123,44 +133,40 @@ void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, c
   if (owner >= 0) cell_sums.assign((end - begin) * cells.w * p.c, A(0));
   const bool reads_inputs = work.grad_weights || p.activation != Activation::kNone;
 
-  walker.for_each_segment(first_output_row(p, cells, begin), first_output_row(p, cells, end),
-                          [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
-                            const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
-                            const A* inputs[kMaxInputs] = {};
-                            for (int i = 0; i < p.count; ++i)
-                              if (reads_inputs || work.taps[i])
-                                inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, work.taps[i]);
-                            A* grad = buffers.grad.data();
-                            if (p.activation == Activation::kNone) {
-                              convert(work.grad + at, m, grad);
-                            } else {
-                              walker.sum(inputs, m, buffers);
-                              dispatch_activation(int64_t(p.activation), [&]<Activation kActivation>() {
-                                activate_grad_row<kActivation>(buffers.sum.data(), work.grad + at, m, grad);
-                              });
-                            }
-                            if (work.grad_sum) convert(grad, m, work.grad_sum + at);
-                            for (int i = 0; i < p.count; ++i) {
-                              if (dots) dots[i] += dot(grad, inputs[i], m);
-                              if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone)
-                                scale(grad, weights[i], m, work.grad_inputs[i] + at);
-                            }
-                            for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
-                              const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
-                              const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
-                              add_to_parents(grad + r * columns * p.c, walker.columns(owner).data() + x, columns, p.c,
-                                             cell_sums.data() + cell_row * cells.w * p.c);
-                            }
-                          });
+  walker.for_each_segment(
+      first_output_row(p, cells, begin), first_output_row(p, cells, end), [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
+        const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
+        Rows<A> inputs{};
+        for (int i = 0; i < p.count; ++i)
+          if (reads_inputs || work.taps[i]) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers, work.taps[i]);
+        A* grad = buffers.grad.data();
+        if (p.activation == Activation::kNone) {
+          convert(work.grad + at, m, grad);
+        } else {
+          walker.dispatch([&]<Activation kActivation, int kCount>() {
+            unfuse<kActivation, kCount>(inputs, walker.weights(), work.grad + at, m, grad);
+          });
+        }
+        if (work.grad_sum) convert(grad, m, work.grad_sum + at);
+        for (int i = 0; i < p.count; ++i) {
+          if (dots) dots[i] += dot(grad, inputs.of[i], m);
+          if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone) scale(grad, weights[i], m, work.grad_inputs[i] + at);
+        }
+        for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
+          const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
+          const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
+          walker.add_to_parents(owner, grad + r * columns * p.c, x, columns, cell_sums.data() + cell_row * cells.w * p.c);
+        }
+      });
   for (int i = 0; i < p.count; ++i)
     if (work.grad_inputs[i] && cells.own(p.inputs[i]))
       scale(cell_sums.data(), weights[i], int64_t(cell_sums.size()), work.grad_inputs[i] + begin * cells.w * p.c);
 }
 
-// Second pass for a nearest input that is not of the cells' size.
+// Second pass for the nearest input i, which is not of the cells' size.
 template <typename scalar_t>
-void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Input<scalar_t>& in, const Columns& columns,
-                      acc_t<scalar_t> weight, scalar_t* grad_input) {
+void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Walker<scalar_t>& walker, int i, scalar_t* grad_input) {
+  const Input<scalar_t>& in = p.inputs[i];
   const int64_t size = in.w * p.c;
   parallel_for(p.n * in.h, std::max<int64_t>(1, kUnit / (size + 1)), [&](int64_t begin, int64_t end) {
     std::vector<acc_t<scalar_t>> sums(size);
@@ -168,8 +174,8 @@ void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, cons
       std::fill(sums.begin(), sums.end(), 0);
       const int64_t first = row / in.h * p.h, y = row % in.h;
       for (int64_t child = first + first_child(y, in.h, p.h); child < first + first_child(y + 1, in.h, p.h); ++child)
-        add_to_parents(grad_sum + child * p.w * p.c, columns.data(), p.w, p.c, sums.data());
-      scale(sums.data(), weight, size, grad_input + row * size);
+        walker.add_to_parents(i, grad_sum + child * p.w * p.c, 0, p.w, sums.data());
+      scale(sums.data(), walker.weights().v[i], size, grad_input + row * size);
     }
   });
 }
@@ -177,18 +183,27 @@ void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, cons
 template <typename scalar_t>
 void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Input<scalar_t>& in, const uint8_t* taps,
                        acc_t<scalar_t> weight, scalar_t* grad_input) {
-  const int64_t m = p.w * p.c, size = in.w * p.c;
+  const int64_t size = in.w * p.c;
   parallel_for(p.n * in.h, std::max<int64_t>(1, kUnit / (size + 1)), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t<scalar_t>> even(m + p.c), odd(m);
+    std::vector<acc_t<scalar_t>> sums(p.c == 1 ? 2 * p.w + 1 : 0);
+    acc_t<scalar_t>*even = sums.data(), *odd = even + p.w + 1;
     for (int64_t row = begin; row < end; ++row) {
-      std::fill(even.begin(), even.end(), 0);
-      std::fill(odd.begin(), odd.end(), 0);
-      const int64_t t = row % in.h + pool_before(in.h);  // counted from the first tap of window 0
-      for (int64_t window = std::max<int64_t>(0, (t - 1) / 2); window <= std::min(t / 2, p.h - 1); ++window) {
-        const int64_t at = (row / in.h * p.h + window) * m;
-        unpool_row(grad_sum + at, taps + at, int(t - 2 * window), m, p.c, even.data(), odd.data());
+      const Memberships rows(row % in.h + pool_before(in.h));
+      const scalar_t* grads[2];
+      const uint8_t* row_taps[2];
+      for (int i = 0; i < rows.count; ++i) {
+        const int64_t at = (row / in.h * p.h + rows.windows[i]) * p.w * p.c;
+        grads[i] = grad_sum + at;
+        row_taps[i] = taps + at;
       }
-      interleave(even.data(), odd.data(), weight, in.w, p.c, grad_input + row * size);
+      if (p.c > 1) {
+        const auto unpool = rows.count == 1 ? unpool_row<1, scalar_t> : unpool_row<2, scalar_t>;
+        unpool(grads, row_taps, rows.taps, in.w, p.w, p.c, weight, grad_input + row * size);
+        continue;
+      }
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int i = 0; i < rows.count; ++i) unpool_line(grads[i], row_taps[i], int(rows.taps[i]), p.w, even, odd);
+      interleave(even, odd, weight, in.w, grad_input + row * size);
     }
   });
 }
@@ -205,12 +220,11 @@ void launch_forward(Cpu, const Problem<scalar_t>& p, scalar_t* out) {
   parallel_for(p.n * p.h, std::max<int64_t>(1, kUnit / (p.w * p.c)), [&](int64_t begin, int64_t end) {
     typename Walker<scalar_t>::Buffers buffers(walker);
     walker.for_each_segment(begin, end, [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
-      const acc_t<scalar_t>* inputs[kMaxInputs] = {};
-      for (int i = 0; i < p.count; ++i) inputs[i] = walker.resampled(i, row, x, rows, columns, buffers, nullptr);
-      const int64_t m = rows * columns * p.c;
-      walker.sum(inputs, m, buffers);
-      dispatch_activation(int64_t(p.activation),
-                          [&]<Activation kActivation>() { activate_row<kActivation>(buffers.sum.data(), m, out + (row * p.w + x) * p.c); });
+      Rows<acc_t<scalar_t>> inputs{};
+      for (int i = 0; i < p.count; ++i) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers, nullptr);
+      walker.dispatch([&]<Activation kActivation, int kCount>() {
+        fuse<kActivation, kCount>(inputs, walker.weights(), rows * columns * p.c, out + (row * p.w + x) * p.c);
+      });
     });
   });
 }
@@ -232,7 +246,7 @@ void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scal
   for (int i = 0; i < p.count; ++i) {
     const Input<scalar_t>& in = p.inputs[i];
     if (!work.grad_inputs[i] || cells.own(in)) continue;
-    if (in.resample == Resample::kNearest) backward_nearest(p, grad_sum, in, walker.columns(i), walker.weights().v[i], work.grad_inputs[i]);
+    if (in.resample == Resample::kNearest) backward_nearest(p, grad_sum, walker, i, work.grad_inputs[i]);
     if (in.resample == Resample::kMaxPool) backward_max_pool(p, grad_sum, in, work.taps[i], walker.weights().v[i], work.grad_inputs[i]);
   }
   if (!work.grad_weights) return;

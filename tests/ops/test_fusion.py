@@ -109,6 +109,13 @@ def test_against_float64(backend, case, dtype, channels, channels_last):
         (2, 3, [(64, 1), (1, 1)], (N, M)),
         (1, 2, [(1, 2500), (1, 7)], (N, M)),
         (1, 1100, [(2, 3), (4, 5)], (N, P)),  # more channels than a segment
+        (
+            1,
+            1,
+            [(2, 2602), (1, 1301), (3, 5203)],
+            (N, M, P),
+        ),  # several pieces of a row, in pairs, from outside on the left
+        (1, 1, [(2, 1300), (3, 2600)], (N, P)),
     ],
 )
 def test_long_rows(native_backend, batch, channels, sizes, resample, channels_last, activation):
@@ -149,7 +156,7 @@ def test_max_pool_is_the_peers(backend, kind, channels_last):
     from timm.layers import create_pool2d
 
     pool = create_pool2d("max", 3, 2, padding="same")
-    for h, w in itertools.product([1, 2, 3, 6, 7], [1, 2, 5, 8]):
+    for h, w in itertools.product([1, 2, 3, 6, 7], [1, 2, 5, 8, 39, 70]):
         x = torch.randn(2, 8, h, w)
         if kind == "ties":
             x = torch.randint(0, 2, x.shape).float()
@@ -172,6 +179,23 @@ def test_max_pool_of_minus_infinity(backend):
     out, grad_x, _ = with_gradients(weighted_fusion, [x, zeros], None, grad, method="sum", resample=(P, N))
     assert torch.equal(out, torch.full_like(out, -float("inf")))
     assert grad_x.flatten().tolist() == [1, 1, 0, 1, 1, 0, 0, 0, 0]  # the first pixel of each window that is inside
+
+
+def test_silu_is_right_to_the_last_digits_over_its_range(backend):
+    x = torch.cat([torch.linspace(-87, 87, 20011), torch.tensor([-0.0, 1e-30, 1e30, float("inf"), float("nan")])])
+    inputs = [v.view(1, 1, 1, -1).to(backend.device) for v in (x, torch.zeros_like(x))]
+    out, grad_x, _ = with_gradients(weighted_fusion, inputs, None, inputs[1] + 1, method="sum", activation="silu")
+    s = torch.sigmoid(x.double())
+    finite = x.isfinite()
+    for mine, true in ((out, x * s), (grad_x, s * (1 + x * (1 - s)))):
+        mine = mine.flatten().cpu().double()
+        # The gradient crosses zero at -1.28: there it is accurate to the size of its terms.
+        error = (mine - true).abs() / true.abs().clamp(min=0.1 * s)
+        assert error[finite].max() < 4e-6
+        assert mine[-1].isnan()
+    assert out.flatten()[-2] == float("inf")
+    beyond = torch.full((1, 1, 1, 9), -1000.0, device=backend.device)
+    assert weighted_fusion([beyond, beyond], method="sum", activation="silu").abs().max() < 1e-30
 
 
 @pytest.mark.parametrize("weight_method,method", [("fastattn", "fast"), ("attn", "softmax"), ("sum", "sum")])
