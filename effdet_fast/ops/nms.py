@@ -121,7 +121,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if not _library.is_native(boxes):
         return nms_reference(boxes, scores, iou_threshold)
     order = scores.argsort(descending=True, stable=True)
-    return order[_nms(boxes[order][None].contiguous(), None, float(iou_threshold), len(order))[0]]
+    keep = _nms(boxes.index_select(0, order).unsqueeze(0), None, float(iou_threshold), order.shape[0])
+    return order.masked_select(keep.squeeze(0))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
