@@ -10,5 +10,6 @@ OPS = (
     "anchor_matching",
     "batch_norm_act",
     "decode_detections",
+    "squeeze_excite",
 )
 BENCHMARKS = (*OPS, "training_step")

@@ -31,6 +31,7 @@ def calls() -> list[Call]:
     filters, edges = leaf(16, 1, 3, 3), torch.ones(2).requires_grad_()
     samples, weight, bias = leaf(2, 8, 1, 1), leaf(8), leaf(8)
     running = torch.zeros(8), torch.ones(8)
+    squeeze = leaf(4, 16, 1, 1), leaf(4), leaf(16, 4, 1, 1), leaf(16)
     logits, labels = leaf(4, 4), torch.tensor([0, 1, -1, -2])
     boxes, scores, classes = torch.tensor([[0.0, 0, 8, 8], [4, 4, 12, 12]]), torch.rand(2), torch.zeros(2).long()
     anchors = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8]])
@@ -54,6 +55,7 @@ def calls() -> list[Call]:
             lambda: ops.batch_norm_act(samples, *running, weight, bias, True, activation="silu"),
             (samples, weight, bias),
         ),
+        Call("squeeze_excite", lambda: ops.squeeze_excite(x, *squeeze), (x, *squeeze)),
         Call("weighted_fusion", lambda: ops.weighted_fusion([x, other], edges), (x, other, edges)),
         Call("sigmoid_focal_loss", lambda: ops.sigmoid_focal_loss(logits, labels, reduction="sum"), (logits,)),
         Call("detection_loss", detection_loss, (*heads[0], *heads[1])),

@@ -105,6 +105,13 @@ def decode_detections(dtype: torch.dtype) -> None:
         ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=7, max_candidates=500)
 
 
+def squeeze_excite(dtype: torch.dtype) -> None:
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for shape in ((2, 40, 13, 17), (3, 7, 64, 64), (2, 88, 3, 3)):
+            weights = [random(s, torch.float32) for s in ((5, shape[1], 1, 1), (5,), (shape[1], 5, 1, 1), shape[1:2])]
+            ops.squeeze_excite(random(shape, dtype, memory_format), *weights).sum().backward()
+
+
 RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     focal_loss,
     detection_loss,
@@ -115,6 +122,7 @@ RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     anchor_matching,
     batch_norm_act,
     decode_detections,
+    squeeze_excite,
 )
 
 

@@ -281,6 +281,19 @@ def _check_decode_detections(device: torch.device) -> float:
         return float(not all(map(torch.equal, ours, found())))
 
 
+def _check_squeeze_excite(device: torch.device) -> float:
+    def excite(x: Tensor, *weights: Tensor) -> Tensor:
+        return ops.squeeze_excite(x, *weights)
+
+    # Several parts of an image and of a plane. Small values, as the gradients of the weights are sums over all pixels.
+    shapes = ((10, 40, 1, 1), (10,), (40, 10, 1, 1), (40,))
+    weights, x = [_random(device, *shape) for shape in shapes], 0.02 * (_random(device, 2, 40, 44, 48) + 0.5)
+    return max(
+        _difference(excite, x.contiguous(memory_format=memory_format), *weights)
+        for memory_format in (torch.contiguous_format, torch.channels_last)
+    )
+
+
 SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "sigmoid_focal_loss": _check_focal_loss,
     "detection_loss": _check_detection_loss,
@@ -291,6 +304,7 @@ SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "match_anchors": _check_anchor_matching,
     "batch_norm_act": _check_batch_norm,
     "decode_detections": _check_decode_detections,
+    "squeeze_excite": _check_squeeze_excite,
 }
 
 

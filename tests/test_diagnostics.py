@@ -22,6 +22,7 @@ def test_doctor_is_green(capsys):
         "soft_nms on cpu",
         "match_anchors on cpu",
         "decode_detections on cpu",
+        "squeeze_excite on cpu",
         "All is well.",
     ):
         assert expected in printed

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effdet_fast.models.activation import activate_
-from effdet_fast.nn import BatchNormAct2d, DepthwiseConv2d
+from effdet_fast.nn import BatchNormAct2d, DepthwiseConv2d, SqueezeExcite
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.1
@@ -111,21 +110,6 @@ class StemConv2d(nn.Conv2d):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         odd_h, odd_w = input.shape[2] % 2, input.shape[3] % 2
         return super().forward(F.pad(input, (odd_w, 1, odd_h, 1)))
-
-
-class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from the channel means."""
-
-    def __init__(self, channels: int, squeezed: int, activation: str) -> None:
-        super().__init__()
-        self.conv_reduce = nn.Conv2d(channels, squeezed, 1)
-        self.conv_expand = nn.Conv2d(squeezed, channels, 1)
-        self.activation = activation
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.conv_reduce(x.mean((2, 3), keepdim=True))
-        gate = self.conv_expand(activate_(gate, self.activation))
-        return x * gate.sigmoid()
 
 
 def add_residual(x: torch.Tensor, shortcut: torch.Tensor, drop_path: float, training: bool) -> torch.Tensor:

@@ -4,12 +4,14 @@ from effdet_fast.nn.batch_norm_act import BatchNormAct2d, synchronize_batch_norm
 from effdet_fast.nn.depthwise_conv import DepthwiseConv2d, SeparableConv2d
 from effdet_fast.nn.focal_loss import FocalLoss
 from effdet_fast.nn.fusion import WeightedFusion
+from effdet_fast.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "BatchNormAct2d",
     "DepthwiseConv2d",
     "FocalLoss",
     "SeparableConv2d",
+    "SqueezeExcite",
     "WeightedFusion",
     "synchronize_batch_norm",
 ]

@@ -29,6 +29,7 @@ from effdet_fast.ops.nms import (
     nms_reference,
 )
 from effdet_fast.ops.soft_nms import soft_nms, soft_nms_reference
+from effdet_fast.ops.squeeze_excite import squeeze_excite, squeeze_excite_reference
 
 __all__ = [
     "AnchorTargets",
@@ -59,6 +60,8 @@ __all__ = [
     "sigmoid_focal_loss_reference",
     "soft_nms",
     "soft_nms_reference",
+    "squeeze_excite",
+    "squeeze_excite_reference",
     "use_reference",
     "weighted_fusion",
     "weighted_fusion_reference",

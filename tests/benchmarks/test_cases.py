@@ -18,6 +18,7 @@ from benchmarks import (
     bench_fusion,
     bench_nms,
     bench_soft_nms,
+    bench_squeeze_excite,
     bench_training_step,
     smoke,
 )
@@ -136,6 +137,15 @@ def test_decode_detections(layout, monkeypatch):
     anchors = 9 * (256 + 64 + 16 + 4 + 1)
     assert workload.bytes == {"forward": 2 * anchors * (90 + 4) * 4}
     check(workload, torch.float32, {"eager", "effdet"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", BOTH_LAYOUTS)
+def test_squeeze_excite(layout, dtype):
+    workload = bench_squeeze_excite.excite(CPU, dtype, layout, batch=2, channels=24, size=9, squeezed=6)
+    tensor = 2 * 24 * 81 * dtype.itemsize
+    assert workload.bytes == {"forward": 3 * tensor, "backward": 4 * tensor, "both": 7 * tensor}
+    check(workload, dtype, {"eager", "torch.compile"} | ({"timm"} if dtype == torch.float32 else set()))
 
 
 def test_candidates_overlap_and_have_scores_of_their_own():

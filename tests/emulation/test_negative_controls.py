@@ -91,6 +91,20 @@ DAMAGES = [
         "missing -= sums[group]",
         "missing -= 0",
     ),
+    (
+        "squeeze_excite",
+        "squeeze_excite",
+        "squeeze_excite_kernel.cuh",
+        "line < height; ++line",
+        "line + 1 < height; ++line",
+    ),
+    (
+        "squeeze_excite",
+        "squeeze_excite",
+        "squeeze_excite_kernel.cuh",
+        "i = threadIdx.y; i < parts",
+        "i = threadIdx.y + 1; i < parts",
+    ),
 ]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from effdet_fast.models import create_model
-from effdet_fast.models.activation import activate_
 from effdet_fast.models.bifpn import bifpn_nodes, max_pool_same
 from effdet_fast.ops.anchor_matching import pairwise_iou
 from effdet_fast.ops.detection_loss import per_anchor_view
@@ -167,20 +166,6 @@ def test_bifpn_nodes_are_the_papers():
         [(3, "none"), (5, "none"), (10, "max_pool")],
         [(4, "none"), (11, "max_pool")],
     ]
-
-
-def test_unknown_activation():
-    with pytest.raises(ValueError, match="activation must be one of .*, got 'gelu'"):
-        activate_(torch.zeros(1), "gelu")
-
-
-@pytest.mark.parametrize("name", ["silu", "relu", "relu6"])
-def test_activation_gradients(name):
-    x = torch.randn(64, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: activate_(x * 5.0, name), x)
-    with torch.no_grad():
-        values = x.detach().clone()
-        assert activate_(values, name) is values
 
 
 def test_repeats_are_bitwise_equal():

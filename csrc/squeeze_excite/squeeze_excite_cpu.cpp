@@ -1,0 +1,210 @@
+// A row is cut into parts of a fixed size, the unit of work. The loops over a part run over `width` lanes at a time, each lane with the
+// sum, or the gate, of its channel beside it: as many pixels as fill the vectors. So one set of loops serves both layouts and any
+// number of channels. The scaling goes backwards, as the last parts of what was summed are still in the cache.
+#include <algorithm>
+
+#include "../common/dtypes.h"
+#include "../common/parallel.h"
+#include "../common/scratch.h"
+#include "squeeze_excite.h"
+
+namespace ef::squeeze_excite {
+namespace {
+constexpr int64_t kPart = 1 << 15;
+constexpr int64_t kLanes = 64;
+
+struct Parts {
+  int64_t width, size, count;  // lanes; elements of a part; parts of a row
+  explicit Parts(const Shape& s) {
+    int64_t pixels = 1;  // that fill whole vectors
+    while (pixels * s.channels < 4 * kLanes && (pixels * s.channels < kLanes || pixels * s.channels % 16)) ++pixels;
+    width = std::min(pixels, s.pixels) * s.channels;
+    size = width * std::max<int64_t>(1, kPart / width);
+    count = ceil_div(s.row(), size);
+  }
+  int64_t grain(const Shape& s) const { return std::max<int64_t>(1, kPart / std::min(size, s.row())); }
+  int64_t offset(const Shape& s, int64_t i) const { return i / count * s.row() + i % count * size; }
+  int64_t elements(const Shape& s, int64_t i) const { return std::min(size, s.row() - i % count * size); }
+};
+
+// Calls f(begin, end) for all parts of all rows.
+template <class F>
+void for_all_parts(const Shape& s, const Parts& parts, const F& f) {
+  parallel_for(s.rows * parts.count, parts.grain(s), f);
+}
+
+template <bool kProducts, typename scalar_t>
+EF_CPU_CLONES void add(const scalar_t* __restrict x, const scalar_t* __restrict grad, int64_t count, int64_t width,
+                       acc_t<scalar_t>* __restrict sum) {
+  using A = acc_t<scalar_t>;
+  int64_t i = 0;
+  for (; i + 4 * width <= count; i += 4 * width) {
+    const scalar_t* __restrict row = x + i, * __restrict factor = grad + (kProducts ? i : 0);
+#pragma omp simd
+    for (int64_t j = 0; j < width; ++j) {
+      A a = A(row[j]), b = A(row[width + j]), c = A(row[2 * width + j]), d = A(row[3 * width + j]);
+      if constexpr (kProducts) {
+        a *= A(factor[j]);
+        b *= A(factor[width + j]);
+        c *= A(factor[2 * width + j]);
+        d *= A(factor[3 * width + j]);
+      }
+      sum[j] += (a + b) + (c + d);
+    }
+  }
+  for (; i < count; i += width) {
+    const int64_t lanes = std::min(width, count - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      A value = A(x[i + j]);
+      if constexpr (kProducts) value *= A(grad[i + j]);
+      sum[j] += value;
+    }
+  }
+}
+
+// The sums of the channels' lanes.
+template <typename A>
+EF_CPU_CLONES void fold(const A* __restrict lanes, int64_t width, int64_t channels, A* __restrict out) {
+  if (channels == 1) {
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < width; ++j) total += lanes[j];
+    out[0] = total;
+    return;
+  }
+  std::copy_n(lanes, channels, out);
+  for (int64_t i = channels; i < width; i += channels)
+    for (int64_t c = 0; c < channels; ++c) out[c] += lanes[i + c];
+}
+
+// To every lane the value of its channel.
+template <typename A>
+void repeat(const A* values, int64_t channels, int64_t width, A* lanes) {
+  for (int64_t j = 0; j < width; j += channels) std::copy_n(values, channels, lanes + j);
+}
+
+template <typename A>
+EF_CPU_CLONES void add_parts(const A* __restrict partials, int64_t parts, int64_t channels, A* __restrict sums) {
+  for (int64_t first = 0; first < channels; first += kLanes) {
+    const int64_t lanes = std::min(kLanes, channels - first);
+    double totals[kLanes];
+    std::fill_n(totals, lanes, 0.0);
+    for (int64_t i = 0; i < parts; ++i)
+      for (int64_t j = 0; j < lanes; ++j) totals[j] += partials[i * channels + first + j];
+    for (int64_t j = 0; j < lanes; ++j) sums[first + j] = A(totals[j]);
+  }
+}
+
+// From the sums to the means, or to the gradients of the gates.
+template <typename A>
+EF_CPU_CLONES void finish(A* __restrict sums, const A* __restrict gate, int64_t count, A factor) {
+  if (gate) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) sums[i] = grad_gate(sums[i], gate[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) sums[i] *= factor;
+  }
+}
+
+template <typename A>
+EF_CPU_CLONES void prepare(const A* __restrict gate, const A* __restrict grad_mean, int64_t count, A factor, A* __restrict scale,
+                           A* __restrict shift) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) scale[i] = sigmoid(gate[i]);
+  if (!grad_mean) return;
+  for (int64_t i = 0; i < count; ++i) shift[i] = grad_mean[i] * factor;
+}
+
+template <bool kShift, typename scalar_t>
+EF_CPU_CLONES void scale_part(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict scale,
+                              const acc_t<scalar_t>* __restrict shift, scalar_t* __restrict y) {
+  using A = acc_t<scalar_t>;
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t lanes = std::min(width, count - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) y[i + j] = scalar_t(scaled<kShift>(A(x[i + j]), scale[j], kShift ? shift[j] : A(0)));
+  }
+}
+
+template <bool kShift, typename scalar_t>
+EF_CPU_CLONES void scale_plane(const scalar_t* __restrict x, int64_t count, acc_t<scalar_t> scale, acc_t<scalar_t> shift,
+                               scalar_t* __restrict y) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) y[i] = scalar_t(scaled<kShift>(acc_t<scalar_t>(x[i]), scale, shift));
+}
+
+template <bool kProducts, typename scalar_t>
+void reduce(const Shape& s, const Parts& parts, const Reduction<scalar_t>& in, acc_t<scalar_t>* sums) {
+  using A = acc_t<scalar_t>;
+  for_all_parts(s, parts, [&](int64_t begin, int64_t end) {
+    A* sum = scratch<A>(0, parts.width);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t offset = parts.offset(s, i);
+      std::fill_n(sum, parts.width, A(0));
+      add<kProducts>(in.x + offset, kProducts ? in.grad + offset : nullptr, parts.elements(s, i), parts.width, sum);
+      fold(sum, parts.width, s.channels, sums + i * s.channels);
+    }
+  });
+}
+
+template <bool kShift, typename scalar_t>
+void scale(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* of_rows, const acc_t<scalar_t>* shift_of_rows, scalar_t* y) {
+  using A = acc_t<scalar_t>;
+  const Parts parts(s);
+  for_all_parts(s, parts, [&](int64_t begin, int64_t end) {
+    const bool alone = parts.width == s.channels;  // lanes need not be repeated
+    A* lanes = scratch<A>(1, 2 * parts.width);
+    int64_t last_row = -1;
+    const auto run = [&](int64_t i) {
+      const int64_t row = i / parts.count, first = row * s.channels, offset = parts.offset(s, i), count = parts.elements(s, i);
+      if (s.channels == 1) {
+        return scale_plane<kShift>(x + offset, count, of_rows[row], kShift ? shift_of_rows[row] : A(0), y + offset);
+      }
+      if (!alone && row != last_row) {
+        repeat(of_rows + first, s.channels, parts.width, lanes);
+        if (kShift) repeat(shift_of_rows + first, s.channels, parts.width, lanes + parts.width);
+        last_row = row;
+      }
+      const A* scale = alone ? of_rows + first : lanes;
+      const A* shift = !kShift ? nullptr : alone ? shift_of_rows + first : lanes + parts.width;
+      scale_part<kShift>(x + offset, count, parts.width, scale, shift, y + offset);
+    };
+    // Small planes go backwards by groups: planes of a kilobyte each in descending order would lose the prefetcher.
+    for (int64_t group_end = end, group = parts.grain(s); group_end > begin; group_end -= group) {
+      for (int64_t i = std::max(begin, group_end - group); i < group_end; ++i) run(i);
+    }
+  });
+}
+}  // namespace
+
+int64_t part_count(Cpu, const Shape& s) { return Parts(s).count; }
+
+template <typename scalar_t>
+void launch_reduce(Cpu, const Shape& s, const Reduction<scalar_t>& in) {
+  using A = acc_t<scalar_t>;
+  const Parts parts(s);
+  const bool whole = parts.count == 1;  // then a part's sums are those of its row
+  A* sums = whole ? in.result : in.partials;
+  in.grad ? reduce<true>(s, parts, in, sums) : reduce<false>(s, parts, in, sums);
+  const int64_t of_row = parts.count * s.channels;
+  parallel_for(whole ? 0 : s.rows, std::max<int64_t>(1, kPart / of_row), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) add_parts(sums + row * of_row, parts.count, s.channels, in.result + row * s.channels);
+  });
+  finish(in.result, in.gate, s.gates(), A(1.0 / double(s.pixels)));
+}
+
+template <typename scalar_t>
+void launch_scale(Cpu, const Shape& s, const scalar_t* x, const acc_t<scalar_t>* gate, const acc_t<scalar_t>* grad_mean, scalar_t* y) {
+  using A = acc_t<scalar_t>;
+  A *of_rows = scratch<A>(0, 2 * s.gates()), *shift_of_rows = of_rows + s.gates();
+  prepare(gate, grad_mean, s.gates(), A(1.0 / double(s.pixels)), of_rows, shift_of_rows);
+  grad_mean ? scale<true>(s, x, of_rows, shift_of_rows, y) : scale<false>(s, x, of_rows, shift_of_rows, y);
+}
+
+#define EF_DEFINE(T)                                                      \
+  template void launch_reduce<T>(Cpu, const Shape&, const Reduction<T>&); \
+  template void launch_scale<T>(Cpu, const Shape&, const T*, const acc_t<T>*, const acc_t<T>*, T*);
+EF_FOR_EACH_FLOATING(EF_DEFINE)
+#undef EF_DEFINE
+}  // namespace ef::squeeze_excite

@@ -1,0 +1,78 @@
+#include <algorithm>
+
+#include "../common/dtypes.h"
+#include "squeeze_excite.h"
+#include "squeeze_excite_kernel.cuh"
+
+namespace ef::squeeze_excite {
+namespace {
+constexpr int64_t kPlanePart = 2048;  // 16 vectors of float a lane: enough warps for a batch of few large planes
+constexpr int64_t kImagePart = 8192;  // of the at most kBlockChannels channels of a block
+constexpr int64_t kBlockChannels = 128;
+
+struct Grid {
+  dim3 blocks;
+  Layout layout;
+};
+int64_t part_size(const Shape& s) { return s.channels == 1 ? kPlanePart : ceil_div(kImagePart, std::min(s.channels, kBlockChannels)); }
+Grid grid_for(const Shape& s, int vec) {
+  const int64_t size = part_size(s), parts = ceil_div(s.pixels, size), all = s.rows * parts;
+  if (s.channels == 1) return {dim3(unsigned(ceil_div(all, kThreads / kWarpSize))), {0, 0, size, parts}};
+  const int64_t vectors = s.channels / vec, side_by_side = ceil_div(vectors, kWarpSize), columns = ceil_div(vectors, side_by_side);
+  return {dim3(unsigned(all), unsigned(side_by_side)), {columns, kThreads / columns, size, parts}};
+}
+
+// Calls f.template operator()<kPixels, kVec>(grid) for a shape whose buffers are all aligned, or not.
+template <typename scalar_t, class F>
+void specialise(const Shape& s, bool aligned, F&& f) {
+  constexpr int kVec = kVecSize<scalar_t>;
+  const bool pixels = s.channels > 1, vectors = aligned && (pixels ? s.channels : s.pixels) % kVec == 0;
+  const Grid grid = grid_for(s, vectors ? kVec : 1);
+  if (pixels) {
+    vectors ? f.template operator()<true, kVec>(grid) : f.template operator()<true, 1>(grid);
+  } else {
+    vectors ? f.template operator()<false, kVec>(grid) : f.template operator()<false, 1>(grid);
+  }
+}
+template <bool kPixels, int kVec, bool kProducts, typename scalar_t>
+void reduce(Cuda device, const Shape& s, const Grid& grid, const Reduction<scalar_t>& in) {
+  using A = acc_t<scalar_t>;
+  const Layout& l = grid.layout;
+  const size_t bytes = kPixels ? l.height * l.columns * kVec * sizeof(A) : 0;
+  launch("squeeze_excite_reduce", squeeze_excite_reduce_kernel<kPixels, kVec, kProducts, scalar_t>, grid.blocks, kThreads, bytes, device, s,
+         l, in.x, in.grad, in.partials);
+}
+}  // namespace
+
+int64_t part_count(Cuda, const Shape& s) { return ceil_div(s.pixels, part_size(s)); }
+
+template <typename scalar_t>
+void launch_reduce(Cuda device, const Shape& s, const Reduction<scalar_t>& in) {
+  using A = acc_t<scalar_t>;
+  specialise<scalar_t>(s, is_vec_aligned(in.x, in.grad), [&]<bool kPixels, int kVec>(const Grid& grid) {
+    in.grad ? reduce<kPixels, kVec, true>(device, s, grid, in) : reduce<kPixels, kVec, false>(device, s, grid, in);
+  });
+  launch("squeeze_excite_finish", squeeze_excite_finish_kernel<A>, dim3(unsigned(ceil_div(s.gates(), kWarpSize))),
+         dim3(kWarpSize, kFinishRows), kWarpSize * kFinishRows * sizeof(double), device, s, part_count(device, s), in.partials, in.gate,
+         in.result);
+}
+
+template <typename scalar_t>
+void launch_scale(Cuda device, const Shape& s, const scalar_t* x, const acc_t<scalar_t>* gate, const acc_t<scalar_t>* grad_mean,
+                  scalar_t* y) {
+  const auto factor = acc_t<scalar_t>(1.0 / double(s.pixels));
+  specialise<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
+    const auto run = [&](auto kernel) {
+      launch("squeeze_excite_scale", kernel, grid.blocks, kThreads, 0, device, s, grid.layout, x, gate, grad_mean, factor, y);
+    };
+    grad_mean ? run(squeeze_excite_scale_kernel<kPixels, kVec, true, scalar_t>)
+              : run(squeeze_excite_scale_kernel<kPixels, kVec, false, scalar_t>);
+  });
+}
+
+#define EF_DEFINE(T)                                                       \
+  template void launch_reduce<T>(Cuda, const Shape&, const Reduction<T>&); \
+  template void launch_scale<T>(Cuda, const Shape&, const T*, const acc_t<T>*, const acc_t<T>*, T*);
+EF_FOR_EACH_FLOATING(EF_DEFINE)
+#undef EF_DEFINE
+}  // namespace ef::squeeze_excite

@@ -1,0 +1,225 @@
+"""Squeeze-and-excite: each channel of each image times a gate computed from the image's channel means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effdet_fast.ops import _library
+from effdet_fast.ops._arguments import (
+    arithmetic_dtype,
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    dtype_name,
+)
+
+# Of the reduction and of the expansion: weight and bias.
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+
+_OP = "squeeze_excite"
+_aten = torch.ops.aten
+_ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+_ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _aten.silu_backward.default,
+    "relu": lambda grad, x: _aten.threshold_backward.default(grad, x, 0),
+    "relu6": lambda grad, x: _aten.hardtanh_backward.default(grad, x, 0.0, 6.0),
+}
+
+
+def squeeze_excite_reference(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """The formula in plain PyTorch, differentiable by PyTorch. Half precision is computed in float32."""
+    dtype = arithmetic_dtype(x)
+    weights = _to(dtype, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    wide = x.to(dtype)
+    with _outside_autocast(x):
+        gate = _gate(wide.mean((2, 3)), weights, activation)[1]
+    return (wide * gate.sigmoid()[:, :, None, None]).to(x.dtype)
+
+
+def _to(dtype, reduce_weight, reduce_bias, expand_weight, expand_bias) -> Weights:
+    reduce_bias = None if reduce_bias is None else reduce_bias.to(dtype)
+    expand_bias = None if expand_bias is None else expand_bias.to(dtype)
+    return reduce_weight.to(dtype), reduce_bias, expand_weight.to(dtype), expand_bias
+
+
+def _gate(mean: Tensor, weights: Weights, activation: str) -> tuple[Tensor, Tensor]:
+    """What the activation is applied to, [N, R], and the gate before the sigmoid, [N, C]."""
+    reduce_weight, reduce_bias, expand_weight, expand_bias = weights
+    reduced = F.linear(mean, reduce_weight.flatten(1), reduce_bias)
+    return reduced, F.linear(_ACTIVATIONS[activation](reduced), expand_weight.flatten(1), expand_bias)
+
+
+def _outside_autocast(x: Tensor):
+    """The means are few: their matrix products stay in the dtype of the arithmetic."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
+
+
+def _gates_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=arithmetic_dtype(x))
+
+
+def _dense_like(x: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+# x and its gradients are dense in the layout that `channels_last` says; the rest is [N, C], in the dtype of the arithmetic.
+# The means of x over its pixels; given `grad` and `gate`, the gradient of the gate before the sigmoid.
+_reduce = _library.define(
+    "squeeze_excite_reduce(Tensor x, Tensor? grad, Tensor? gate, bool channels_last) -> Tensor",
+    lambda x, grad, gate, channels_last: _gates_like(x),
+)
+# x * sigmoid(gate); given `grad_mean`, x is the gradient of that, and grad_mean / (H W) is added: the gradient of its x.
+_scale = _library.define(
+    "squeeze_excite_scale(Tensor x, Tensor gate, Tensor? grad_mean, bool channels_last) -> Tensor",
+    lambda x, gate, grad_mean, channels_last: _dense_like(x, channels_last),
+)
+
+
+class _SqueezeExcite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, channels_last):
+        weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+        y, *small = _forward(x, weights, activation, channels_last)
+        ctx.save_for_backward(x, *weights, *small)
+        ctx.activation, ctx.channels_last = activation, channels_last
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *weights = ctx.saved_tensors[:5]
+        needed = ctx.needs_input_grad
+        if _library.wants_second_derivative():
+            leaves = [t for t, need in zip((x, *weights), needed, strict=False) if need]
+            y = squeeze_excite_reference(x, *weights, activation=ctx.activation)
+            found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+            return tuple(next(found) if need else None for need in needed)
+        with _outside_autocast(x):
+            return *_gradients(ctx, _in_layout(grad, ctx.channels_last)), None, None
+
+
+def _forward(
+    x: Tensor, weights: Weights, activation: str, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what the backward pass needs of the way to it."""
+    mean = _reduce(x, None, None, channels_last)
+    with _outside_autocast(x):
+        reduced, gate = _gate(mean, weights, activation)
+    return _scale(x, gate, None, channels_last), mean, reduced, gate
+
+
+def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
+    """Of x, weights and biases, as far as they are needed."""
+    x, reduce_weight, _, expand_weight, _, mean, reduced, gate = ctx.saved_tensors
+    need_x, need_reduce, need_reduce_bias, need_expand, need_expand_bias = ctx.needs_input_grad[:5]
+    grads: list[Tensor | None] = [None] * 5
+    grad_gate = _reduce(x, grad, gate, ctx.channels_last)
+    if need_expand:
+        grads[3] = (grad_gate.t() @ _ACTIVATIONS[ctx.activation](reduced)).view_as(expand_weight)
+    if need_expand_bias:
+        grads[4] = grad_gate.sum(0)
+    if need_x or need_reduce or need_reduce_bias:
+        grad_reduced = _ACTIVATION_GRADS[ctx.activation](grad_gate @ expand_weight.flatten(1), reduced)
+        if need_reduce:
+            grads[1] = (grad_reduced.t() @ mean).view_as(reduce_weight)
+        if need_reduce_bias:
+            grads[2] = grad_reduced.sum(0)
+        if need_x:
+            grads[0] = _scale(grad, gate, grad_reduced @ reduce_weight.flatten(1), ctx.channels_last)
+    return grads
+
+
+def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
+    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.stride() != (1, 1, 1, 1)
+
+
+def squeeze_excite(
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """``x * sigmoid(conv_expand(activation(conv_reduce(mean of x over H and W))))`` with 1 x 1 convolutions.
+
+    Forward reads ``x`` twice and writes the result; backward reads ``x`` once and the gradient twice and writes one. Only ``x``
+    and what belongs to a channel is kept for it.
+
+    Args:
+        x: ``[N, C, H, W]``; float16, bfloat16, float32 or float64; any strides. Contiguous and channels_last are read in
+            place, and the output has the same memory format. Means and gates are computed in float32 (float64 for float64).
+        reduce_weight: ``[R, C, 1, 1]``.
+        reduce_bias: ``[R]``, or None.
+        expand_weight: ``[C, R, 1, 1]``.
+        expand_bias: ``[C]``, or None. All four have the dtype of ``x`` or, for half precision, float32.
+        activation: "silu", "relu" or "relu6", between the two.
+
+    Returns:
+        A tensor like ``x``. Under autocast ``x`` is converted to, and the result returned in, the autocast dtype. Gradients flow
+        to ``x`` and to the weights and biases. Deterministic: the sums have the same bits in every run and for every thread
+        count; the small matrix products are PyTorch's.
+
+    Raises:
+        TypeError: a dtype is not supported, or does not fit that of ``x`` outside autocast.
+        ValueError: a shape or device does not fit, or the activation is unknown.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks (arXiv:1709.01507).
+    """
+    check_floating(_OP, "x", x)
+    if x.dim() != 4 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{_OP}: x must have shape [N, C, H, W] with at least one pixel, got {list(x.shape)}")
+    check_choice(_OP, "activation", activation, _ACTIVATIONS)
+    weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    dtype = autocast_dtype(x)
+    _check_weights(x, *weights, any_dtype=dtype is not None)
+    if dtype is not None and x.dtype != torch.float64:
+        x = x.to(dtype)
+    if not _library.is_native(x):
+        return squeeze_excite_reference(x, *weights, activation=activation)
+    channels_last = _is_channels_last(x)
+    x, weights = _in_layout(x, channels_last), _to(arithmetic_dtype(x), *weights)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
+        return _SqueezeExcite.apply(x, *weights, activation, channels_last)
+    return _forward(x, weights, activation, channels_last)[0]
+
+
+def _check_weights(x: Tensor, reduce_weight, reduce_bias, expand_weight, expand_bias, any_dtype: bool) -> None:
+    check_floating(_OP, "reduce_weight", reduce_weight)
+    channels, squeezed = x.shape[1], reduce_weight.shape[0] if reduce_weight.dim() else 0
+    expected = (
+        ("reduce_weight", reduce_weight, (squeezed, channels, 1, 1)),
+        ("reduce_bias", reduce_bias, (squeezed,)),
+        ("expand_weight", expand_weight, (channels, squeezed, 1, 1)),
+        ("expand_bias", expand_bias, (channels,)),
+    )
+    for name, values, shape in expected:
+        if values is None and name.endswith("bias"):
+            continue
+        check_floating(_OP, name, values)
+        check_same_device(_OP, name, values, "x", x)
+        if not any_dtype and values.dtype != x.dtype and values.dtype != arithmetic_dtype(x):
+            wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(arithmetic_dtype(x)))))
+            raise TypeError(f"{_OP}: {name} must have dtype {wanted} for this x, got {dtype_name(values.dtype)}")
+        if values.shape != shape:
+            wanted = "[R, " + str(list(shape))[1:].partition(", ")[2] if name == "reduce_weight" else str(list(shape))
+            raise ValueError(f"{_OP}: {name} must have shape {wanted}, got {list(values.shape)}")
