@@ -56,6 +56,13 @@ def depthwise_conv(dtype: torch.dtype) -> None:
             x = random((2, channels, 13, 17), dtype, memory_format)
             weight, bias = random((channels, 1, kernel, kernel), dtype), random((channels,), dtype)
             ops.depthwise_conv2d(x, weight, bias, stride, "same", prologue="silu").sum().backward()
+            levels = [
+                x,
+                random((2, channels, 5, 7), dtype, memory_format),
+                random((1, channels, 1, 2), dtype, memory_format),
+            ]
+            ys = ops.depthwise_conv2d_levels(levels, weight, bias, stride, "same")
+            torch.cat([y.flatten() for y in ys]).sum().backward()
 
 
 def nms(dtype: torch.dtype) -> None:

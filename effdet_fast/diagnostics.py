@@ -200,6 +200,19 @@ def _check_depthwise(device: torch.device) -> float:
     )
 
 
+def _check_depthwise_levels(device: torch.device) -> float:
+    def convolve(a: Tensor, b: Tensor, c: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ys = ops.depthwise_conv2d_levels([a, b, c], weight, bias, padding="same")
+        return torch.cat([y.flatten() for y in ys])
+
+    def worst(memory_format: torch.memory_format) -> float:
+        sizes = ((9, 7), (4, 4), (1, 2))
+        maps = [_random(device, 2, 10, *size).contiguous(memory_format=memory_format) for size in sizes]
+        return _difference(convolve, *maps, _random(device, 10, 1, 3, 3), _random(device, 10))
+
+    return max(worst(memory_format) for memory_format in (torch.contiguous_format, torch.channels_last))
+
+
 def _check_nms(device: torch.device) -> float:
     n = 1200  # more than a block takes alone
     corners = _random(device, 2, n, 2).abs() * 100
@@ -299,6 +312,7 @@ SELF_TESTS: dict[str, Callable[[torch.device], float]] = {
     "detection_loss": _check_detection_loss,
     "weighted_fusion": _check_fusion,
     "depthwise_conv2d": _check_depthwise,
+    "depthwise_conv2d_levels": _check_depthwise_levels,
     "batched_nms_padded": _check_nms,
     "soft_nms": _check_soft_nms,
     "match_anchors": _check_anchor_matching,

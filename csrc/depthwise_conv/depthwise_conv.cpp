@@ -2,12 +2,16 @@
 #include "depthwise_conv.h"
 
 #include <array>
+#include <span>
 #include <tuple>
 
 #include "../common/tensor.h"
 
 namespace ef::depthwise_conv {
 namespace {
+using Tensors = std::vector<Tensor>;
+using Numbers = std::vector<int64_t>;
+
 MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 
 // Whether the elements lie one after the other in the order of the layout; the stride of a dimension of size 1 does not matter.
@@ -52,64 +56,139 @@ void check_filter(const Tensor& weight, const Tensor& x) {
                   "depthwise_conv: weight must be dense [c, 1, k, k]");
 }
 
+// As many numbers as maps, for each of the lists.
+template <class... Lists>
+void check_counts(std::span<const Tensor> xs, const Lists&... lists) {
+  STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMaxLevels && ((lists.size() == xs.size()) && ...),
+                  "depthwise_conv: 1 to 8 maps, and for each its numbers");
+}
+
 template <class Device>
-Tensor forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t left, int64_t top,
-               int64_t out_height, int64_t out_width, int64_t prologue, bool channels_last) {
-  const DeviceScope<Device> scope(x);
-  check_filter(weight, x);
-  const Shape shape = checked_shape(x, weight.size(2), stride, left, top, out_height, out_width, prologue, channels_last);
-  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == shape.c && bias->is_contiguous() && bias->scalar_type() == x.scalar_type()),
+Tensors forward(std::span<const Tensor> xs, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
+                std::span<const int64_t> left, std::span<const int64_t> top, std::span<const int64_t> out_height,
+                std::span<const int64_t> out_width, int64_t prologue, bool channels_last) {
+  check_counts(xs, left, top, out_height, out_width);
+  const DeviceScope<Device> scope(xs[0]);
+  const ScalarType dtype = weight.scalar_type();
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous() && bias->scalar_type() == dtype),
                   "depthwise_conv: bias must be dense [c]");
-  Tensor y = allocate(x, {shape.n, shape.c, shape.oh, shape.ow}, x.scalar_type(), format_of(channels_last));
-  if (y.numel() == 0) return y;
-  dispatch_floating(x.scalar_type(), "depthwise_conv", [&]<typename scalar_t>() {
-    launch_forward<scalar_t>(scope.device, shape, const_data<scalar_t>(x), const_data<scalar_t>(weight), const_data<scalar_t>(bias),
-                             mutable_data<scalar_t>(y));
+  Tensors ys;
+  dispatch_floating(dtype, "depthwise_conv", [&]<typename scalar_t>() {
+    Levels<scalar_t> levels{};
+    for (size_t i = 0; i < xs.size(); ++i) {
+      check_filter(weight, xs[i]);
+      const Shape s = checked_shape(xs[i], weight.size(2), stride, left[i], top[i], out_height[i], out_width[i], prologue, channels_last);
+      ys.push_back(allocate(xs[i], {s.n, s.c, s.oh, s.ow}, dtype, format_of(channels_last)));
+      if (ys[i].numel() > 0) levels.add({s, const_data<scalar_t>(xs[i]), nullptr, mutable_data<scalar_t>(ys[i])});
+    }
+    if (levels.count > 0) launch_forward<scalar_t>(scope.device, levels, const_data<scalar_t>(weight), const_data<scalar_t>(bias));
   });
-  return y;
+  return ys;
 }
 
 template <class Device>
-Tensor grad_input(const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, int64_t left, int64_t top, int64_t prologue,
-                  bool channels_last) {
-  const DeviceScope<Device> scope(x);
-  check_filter(weight, x);
-  const Shape shape = checked_shape(x, weight.size(2), stride, left, top, grad.size(2), grad.size(3), prologue, channels_last);
-  check_like_output(grad, x, shape);
-  Tensor grad_x = allocate(x, {shape.n, shape.c, shape.h, shape.w}, x.scalar_type(), format_of(channels_last));
-  if (x.numel() == 0) return grad_x;
-  dispatch_floating(x.scalar_type(), "depthwise_conv_grad_input", [&]<typename scalar_t>() {
-    launch_grad_input<scalar_t>(scope.device, shape, const_data<scalar_t>(grad), const_data<scalar_t>(x), const_data<scalar_t>(weight),
-                                mutable_data<scalar_t>(grad_x));
+Tensors grad_input(std::span<const Tensor> grads, std::span<const Tensor> xs, const Tensor& weight, int64_t stride,
+                   std::span<const int64_t> left, std::span<const int64_t> top, int64_t prologue, bool channels_last) {
+  check_counts(xs, grads, left, top);
+  const DeviceScope<Device> scope(xs[0]);
+  const ScalarType dtype = weight.scalar_type();
+  Tensors grad_xs;
+  dispatch_floating(dtype, "depthwise_conv_grad_input", [&]<typename scalar_t>() {
+    Levels<scalar_t> levels{};
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const Tensor &x = xs[i], &grad = grads[i];
+      check_filter(weight, x);
+      const Shape s = checked_shape(x, weight.size(2), stride, left[i], top[i], grad.size(2), grad.size(3), prologue, channels_last);
+      check_like_output(grad, x, s);
+      grad_xs.push_back(allocate(x, {s.n, s.c, s.h, s.w}, dtype, format_of(channels_last)));
+      if (x.numel() > 0) levels.add({s, const_data<scalar_t>(x), const_data<scalar_t>(grad), mutable_data<scalar_t>(grad_xs[i])});
+    }
+    if (levels.count > 0) launch_grad_input<scalar_t>(scope.device, levels, const_data<scalar_t>(weight));
   });
-  return grad_x;
+  return grad_xs;
 }
 
-// (grad_weight [c, 1, k, k], grad_bias [c], or [0] where it is not wanted)
+// (grad_weight [c, 1, k, k], grad_bias [c], or [0] where it is not wanted), summed over the maps
 template <class Device>
-std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride, int64_t left, int64_t top,
-                                       int64_t prologue, bool channels_last, bool with_bias) {
-  const DeviceScope<Device> scope(x);
-  const Shape shape = checked_shape(x, kernel, stride, left, top, grad.size(2), grad.size(3), prologue, channels_last);
-  check_like_output(grad, x, shape);
-  const ScalarType dtype = x.scalar_type();
-  Tensor weight = allocate(x, {shape.c, 1, kernel, kernel}, dtype);
-  Tensor bias = allocate(x, {with_bias ? shape.c : 0}, dtype);
-  if (grad.numel() == 0 || x.numel() == 0) return {torch::stable::zero_(weight), torch::stable::zero_(bias)};
-  Tensor partials = allocate(x, {chunk_count(scope.device, shape), kernel * kernel + 1, shape.c}, acc_dtype(dtype));
+std::tuple<Tensor, Tensor> grad_weight(std::span<const Tensor> grads, std::span<const Tensor> xs, int64_t kernel, int64_t stride,
+                                       std::span<const int64_t> left, std::span<const int64_t> top, int64_t prologue, bool channels_last,
+                                       bool with_bias) {
+  check_counts(xs, grads, left, top);
+  const DeviceScope<Device> scope(xs[0]);
+  const ScalarType dtype = xs[0].scalar_type();
+  const int64_t channels = xs[0].size(1);
+  Tensor weight = allocate(xs[0], {channels, 1, kernel, kernel}, dtype);
+  Tensor bias = allocate(xs[0], {with_bias ? channels : 0}, dtype);
   dispatch_floating(dtype, "depthwise_conv_grad_weight", [&]<typename scalar_t>() {
-    launch_grad_weight<scalar_t>(scope.device, shape, const_data<scalar_t>(grad), const_data<scalar_t>(x),
-                                 mutable_data<acc_t<scalar_t>>(partials), mutable_data<scalar_t>(weight),
+    Levels<scalar_t> levels{};
+    int64_t chunks = 0;
+    for (size_t i = 0; i < xs.size(); ++i) {
+      const Tensor &x = xs[i], &grad = grads[i];
+      const Shape s = checked_shape(x, kernel, stride, left[i], top[i], grad.size(2), grad.size(3), prologue, channels_last);
+      STD_TORCH_CHECK(s.c == channels && x.scalar_type() == dtype, "depthwise_conv: maps must have the same channels and dtype");
+      check_like_output(grad, x, s);
+      if (grad.numel() == 0 || x.numel() == 0) continue;
+      levels.add({s, const_data<scalar_t>(x), const_data<scalar_t>(grad), nullptr});
+      chunks += chunk_count(scope.device, s);
+    }
+    if (levels.count == 0) {
+      torch::stable::zero_(weight), torch::stable::zero_(bias);
+      return;
+    }
+    Tensor partials = allocate(xs[0], {chunks, kernel * kernel + 1, channels}, acc_dtype(dtype));
+    launch_grad_weight<scalar_t>(scope.device, levels, mutable_data<acc_t<scalar_t>>(partials), mutable_data<scalar_t>(weight),
                                  with_bias ? mutable_data<scalar_t>(bias) : nullptr);
   });
   return {weight, bias};
 }
 
+// The ops as their schemas have them: of one map, and of several.
+template <typename T>
+std::span<const T> one(const T& value) {
+  return {&value, 1};
+}
+
+template <class Device>
+Tensor forward_one(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t left, int64_t top,
+                   int64_t out_height, int64_t out_width, int64_t prologue, bool channels_last) {
+  return forward<Device>(one(x), weight, bias, stride, one(left), one(top), one(out_height), one(out_width), prologue, channels_last)[0];
+}
+template <class Device>
+Tensors forward_levels(const Tensors& xs, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, const Numbers& left,
+                       const Numbers& top, const Numbers& out_height, const Numbers& out_width, int64_t prologue, bool channels_last) {
+  return forward<Device>(xs, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last);
+}
+
+template <class Device>
+Tensor grad_input_one(const Tensor& grad, const Tensor& x, const Tensor& weight, int64_t stride, int64_t left, int64_t top,
+                      int64_t prologue, bool channels_last) {
+  return grad_input<Device>(one(grad), one(x), weight, stride, one(left), one(top), prologue, channels_last)[0];
+}
+template <class Device>
+Tensors grad_input_levels(const Tensors& grads, const Tensors& xs, const Tensor& weight, int64_t stride, const Numbers& left,
+                          const Numbers& top, int64_t prologue, bool channels_last) {
+  return grad_input<Device>(grads, xs, weight, stride, left, top, prologue, channels_last);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> grad_weight_one(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride, int64_t left, int64_t top,
+                                           int64_t prologue, bool channels_last, bool with_bias) {
+  return grad_weight<Device>(one(grad), one(x), kernel, stride, one(left), one(top), prologue, channels_last, with_bias);
+}
+template <class Device>
+std::tuple<Tensor, Tensor> grad_weight_levels(const Tensors& grads, const Tensors& xs, int64_t kernel, int64_t stride, const Numbers& left,
+                                              const Numbers& top, int64_t prologue, bool channels_last, bool with_bias) {
+  return grad_weight<Device>(grads, xs, kernel, stride, left, top, prologue, channels_last, with_bias);
+}
+
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("depthwise_conv", TORCH_BOX(&forward<Device>));
-  m.impl("depthwise_conv_grad_input", TORCH_BOX(&grad_input<Device>));
-  m.impl("depthwise_conv_grad_weight", TORCH_BOX(&grad_weight<Device>));
+  m.impl("depthwise_conv", TORCH_BOX(&forward_one<Device>));
+  m.impl("depthwise_conv_levels", TORCH_BOX(&forward_levels<Device>));
+  m.impl("depthwise_conv_grad_input", TORCH_BOX(&grad_input_one<Device>));
+  m.impl("depthwise_conv_levels_grad_input", TORCH_BOX(&grad_input_levels<Device>));
+  m.impl("depthwise_conv_grad_weight", TORCH_BOX(&grad_weight_one<Device>));
+  m.impl("depthwise_conv_levels_grad_weight", TORCH_BOX(&grad_weight_levels<Device>));
 }
 }  // namespace
 }  // namespace ef::depthwise_conv

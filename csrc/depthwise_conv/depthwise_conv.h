@@ -1,5 +1,6 @@
-// What the Tensor boundary may call; raw pointers only. x, y and their gradients are dense, all in one layout: [n, c, h, w], or
-// [n, h, w, c] (channels_last); filters are [c, kernel, kernel]. `a` stands for the prologue applied to x; it is zero outside the image.
+// What the Tensor boundary may call; raw pointers only. A call convolves one or several maps ("levels", as of a pyramid) with one filter.
+// x, y and their gradients are dense, all in one layout: [n, c, h, w], or [n, h, w, c] (channels_last); filters are
+// [c, kernel, kernel]. `a` stands for the prologue applied to x; it is zero outside the image.
 //   y[oy, ox] = bias + sum over (ky, kx) of weight[ky, kx] a[oy stride - top + ky, ox stride - left + kx]
 #pragma once
 #include <cstdint>
@@ -16,24 +17,40 @@ struct Shape {
   bool channels_last;
 };
 
+// One map, with what is read and written for it.
 template <typename scalar_t>
-void launch_forward(Cpu, const Shape& shape, const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* y);
+struct Level {
+  Shape shape;
+  const scalar_t* x;     // [n, c, h, w]
+  const scalar_t* grad;  // [n, c, oh, ow]; null in the forward
+  scalar_t* result;      // y or the gradient of x; null for the gradient of the filter
+};
+
+// The maps of a call, each with at least one element. All but n, sizes and padding is the same for all.
+inline constexpr int kMaxLevels = 8;
 template <typename scalar_t>
-void launch_forward(Cuda, const Shape& shape, const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* y);
+struct Levels {
+  int count;
+  Level<scalar_t> level[kMaxLevels];
+  void add(const Level<scalar_t>& next) { level[count++] = next; }
+};
 
 template <typename scalar_t>
-void launch_grad_input(Cpu, const Shape& shape, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x);
+void launch_forward(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias);
 template <typename scalar_t>
-void launch_grad_input(Cuda, const Shape& shape, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x);
+void launch_forward(Cuda, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias);
 
-// partials: [chunk_count(shape)][kernel * kernel + 1][c], added over the chunks in order; the last row is the bias's. The number of
-// chunks depends on the shape only. grad_bias [c] may be null.
 template <typename scalar_t>
-void launch_grad_weight(Cpu, const Shape& shape, const scalar_t* grad, const scalar_t* x, acc_t<scalar_t>* partials, scalar_t* grad_weight,
-                        scalar_t* grad_bias);
+void launch_grad_input(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight);
 template <typename scalar_t>
-void launch_grad_weight(Cuda, const Shape& shape, const scalar_t* grad, const scalar_t* x, acc_t<scalar_t>* partials, scalar_t* grad_weight,
-                        scalar_t* grad_bias);
-int64_t chunk_count(Cpu, const Shape& shape);
+void launch_grad_input(Cuda, const Levels<scalar_t>& levels, const scalar_t* weight);
+
+// partials: [chunks][kernel * kernel + 1][c], added over the chunks in order; the last row is the bias's. The chunks are those of the
+// first level, then of the next; their number depends on the shapes only. grad_bias [c] may be null.
+template <typename scalar_t>
+void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight, scalar_t* grad_bias);
+template <typename scalar_t>
+void launch_grad_weight(Cuda, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight, scalar_t* grad_bias);
+int64_t chunk_count(Cpu, const Shape& shape);  // of one level
 int64_t chunk_count(Cuda, const Shape& shape);
 }  // namespace ef::depthwise_conv

@@ -1,4 +1,4 @@
-// Cuts the work into parts that depend on the shape only, does them on several threads line by line, and adds the weight gradient's
+// Cuts the work into parts that depend on the shapes only, does them on several threads line by line, and adds the weight gradient's
 // parts in order: the results do not depend on the threads.
 #include "../common/parallel.h"
 #include "depthwise_conv_lines.h"
@@ -31,23 +31,42 @@ struct Part {
   int64_t n, first_row, last_row, first_column, last_column, first_channel, channels;
 };
 
-template <class F>
-void for_each_part(int64_t parts, int64_t multiplies, const F& f) {
-  const int64_t grain = std::clamp<int64_t>(kGrainMultiplies * parts / std::max<int64_t>(1, multiplies), 1, parts);
-  parallel_for(parts, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) f(part);
+// f(i, part) over the parts of all levels, counts[i] of them in level i.
+template <typename scalar_t, class F>
+void for_each_part(const Levels<scalar_t>& levels, const std::vector<int64_t>& counts, const F& f) {
+  int64_t parts = 0, multiplies = 1;
+  for (int i = 0; i < levels.count; ++i) {
+    const Shape& s = levels.level[i].shape;
+    parts += counts[i];
+    multiplies += s.n * s.c * s.oh * s.ow * s.kernel * s.kernel;
+  }
+  parallel_for(parts, std::clamp<int64_t>(kGrainMultiplies * parts / multiplies, 1, parts), [&](int64_t begin, int64_t end) {
+    int i = 0;
+    int64_t first = 0;
+    for (int64_t part = begin; part < end; ++part) {
+      while (part >= first + counts[i]) first += counts[i++];
+      f(i, part - first);
+    }
   });
 }
 
-// f(part) over all parts of n images of height x width; consecutive ones are below each other.
-template <class F>
-void for_each_block(const Shape& s, const Parts& parts, int64_t height, int64_t width, const F& f) {
-  const int64_t multiplies = s.n * s.c * s.oh * s.ow * s.kernel * s.kernel;
-  for_each_part(s.n * parts.groups * parts.strips * parts.blocks, multiplies, [&](int64_t i) {
-    const int64_t row = i % parts.blocks * kRows, column = i / parts.blocks % parts.strips * parts.columns;
-    const int64_t n_and_group = i / parts.blocks / parts.strips, channel = n_and_group % parts.groups * parts.group;
-    f(Part{n_and_group / parts.groups, row, std::min(height, row + kRows), column, std::min(width, column + parts.columns), channel,
-           std::min(s.c - channel, parts.group)});
+// f(level, part) over all parts of all levels, of x or of y; consecutive ones are below each other.
+template <typename scalar_t, class F>
+void for_each_block(const Levels<scalar_t>& levels, bool of_x, const F& f) {
+  std::vector<Parts> parts;
+  std::vector<int64_t> counts;
+  for (int i = 0; i < levels.count; ++i) {
+    const Shape& s = levels.level[i].shape;
+    const Parts& p = parts.emplace_back(s, of_x ? s.h : s.oh, of_x ? s.w : s.ow, of_x ? 1 : s.stride);
+    counts.push_back(s.n * p.groups * p.strips * p.blocks);
+  }
+  for_each_part(levels, counts, [&](int level, int64_t i) {
+    const Shape& s = levels.level[level].shape;
+    const Parts& p = parts[level];
+    const int64_t row = i % p.blocks * kRows, column = i / p.blocks % p.strips * p.columns;
+    const int64_t n_and_group = i / p.blocks / p.strips, channel = n_and_group % p.groups * p.group;
+    f(levels.level[level], Part{n_and_group / p.groups, row, std::min(of_x ? s.h : s.oh, row + kRows), column,
+                                std::min(of_x ? s.w : s.ow, column + p.columns), channel, std::min(s.c - channel, p.group)});
   });
 }
 
@@ -226,21 +245,24 @@ void grad_weight_part(const Shape& s, const scalar_t* grad, const scalar_t* x, a
 }  // namespace
 
 template <typename scalar_t>
-void launch_forward(Cpu, const Shape& s, const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* y) {
+void launch_forward(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
   using A = acc_t<scalar_t>;
-  const Parts parts(s, s.oh, s.ow, s.stride);
-  const std::vector<A> filter = packed_filter(s, weight, parts.group, false);
-  std::vector<A> biases(bias ? lanes_of(s.c) : 0);
-  if (bias) std::copy_n(bias, s.c, biases.begin());
-  for_each_block(s, parts, s.oh, s.ow,
-                 [&](const Part& part) { forward_part(s, x, filter.data(), bias ? biases.data() : nullptr, y, part); });
+  const Shape& any = levels.level[0].shape;
+  const std::vector<A> filter = packed_filter(any, weight, Parts(any, any.oh, any.ow, any.stride).group, false);
+  std::vector<A> biases(bias ? lanes_of(any.c) : 0);
+  if (bias) std::copy_n(bias, any.c, biases.begin());
+  for_each_block(levels, false, [&](const Level<scalar_t>& level, const Part& part) {
+    forward_part(level.shape, level.x, filter.data(), bias ? biases.data() : nullptr, level.result, part);
+  });
 }
 
 template <typename scalar_t>
-void launch_grad_input(Cpu, const Shape& s, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x) {
-  const Parts parts(s, s.h, s.w, 1);
-  const std::vector<acc_t<scalar_t>> filter = packed_filter(s, weight, parts.group, true);
-  for_each_block(s, parts, s.h, s.w, [&](const Part& part) { grad_input_part(s, grad, x, filter.data(), grad_x, part); });
+void launch_grad_input(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight) {
+  const Shape& any = levels.level[0].shape;
+  const std::vector<acc_t<scalar_t>> filter = packed_filter(any, weight, Parts(any, any.h, any.w, 1).group, true);
+  for_each_block(levels, true, [&](const Level<scalar_t>& level, const Part& part) {
+    grad_input_part(level.shape, level.grad, level.x, filter.data(), level.result, part);
+  });
 }
 
 int64_t chunk_count(Cpu, const Shape& s) {
@@ -248,31 +270,41 @@ int64_t chunk_count(Cpu, const Shape& s) {
 }
 
 template <typename scalar_t>
-void launch_grad_weight(Cpu, const Shape& s, const scalar_t* grad, const scalar_t* x, acc_t<scalar_t>* partials, scalar_t* grad_weight,
-                        scalar_t* grad_bias) {
+void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight, scalar_t* grad_bias) {
   using A = acc_t<scalar_t>;
-  const int64_t chunks = chunk_count(Cpu{}, s), rows = s.n * s.oh, step = ceil_div(rows, chunks), taps = s.kernel * s.kernel;
-  const Parts parts(s, s.oh, s.ow, s.stride);
-  for_each_part(chunks * parts.groups, rows * s.ow * s.c * taps, [&](int64_t part) {
-    const int64_t chunk = part / parts.groups;
-    grad_weight_part(s, grad, x, partials + chunk * (taps + 1) * s.c, grad_bias != nullptr, parts,
-                     clipped(chunk * step, (chunk + 1) * step, rows), part % parts.groups * parts.group);
+  const int64_t channels = levels.level[0].shape.c, taps = int64_t(levels.level[0].shape.kernel) * levels.level[0].shape.kernel;
+  std::vector<Parts> parts;
+  std::vector<int64_t> counts, first_chunk{0};
+  for (int i = 0; i < levels.count; ++i) {
+    const Shape& s = levels.level[i].shape;
+    const int64_t chunks = chunk_count(Cpu{}, s);
+    parts.emplace_back(s, s.oh, s.ow, s.stride);
+    counts.push_back(chunks * parts[i].groups);
+    first_chunk.push_back(first_chunk[i] + chunks);
+  }
+  const int64_t chunks = first_chunk.back();
+  for_each_part(levels, counts, [&](int i, int64_t part) {
+    const Level<scalar_t>& level = levels.level[i];
+    const int64_t rows = level.shape.n * level.shape.oh, step = ceil_div(rows, first_chunk[i + 1] - first_chunk[i]);
+    const int64_t chunk = part / parts[i].groups;
+    grad_weight_part(level.shape, level.grad, level.x, partials + (first_chunk[i] + chunk) * (taps + 1) * channels, grad_bias != nullptr,
+                     parts[i], clipped(chunk * step, (chunk + 1) * step, rows), part % parts[i].groups * parts[i].group);
   });
-  std::vector<A> sum(s.c);
+  std::vector<A> sum(channels);
   for (int64_t t = 0; t < taps + (grad_bias ? 1 : 0); ++t) {
     std::fill(sum.begin(), sum.end(), A(0));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const A* partial = partials + (chunk * (taps + 1) + t) * s.c;
-      for (int64_t c = 0; c < s.c; ++c) sum[c] += partial[c];
+      const A* partial = partials + (chunk * (taps + 1) + t) * channels;
+      for (int64_t c = 0; c < channels; ++c) sum[c] += partial[c];
     }
-    for (int64_t c = 0; c < s.c; ++c) (t < taps ? grad_weight[c * taps + t] : grad_bias[c]) = scalar_t(sum[c]);
+    for (int64_t c = 0; c < channels; ++c) (t < taps ? grad_weight[c * taps + t] : grad_bias[c]) = scalar_t(sum[c]);
   }
 }
 
-#define EF_DEFINE(scalar_t)                                                                                         \
-  template void launch_forward(Cpu, const Shape&, const scalar_t*, const scalar_t*, const scalar_t*, scalar_t*);    \
-  template void launch_grad_input(Cpu, const Shape&, const scalar_t*, const scalar_t*, const scalar_t*, scalar_t*); \
-  template void launch_grad_weight(Cpu, const Shape&, const scalar_t*, const scalar_t*, acc_t<scalar_t>*, scalar_t*, scalar_t*);
+#define EF_DEFINE(scalar_t)                                                                     \
+  template void launch_forward(Cpu, const Levels<scalar_t>&, const scalar_t*, const scalar_t*); \
+  template void launch_grad_input(Cpu, const Levels<scalar_t>&, const scalar_t*);               \
+  template void launch_grad_weight(Cpu, const Levels<scalar_t>&, acc_t<scalar_t>*, scalar_t*, scalar_t*);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE
 }  // namespace ef::depthwise_conv

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <limits>
 
 #include "../common/dtypes.h"
 #include "depthwise_conv.h"
@@ -13,10 +14,14 @@ constexpr int64_t kMinSlabPositions = 512;
 // Pairs of channels x 4 columns where channels lie side by side in pairs, else single channels and columns.
 template <typename scalar_t>
 constexpr int kPair = sizeof(scalar_t) == 8 ? 1 : 2;
-template <typename scalar_t, typename... T>
-bool in_pairs(const Shape& s, const T*... pointers) {
+template <typename scalar_t>
+bool in_pairs(const Levels<scalar_t>& levels) {
   constexpr int kVec = kPair<scalar_t>;
-  return s.channels_last && s.c % kVec == 0 && ((reinterpret_cast<uintptr_t>(pointers) % (kVec * sizeof(scalar_t)) == 0) && ...);
+  const auto aligned = [](const scalar_t* p) { return reinterpret_cast<uintptr_t>(p) % (kVec * sizeof(scalar_t)) == 0; };
+  const Shape& any = levels.level[0].shape;
+  return any.channels_last && any.c % kVec == 0 &&
+         std::all_of(levels.level, levels.level + levels.count,
+                     [&](const Level<scalar_t>& level) { return aligned(level.x) && aligned(level.grad) && aligned(level.result); });
 }
 
 // Calls f.template operator()<kernel, stride, columns, vec>().
@@ -31,33 +36,54 @@ void specialise(const Shape& s, bool pairs, F&& f) {
   s.kernel == 3 ? with_kernel.template operator()<3>() : with_kernel.template operator()<5>();
 }
 
-// The grid of a marching kernel over `rows` steps; slab_rows is set.
-dim3 marching_grid(int64_t cells, int64_t rows, int64_t& slab_rows) {
-  slab_rows = std::max(kSlabRows, ceil_div(rows, 65535));
-  return dim3(unsigned(ceil_div(cells, kThreads)), unsigned(ceil_div(rows, slab_rows)));
+// One task a level, with its shape; where it begins and its slabs are for the caller to say.
+template <typename scalar_t>
+Tasks<scalar_t> tasks_of(const Levels<scalar_t>& levels) {
+  Tasks<scalar_t> tasks;
+  for (int i = 0; i < kMaxLevels; ++i) {
+    tasks.task[i] = {i < levels.count ? levels.level[i] : Level<scalar_t>{}, std::numeric_limits<int64_t>::max(), 0};
+  }
+  return tasks;
+}
+
+// The grid of a marching kernel in which a level has so many cells and `rows` steps; completes the tasks.
+template <typename scalar_t, class Cells, class Rows>
+dim3 marching_grid(int levels, Tasks<scalar_t>& tasks, const Cells& cells, const Rows& rows) {
+  int64_t blocks = 0, slabs = 0;
+  for (int i = 0; i < levels; ++i) {
+    Task<scalar_t>& task = tasks.task[i];
+    const Shape& s = task.level.shape;
+    task.first_block = blocks;
+    task.slab_rows = std::max(kSlabRows, ceil_div(rows(s), 65535));
+    blocks += ceil_div(cells(s), kThreads);
+    slabs = std::max(slabs, ceil_div(rows(s), task.slab_rows));
+  }
+  return dim3(unsigned(blocks), unsigned(slabs));
 }
 }  // namespace
 
 template <typename scalar_t>
-void launch_forward(Cuda device, const Shape& s, const scalar_t* x, const scalar_t* weight, const scalar_t* bias, scalar_t* y) {
-  specialise<scalar_t>(s, in_pairs<scalar_t>(s, x, y), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
-    const int64_t channel_groups = s.c / kVec, column_groups = ceil_div(s.ow, kColumns);
-    int64_t slab_rows;
-    const dim3 grid = marching_grid(s.n * channel_groups * column_groups, s.oh, slab_rows);
-    launch("depthwise_conv", depthwise_conv_kernel<kKernel, kStride, kColumns, kVec, scalar_t>, grid, kThreads, 0, device, s,
-           channel_groups, column_groups, slab_rows, x, weight, bias, y);
+void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
+  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
+    Tasks<scalar_t> tasks = tasks_of(levels);
+    const dim3 grid = marching_grid(
+        levels.count, tasks, [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.ow, kColumns); },
+        [](const Shape& s) { return s.oh; });
+    launch("depthwise_conv", depthwise_conv_kernel<kKernel, kStride, kColumns, kVec, scalar_t>, grid, kThreads, 0, device, tasks, weight,
+           bias);
   });
 }
 
 template <typename scalar_t>
-void launch_grad_input(Cuda device, const Shape& s, const scalar_t* grad, const scalar_t* x, const scalar_t* weight, scalar_t* grad_x) {
-  specialise<scalar_t>(s, in_pairs<scalar_t>(s, grad, x, grad_x), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
+void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight) {
+  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
     constexpr int kOutputs = kColumns / kStride > 0 ? kColumns / kStride : 1;  // about kColumns columns of the input
-    const int64_t channel_groups = s.c / kVec, column_groups = ceil_div(s.w + s.left, kOutputs * kStride);
-    int64_t slab_rows;
-    const dim3 grid = marching_grid(s.n * channel_groups * column_groups, ceil_div(s.h + s.top, kStride), slab_rows);
+    Tasks<scalar_t> tasks = tasks_of(levels);
+    const dim3 grid = marching_grid(
+        levels.count, tasks, [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.w + s.left, kOutputs * kStride); },
+        [](const Shape& s) { return ceil_div(s.h + s.top, kStride); });
     launch("depthwise_conv_grad_input", depthwise_conv_grad_input_kernel<kKernel, kStride, kOutputs, kVec, scalar_t>, grid, kThreads, 0,
-           device, s, channel_groups, column_groups, slab_rows, grad, x, weight, grad_x);
+           device, tasks, weight);
   });
 }
 
@@ -79,31 +105,40 @@ int64_t chunk_count(Cuda, const Shape& s) {
 }
 
 template <typename scalar_t>
-void launch_grad_weight(Cuda device, const Shape& s, const scalar_t* grad, const scalar_t* x, acc_t<scalar_t>* partials,
-                        scalar_t* grad_weight, scalar_t* grad_bias) {
-  const int64_t slabs = chunk_count(device, s), slab_rows = ceil_div(s.n * s.oh, slabs);
-  const int taps = s.kernel * s.kernel;
-  specialise<scalar_t>(s, in_pairs<scalar_t>(s, grad, x), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
-    const dim3 block = weight_block(s, kVec);
-    const dim3 grid(unsigned(ceil_div(s.c, int64_t(block.x) * kVec)), unsigned(slabs));
+void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight,
+                        scalar_t* grad_bias) {
+  const Shape& any = levels.level[0].shape;
+  const int taps = any.kernel * any.kernel;
+  Tasks<scalar_t> tasks = tasks_of(levels);
+  int64_t slabs = 0;
+  for (int i = 0; i < levels.count; ++i) {
+    const Shape& s = levels.level[i].shape;
+    const int64_t count = chunk_count(device, s);
+    tasks.task[i].first_block = slabs;
+    tasks.task[i].slab_rows = ceil_div(s.n * s.oh, count);
+    slabs += count;
+  }
+  specialise<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
+    const dim3 block = weight_block(any, kVec);
+    const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(slabs));
     const size_t bytes = (taps + 1) * size_t(kThreads) * kVec * sizeof(acc_t<scalar_t>);
     const auto run = [&]<bool kLanesShare>() {
       launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns, kVec, kLanesShare, scalar_t>, grid,
-             block, kLanesShare ? bytes / kWarpSize : bytes, device, s, slab_rows, grad, x, partials);
+             block, kLanesShare ? bytes / kWarpSize : bytes, device, tasks, partials);
     };
     if constexpr (kColumns == 1) {
-      if (!s.channels_last) return run.template operator()<true>();
+      if (!any.channels_last) return run.template operator()<true>();
     }
     run.template operator()<false>();
   });
-  launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * s.c, kThreads)), kThreads, 0, device, s.c,
-         taps, slabs, partials, grad_weight, grad_bias);
+  launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kThreads)), kThreads, 0, device,
+         any.c, taps, slabs, partials, grad_weight, grad_bias);
 }
 
-#define EF_DEFINE(scalar_t)                                                                                          \
-  template void launch_forward(Cuda, const Shape&, const scalar_t*, const scalar_t*, const scalar_t*, scalar_t*);    \
-  template void launch_grad_input(Cuda, const Shape&, const scalar_t*, const scalar_t*, const scalar_t*, scalar_t*); \
-  template void launch_grad_weight(Cuda, const Shape&, const scalar_t*, const scalar_t*, acc_t<scalar_t>*, scalar_t*, scalar_t*);
+#define EF_DEFINE(scalar_t)                                                                      \
+  template void launch_forward(Cuda, const Levels<scalar_t>&, const scalar_t*, const scalar_t*); \
+  template void launch_grad_input(Cuda, const Levels<scalar_t>&, const scalar_t*);               \
+  template void launch_grad_weight(Cuda, const Levels<scalar_t>&, acc_t<scalar_t>*, scalar_t*, scalar_t*);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE
 }  // namespace ef::depthwise_conv

@@ -1,4 +1,4 @@
-// Depthwise convolution, k x k, stride s, of [n, c, h, w] in either layout (strides are parameters); `a` = prologue(x), 0 outside.
+// Depthwise convolution, k x k, stride s, of one or several maps [n, c, h, w] in either layout; `a` = prologue(x), 0 outside.
 //   forward      y[oy, ox] = bias + sum over ky, kx of weight[ky, kx] a[oy s - top + ky, ox s - left + kx]
 //   grad input   a thread owns the columns that s kColumns outputs begin at, and adds each gradient row to the k rows it reaches
 //   grad weight  sum over n, oy, ox of grad[oy, ox] a[oy s - top + ky, ox s - left + kx]
@@ -7,6 +7,8 @@
 // (channels_last) or along the columns. Bytes per element of size e: forward 2 e, grad input 2 e (3 e with a prologue).
 // Grad weight: a block owns a group of channels and a slab of rows; a thread keeps the k^2 sums of its channels over its share of the
 // positions; the threads' sums are added in a fixed order, then the slabs' by a second kernel: no atomics. Bytes: 2 e and the partials.
+// The maps travel with the launch as a table; each has a range of blocks, so that a block finds its map once and it is the same for all
+// of its threads.
 #pragma once
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
@@ -23,6 +25,25 @@ struct Strides {
 EF_HD Strides strides_of(const Shape& s, int64_t h, int64_t w) {
   if (s.channels_last) return {h * w * s.c, 1, w * s.c, s.c};
   return {s.c * h * w, h * w, w, 1};
+}
+
+// A level's share of a launch: the blocks from first_block on (along the grid's x where threads march, along y where they sum), and
+// slabs of slab_rows rows.
+template <typename scalar_t>
+struct Task {
+  Level<scalar_t> level;
+  int64_t first_block, slab_rows;
+};
+template <typename scalar_t>
+struct Tasks {
+  Task<scalar_t> task[kMaxLevels];  // those that are not there begin behind the last block
+};
+template <typename scalar_t>
+__device__ const Task<scalar_t>& task_of(const Tasks<scalar_t>& tasks, unsigned block) {
+  int i = 0;
+#pragma unroll
+  for (int k = 1; k < kMaxLevels; ++k) i += block >= tasks.task[k].first_block;
+  return tasks.task[i];
 }
 
 // The channels and columns of a thread; flattened over (n, column group, channel group), or (n, channel group, column group) in nchw.
@@ -81,16 +102,18 @@ __device__ void load_filter(const scalar_t* weight, A (&filter)[kKernel][kKernel
 // In the step of row m the input rows m s, ..., m s + s - 1 (counted from the padding's first) are added to the outputs m - a that
 // they reach through the taps ky = u + a s; then output m - (k - 1) / s is complete.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
-    depthwise_conv_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
-                          const scalar_t* __restrict__ x,       // [n, c, h, w]
-                          const scalar_t* __restrict__ weight,  // [c, k, k]
-                          const scalar_t* __restrict__ bias,    // [c], or null
-                          scalar_t* __restrict__ y) {           // [n, c, oh, ow]
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>) depthwise_conv_kernel(const Tasks<scalar_t> tasks,
+                                                                                       const scalar_t* __restrict__ weight,  // [c, k, k]
+                                                                                       const scalar_t* __restrict__ bias) {  // [c], or null
   using A = acc_t<scalar_t>;
   constexpr int kDepth = (kKernel - 1) / kStride, kLoaded = (kColumns - 1) * kStride + kKernel;
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= s.n * channel_groups * column_groups) return;
+  const Task<scalar_t>& task = task_of(tasks, blockIdx.x);
+  const Shape& s = task.level.shape;
+  const scalar_t* __restrict__ x = task.level.x;
+  scalar_t* __restrict__ y = task.level.result;
+  const int64_t channel_groups = s.c / kVec, column_groups = ceil_div(s.ow, kColumns), slab_rows = task.slab_rows;
+  const int64_t i = int64_t(blockIdx.x - task.first_block) * blockDim.x + threadIdx.x;
+  if (i >= s.n * channel_groups * column_groups || blockIdx.y * slab_rows >= s.oh) return;
   const Cell cell(s, i, channel_groups, column_groups, kVec);
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
   const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
@@ -150,20 +173,23 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
 // after it the rows m s, ..., m s + s - 1 are complete. The thread's columns are group s kColumns + [0, s kColumns).
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
-    depthwise_conv_grad_input_kernel(Shape s, int64_t channel_groups, int64_t column_groups, int64_t slab_rows,
-                                     const scalar_t* __restrict__ grad,    // [n, c, oh, ow]
-                                     const scalar_t* __restrict__ x,       // [n, c, h, w]; read only where there is a prologue
-                                     const scalar_t* __restrict__ weight,  // [c, k, k]
-                                     scalar_t* __restrict__ grad_x) {      // [n, c, h, w]
+    depthwise_conv_grad_input_kernel(const Tasks<scalar_t> tasks,
+                                     const scalar_t* __restrict__ weight) {  // [c, k, k]
   using A = acc_t<scalar_t>;
   constexpr int kBefore = (kKernel - 1) / kStride;  // outputs to the left that still reach the thread's columns
   constexpr int kLoaded = kColumns + kBefore, kOwned = kColumns * kStride;
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= s.n * channel_groups * column_groups) return;
+  const Task<scalar_t>& task = task_of(tasks, blockIdx.x);
+  const Shape& s = task.level.shape;
+  const scalar_t* __restrict__ grad = task.level.grad;
+  const scalar_t* __restrict__ x = task.level.x;  // read only where there is a prologue
+  scalar_t* __restrict__ grad_x = task.level.result;
+  const int64_t channel_groups = s.c / kVec, column_groups = ceil_div(s.w + s.left, kOwned), slab_rows = task.slab_rows;
+  const int64_t i = int64_t(blockIdx.x - task.first_block) * blockDim.x + threadIdx.x;
+  const int64_t rows = ceil_div(s.h + s.top, kStride);  // steps over all rows of the input
+  if (i >= s.n * channel_groups * column_groups || blockIdx.y * slab_rows >= rows) return;
   const Cell cell(s, i, channel_groups, column_groups, kVec);
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
   const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
-  const int64_t rows = ceil_div(s.h + s.top, kStride);  // steps over all rows of the input
   const int64_t first_step = blockIdx.y * slab_rows, last_step = first_step + slab_rows < rows ? first_step + slab_rows : rows;
   grad += cell.n * out.image + cell.c * out.channel;
   const int64_t base = cell.n * in.image + cell.c * in.channel;
@@ -233,16 +259,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
 // channel: blockDim.x = 1, kLanesShare, and shares are added over the warp first.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
-    depthwise_conv_grad_weight_kernel(Shape s, int64_t slab_rows,
-                                      const scalar_t* __restrict__ grad,         // [n, c, oh, ow]
-                                      const scalar_t* __restrict__ x,            // [n, c, h, w]
+    depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks,
                                       acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
   using A = acc_t<scalar_t>;
   constexpr int kTaps = kKernel * kKernel, kLoaded = (kColumns - 1) * kStride + kKernel;
+  const Task<scalar_t>& task = task_of(tasks, blockIdx.y);
+  const Shape& s = task.level.shape;
+  const scalar_t* __restrict__ grad = task.level.grad;
+  const scalar_t* __restrict__ x = task.level.x;
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
   const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
   const int64_t column_groups = ceil_div(s.ow, kColumns), rows = s.n * s.oh;
-  const int64_t first_row = blockIdx.y * slab_rows, last_row = first_row + slab_rows < rows ? first_row + slab_rows : rows;
+  const int64_t slab_rows = task.slab_rows, first_row = (blockIdx.y - task.first_block) * slab_rows;
+  const int64_t last_row = first_row + slab_rows < rows ? first_row + slab_rows : rows;
 
   A sum[kTaps + 1][kVec];
 #pragma unroll

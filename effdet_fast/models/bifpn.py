@@ -119,7 +119,7 @@ class NodeConv(SeparableConv2d):
         if self.conv_pw.bias is not None:
             nn.init.zeros_(self.conv_pw.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         return self.bn(super().forward(x))
 
 

@@ -54,9 +54,6 @@ class Head(nn.Module):
 
     def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """[B, anchors_per_cell * num_outputs, H_l, W_l] per level, outputs of one anchor adjacent."""
-        outputs = []
-        for level, x in enumerate(levels):
-            for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
-                x = norms[level](conv(x))  # type: ignore[index]
-            outputs.append(self.predict(x))
-        return outputs
+        for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
+            levels = [norm(x) for norm, x in zip(norms, conv(levels), strict=True)]  # type: ignore[call-overload]
+        return self.predict(levels)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from effdet_fast.ops.depthwise_conv import Padding, depthwise_conv2d
+from effdet_fast.ops.depthwise_conv_levels import depthwise_conv2d_levels
 
 
 class DepthwiseConv2d(nn.Module):
@@ -78,10 +79,15 @@ class DepthwiseConv2d(nn.Module):
         module.bias = conv.bias  # type: ignore[assignment]
         return module.train(conv.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, prologue=self.prologue
-        )
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Of one map, or of each of several: those in one pass, if there is no dilation."""
+        if isinstance(x, Tensor):
+            return depthwise_conv2d(
+                x, self.weight, self.bias, self.stride, self.padding, self.dilation, prologue=self.prologue
+            )
+        if self.dilation not in (1, (1, 1)):
+            return [self.forward(each) for each in x]  # type: ignore[misc]
+        return depthwise_conv2d_levels(x, self.weight, self.bias, self.stride, self.padding, prologue=self.prologue)
 
     def extra_repr(self) -> str:
         return (
@@ -110,5 +116,7 @@ class SeparableConv2d(nn.Module):
         self.conv_dw = DepthwiseConv2d(in_channels, kernel_size, stride, padding, bias=False, prologue=prologue)
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_pw(self.conv_dw(x))
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Of one map, or of each of several, whose depthwise part is one pass."""
+        y = self.conv_dw(x)
+        return self.conv_pw(y) if isinstance(y, Tensor) else [self.conv_pw(each) for each in y]

@@ -12,6 +12,7 @@ from effdet_fast.ops.depthwise_conv import (
     depthwise_separable_conv2d,
     depthwise_separable_conv2d_reference,
 )
+from effdet_fast.ops.depthwise_conv_levels import depthwise_conv2d_levels, depthwise_conv2d_levels_reference
 from effdet_fast.ops.detection_loss import DetectionLoss, detection_loss, detection_loss_reference
 from effdet_fast.ops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_reference
 from effdet_fast.ops.fusion import (
@@ -44,6 +45,8 @@ __all__ = [
     "decode_detections",
     "decode_detections_reference",
     "depthwise_conv2d",
+    "depthwise_conv2d_levels",
+    "depthwise_conv2d_levels_reference",
     "depthwise_conv2d_reference",
     "depthwise_separable_conv2d",
     "depthwise_separable_conv2d_reference",

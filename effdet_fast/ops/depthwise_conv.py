@@ -251,12 +251,11 @@ def depthwise_separable_conv2d(
     return PointwiseFunction[activation](F.conv2d(y, pointwise_weight, bias))
 
 
-def _check_operand(op: str, name: str, operand: Tensor, x: Tensor) -> None:
-    check_same_device(op, name, operand, "x", x)
+def _check_operand(op: str, name: str, operand: Tensor, x: Tensor, x_name: str = "x") -> None:
+    check_same_device(op, name, operand, x_name, x)
     if operand.dtype != x.dtype and autocast_dtype(x) is None:
-        raise TypeError(
-            f"{op}: {name} must have the dtype of x, {dtype_name(x.dtype)}, got {dtype_name(operand.dtype)}"
-        )
+        wanted = f"the dtype of {x_name}, {dtype_name(x.dtype)}"
+        raise TypeError(f"{op}: {name} must have {wanted}, got {dtype_name(operand.dtype)}")
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -288,22 +287,24 @@ def _sides(op: str, padding: Padding) -> str | tuple[int, int, int, int]:
     return sides
 
 
-def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation) -> Geometry:
+def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation, name: str = "x") -> Geometry:
     stride, dilation = _pair(op, "stride", stride), _pair(op, "dilation", dilation)
-    arguments = (op, x.shape, weight.shape, stride, _sides(op, padding), dilation)
+    arguments = (op, x.shape, weight.shape, stride, _sides(op, padding), dilation, name)
     # Sizes may be symbols while compiling.
     geometry = _resolve(*arguments) if torch.compiler.is_compiling() else _resolve_once(*arguments)
     if geometry.size[0] < 1 or geometry.size[1] < 1:
         got = f"{list(x.shape)} with padding {padding!r}"
-        raise ValueError(f"{op}: the padded x must not be smaller than the filter {list(weight.shape[2:])}, got {got}")
+        raise ValueError(
+            f"{op}: the padded {name} must not be smaller than the filter {list(weight.shape[2:])}, got {got}"
+        )
     return geometry
 
 
-def _resolve(op, shape, weight_shape, stride, sides, dilation) -> Geometry:
+def _resolve(op, shape, weight_shape, stride, sides, dilation, name) -> Geometry:
     if len(shape) != 4:
-        raise ValueError(f"{op}: x must have shape [N, C, H, W], got {list(shape)}")
+        raise ValueError(f"{op}: {name} must have shape [N, C, H, W], got {list(shape)}")
     if shape[2] == 0 or shape[3] == 0:
-        raise ValueError(f"{op}: x must have at least one row and one column, got {list(shape)}")
+        raise ValueError(f"{op}: {name} must have at least one row and one column, got {list(shape)}")
     channels, filters = shape[1], weight_shape[0] if weight_shape else 0
     fits = len(weight_shape) == 4 and weight_shape[1] == 1 and min(weight_shape[2:]) >= 1
     if not fits or (filters != channels and (channels == 0 or filters % channels or not filters)):

@@ -54,6 +54,13 @@ DAMAGES = [
         "oy * kStride - s.top + ky;",
         "oy * kStride - s.top + ky + 1;",
     ),
+    (
+        "depthwise_conv",
+        "depthwise_conv2d_levels",
+        "depthwise_conv_kernel.cuh",
+        "(blockIdx.y - task.first_block) * slab_rows",
+        "blockIdx.y * slab_rows",
+    ),
     ("nms", "batched_nms_padded", "nms_tile.cuh", "lane > i && lane < count", "lane > i + 1 && lane < count"),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "earlier < number", "earlier + 1 < number"),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "kept_before >= in.most", "kept_before + 64 >= in.most"),
