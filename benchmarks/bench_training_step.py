@@ -69,6 +69,9 @@ def step(device: torch.device, dtype: torch.dtype, layout: str, *, name: str, ba
         oracle=Implementation("float64", exact_loss, tuple(exact.parameters())),
         bytes={BOTH: 4 * floats},
         joined=True,  # the biases before a BatchNorm have no gradient but round-off
+        # PyTorch's BatchNorm in channels_last sums a batch in plain float32: its statistics have five digits, and gradients on
+        # top of them two, at 512 pixels. The tests compare those of a smaller one.
+        results_of_peers=1,
         peers=peers,
         absent=absent,
     )

@@ -16,6 +16,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
+from effdet_fast.ops._layout import dense_like, in_layout, is_channels_last
 
 _PYTORCH_ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
@@ -100,10 +101,6 @@ def _sums_like(x: Tensor) -> Tensor:
     return x.new_empty((2, x.shape[1]), dtype=arithmetic_dtype(x))
 
 
-def _dense_like(x: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 # x and its gradients are dense in the layout that `channels_last` says; all per-channel tensors are [C], in the dtype of the
 # arithmetic.
 _AFFINE = "Tensor? weight, Tensor? bias, float eps, int activation, bool channels_last"
@@ -112,13 +109,13 @@ _batch_norm_stats = _library.define(
 )
 _batch_norm_act = _library.define(
     f"batch_norm_act(Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> Tensor",
-    lambda x, mean, var, weight, bias, eps, activation, channels_last: _dense_like(x, channels_last),
+    lambda x, mean, var, weight, bias, eps, activation, channels_last: dense_like(x, channels_last),
 )
 _batch_norm_act_train = _library.define(
     f"batch_norm_act_train(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, {_AFFINE}) "
     "-> (Tensor, Tensor, Tensor)",
     lambda x, running_mean, running_var, momentum, weight, bias, eps, activation, channels_last: (
-        _dense_like(x, channels_last),
+        dense_like(x, channels_last),
         *_statistics_like(x),
     ),
 )
@@ -131,12 +128,12 @@ _batch_norm_act_sums = _library.define(
 # `mean_sums`: those sums divided by the number of values, where mean and var are the batch's; None where they are constants.
 _batch_norm_act_grad_input = _library.define(
     f"batch_norm_act_grad_input(Tensor grad, Tensor x, Tensor mean, Tensor var, Tensor? mean_sums, {_AFFINE}) -> Tensor",
-    lambda grad, x, mean, var, mean_sums, weight, bias, eps, activation, channels_last: _dense_like(x, channels_last),
+    lambda grad, x, mean, var, mean_sums, weight, bias, eps, activation, channels_last: dense_like(x, channels_last),
 )
 _batch_norm_act_train_backward = _library.define(
     f"batch_norm_act_train_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> (Tensor, Tensor)",
     lambda grad, x, mean, var, weight, bias, eps, activation, channels_last: (
-        _dense_like(x, channels_last),
+        dense_like(x, channels_last),
         _sums_like(x),
     ),
 )
@@ -166,7 +163,7 @@ class _BatchStatistics(torch.autograd.Function):
             y = _from_statistics(x, *_batch_statistics(x)[:2], weight, bias, eps, _ACTIVATION_NAMES[activation])
             grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), (need_x, need_weight, need_bias), grad)
             return grad_x, None, None, None, grad_weight, grad_bias, None, None, None
-        grad = _in_layout(grad, channels_last)
+        grad = in_layout(grad, channels_last)
         grad_x = None
         if need_x:
             grad_x, sums = _batch_norm_act_train_backward(grad, x, mean, var, weight, bias, *ctx.options)
@@ -198,7 +195,7 @@ class _GivenStatistics(torch.autograd.Function):
             needed = (need_x, need_weight, need_bias)
             grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), needed, grad)
             return grad_x, None, None, grad_weight, grad_bias, *(None,) * 5
-        grad = _in_layout(grad, channels_last)
+        grad = in_layout(grad, channels_last)
         grad_x = grad_weight = grad_bias = mean_sums = None
         if need_weight or need_bias or ctx.group is not None:
             sums = _batch_norm_act_sums(grad, x, mean, var, weight, bias, *ctx.options)
@@ -217,15 +214,6 @@ def _gradients(y: Tensor, inputs, needed, grad: Tensor) -> list[Tensor | None]:
     wanted = [x for x, need in zip(inputs, needed, strict=False) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
-
-
-def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
-    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.stride() != (1, 1, 1, 1)
 
 
 def batch_norm_act(
@@ -279,8 +267,8 @@ def batch_norm_act(
         return batch_norm_act_reference(
             x, *running, weight, bias, training, momentum, eps, activation=activation, group=group
         )
-    channels_last = _is_channels_last(x)
-    x = _in_layout(x, channels_last)
+    channels_last = is_channels_last(x)
+    x = in_layout(x, channels_last)
     dtype = arithmetic_dtype(x)
     weight, bias = _dense_of(weight, dtype), _dense_of(bias, dtype)
     options = (float(eps), ACTIVATIONS[activation], channels_last)

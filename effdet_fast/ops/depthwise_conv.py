@@ -16,6 +16,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
+from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
 
 Padding = int | str | tuple[int, int] | tuple[int, int, int, int]
 PointwiseFunction = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
@@ -59,21 +60,17 @@ def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     return F.conv2d(x, weight, bias, geometry.stride, pads, geometry.dilation, groups=x.shape[1])
 
 
-def _empty(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
-    return x.new_empty(sizes).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 _GEOMETRY = "int stride, SymInt left, SymInt top"
 _depthwise_conv = _library.define(
     f"depthwise_conv(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, SymInt out_height, SymInt out_width, int prologue, "
     "bool channels_last) -> Tensor",
-    lambda x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last: _empty(
+    lambda x, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last: empty_in_layout(
         x, (x.shape[0], x.shape[1], out_height, out_width), channels_last
     ),
 )
 _depthwise_conv_grad_input = _library.define(
     f"depthwise_conv_grad_input(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, int prologue, bool channels_last) -> Tensor",
-    lambda grad, x, weight, stride, left, top, prologue, channels_last: _empty(x, x.shape, channels_last),
+    lambda grad, x, weight, stride, left, top, prologue, channels_last: empty_in_layout(x, x.shape, channels_last),
 )
 _depthwise_conv_grad_weight = _library.define(
     f"depthwise_conv_grad_weight(Tensor grad, Tensor x, int kernel, {_GEOMETRY}, int prologue, bool channels_last, "
@@ -107,7 +104,7 @@ class _DepthwiseConv(torch.autograd.Function):
             return *(next(grads) if need else None for need in (need_x, need_weight, need_bias)), None, None, None
         left, _, top, _ = ctx.geometry.sides
         options = (ctx.geometry.stride[0], left, top, ACTIVATIONS[ctx.prologue], ctx.channels_last)
-        grad = grad.contiguous(memory_format=torch.channels_last if ctx.channels_last else torch.contiguous_format)
+        grad = in_layout(grad, ctx.channels_last)
         grad_x = grad_weight = grad_bias = None
         if need_x:
             grad_x = _depthwise_conv_grad_input(grad, x, weight, *options)
@@ -123,18 +120,12 @@ def _forward(x, weight, bias, geometry: Geometry, prologue: str | None, channels
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, prologue: str | None) -> Tensor:
-    channels_last = _is_channels_last(x)
-    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    channels_last = is_channels_last(x)
+    x = in_layout(x, channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     needs_gradient = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     run = _DepthwiseConv.apply if needs_gradient and torch.is_grad_enabled() else _forward
     return run(x, weight, bias, geometry, prologue, channels_last)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
-    strides = x.stride()
-    return strides[1] == 1 and strides[3] >= x.shape[1] and strides != (1, 1, 1, 1)
 
 
 def depthwise_conv2d(

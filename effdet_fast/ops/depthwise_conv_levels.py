@@ -14,14 +14,13 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
+from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
 from effdet_fast.ops.depthwise_conv import (
     Geometry,
     Padding,
     _autocast,
     _check_operand,
-    _empty,
     _geometry,
-    _is_channels_last,
     _pytorch,
     depthwise_conv2d_reference,
 )
@@ -44,11 +43,11 @@ def depthwise_conv2d_levels_reference(
 
 def _forward_fake(xs, weight, bias, stride, left, top, out_height, out_width, prologue, channels_last):
     sizes = zip(xs, out_height, out_width, strict=True)
-    return [_empty(x, (x.shape[0], x.shape[1], height, width), channels_last) for x, height, width in sizes]
+    return [empty_in_layout(x, (x.shape[0], x.shape[1], height, width), channels_last) for x, height, width in sizes]
 
 
 def _grad_input_fake(grads, xs, weight, stride, left, top, prologue, channels_last):
-    return [_empty(x, x.shape, channels_last) for x in xs]
+    return [empty_in_layout(x, x.shape, channels_last) for x in xs]
 
 
 def _grad_weight_fake(grads, xs, kernel, stride, left, top, prologue, channels_last, with_bias):
@@ -101,8 +100,7 @@ class _DepthwiseConvLevels(torch.autograd.Function):
             grad_weight = next(found) if need_weight else None
             grad_bias = next(found) if need_bias else None
         elif used:
-            memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
-            dense = {i: grads[i].contiguous(memory_format=memory_format) for i in used}
+            dense = {i: in_layout(grads[i], ctx.channels_last) for i in used}
             last = (ACTIVATIONS[ctx.prologue], ctx.channels_last)
             if wanted:
                 some = [dense[i] for i in wanted], [xs[i] for i in wanted]
@@ -190,9 +188,8 @@ def depthwise_conv2d_levels(
         bias = None if bias is None else _autocast(bias, dtype)
     if not (geometries[0].has_kernel and _library.is_native(xs[0])):
         return [_pytorch(x, weight, bias, geometry, prologue) for x, geometry in zip(xs, geometries, strict=True)]
-    channels_last = _is_channels_last(xs[0])
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    xs = [x.contiguous(memory_format=memory_format) for x in xs]
+    channels_last = is_channels_last(xs[0])
+    xs = [in_layout(x, channels_last) for x in xs]
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     operands = [*xs, weight] if bias is None else [*xs, weight, bias]
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in operands)

@@ -17,6 +17,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
+from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
 
 METHODS = {"fast": 0, "softmax": 1, "sum": 2}  # numbered as in csrc/fusion/fusion_math.h
 RESAMPLES = {"none": 0, "nearest": 1, "max_pool": 2}
@@ -46,8 +47,7 @@ def weighted_fusion_reference(
         total = term if total is None else total + term
     assert total is not None
     total = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[activation](total)
-    memory_format = torch.channels_last if _is_channels_last(inputs[0]) else torch.contiguous_format
-    return total.to(inputs[0].dtype).contiguous(memory_format=memory_format)
+    return in_layout(total.to(inputs[0].dtype), is_channels_last(inputs[0]))
 
 
 def _normalized(weights: Tensor, method: str, eps: float) -> Tensor:
@@ -71,15 +71,9 @@ def _resampled(x: Tensor, how: str, size: tuple[int, int]) -> Tensor:
     return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """Which layout the strides mean; also for sliced tensors, and for sizes of 1, where both layouts count as contiguous."""
-    return x.stride(1) == 1 and x.stride(3) >= x.shape[1]
-
-
 def _fusion_fake(inputs, weights, method, eps, resample, h, w, activation, channels_last):
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = inputs[0]
-    return torch.empty((x.shape[0], x.shape[1], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return empty_in_layout(x, (x.shape[0], x.shape[1], h, w), channels_last)
 
 
 def _fusion_backward_fake(grad, inputs, weights, method, eps, resample, activation, channels_last, needs):
@@ -117,7 +111,7 @@ class _Fusion(torch.autograd.Function):
             out = weighted_fusion_reference(inputs, weights, **ctx.arguments)
             grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
         else:
-            grad = grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            grad = in_layout(grad, channels_last)
             options = (method, eps, resample, activation, channels_last)
             grads = iter(_fusion_backward(grad, inputs, weights, *options, needs))
         *grad_inputs, grad_weights = [next(grads) if need else None for need in needs]
@@ -208,9 +202,8 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     if not _library.is_native(first):
         return weighted_fusion_reference(inputs, weights, **arguments)
 
-    channels_last = _is_channels_last(first)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    inputs = [x.contiguous(memory_format=memory_format) for x in inputs]
+    channels_last = is_channels_last(first)
+    inputs = [in_layout(x, channels_last) for x in inputs]
     if weights is not None:
         dtype = arithmetic_dtype(first)
         weights = (weights if weights.dtype == dtype else weights.to(dtype)).contiguous()

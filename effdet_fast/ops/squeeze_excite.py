@@ -18,6 +18,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
+from effdet_fast.ops._layout import dense_like, in_layout, is_channels_last
 
 # Of the reduction and of the expansion: weight and bias.
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
@@ -72,10 +73,6 @@ def _gates_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=arithmetic_dtype(x))
 
 
-def _dense_like(x: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 # x and its gradients are dense in the layout that `channels_last` says; the rest is [N, C], in the dtype of the arithmetic.
 # The means of x over its pixels; given `grad` and `gate`, the gradient of the gate before the sigmoid.
 _reduce = _library.define(
@@ -85,7 +82,7 @@ _reduce = _library.define(
 # x * sigmoid(gate); given `grad_mean`, x is the gradient of that, and grad_mean / (H W) is added: the gradient of its x.
 _scale = _library.define(
     "squeeze_excite_scale(Tensor x, Tensor gate, Tensor? grad_mean, bool channels_last) -> Tensor",
-    lambda x, gate, grad_mean, channels_last: _dense_like(x, channels_last),
+    lambda x, gate, grad_mean, channels_last: dense_like(x, channels_last),
 )
 
 
@@ -108,7 +105,7 @@ class _SqueezeExcite(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return tuple(next(found) if need else None for need in needed)
         with _outside_autocast(x):
-            return *_gradients(ctx, _in_layout(grad, ctx.channels_last)), None, None
+            return *_gradients(ctx, in_layout(grad, ctx.channels_last)), None, None
 
 
 def _forward(
@@ -140,15 +137,6 @@ def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
         if need_x:
             grads[0] = _scale(grad, gate, grad_reduced @ reduce_weight.flatten(1), ctx.channels_last)
     return grads
-
-
-def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
-    return x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.stride() != (1, 1, 1, 1)
 
 
 def squeeze_excite(
@@ -196,8 +184,8 @@ def squeeze_excite(
         x = x.to(dtype)
     if not _library.is_native(x):
         return squeeze_excite_reference(x, *weights, activation=activation)
-    channels_last = _is_channels_last(x)
-    x, weights = _in_layout(x, channels_last), _to(arithmetic_dtype(x), *weights)
+    channels_last = is_channels_last(x)
+    x, weights = in_layout(x, channels_last), _to(arithmetic_dtype(x), *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights)):
         return _SqueezeExcite.apply(x, *weights, activation, channels_last)
     return _forward(x, weights, activation, channels_last)[0]
