@@ -1,0 +1,27 @@
+"""The two memory formats that the kernels read in place."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """By the strides, so that it is also known of a slice, and of a tensor with one channel or one pixel."""
+    strides = x.stride()
+    return strides[1] == 1 and strides[3] >= x.shape[1] and strides != (1, 1, 1, 1)
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    return x.contiguous(memory_format=memory_format(channels_last))
+
+
+def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
+    """Uninitialised, of the dtype and on the device of x."""
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last))
+
+
+def dense_like(x: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(channels_last))
