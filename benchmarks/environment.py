@@ -15,6 +15,7 @@ import torch
 from effdet_fast import __version__, _extension
 
 ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc", "effdet_fast", "benchmarks/*.py", "setup.py")
 
 
 def describe(device: torch.device, command_line: list[str]) -> dict[str, Any]:
@@ -76,13 +77,13 @@ def version_of(package: str) -> str | None:
 
 
 def commit_of(root: Path) -> tuple[str | None, bool | None]:
-    """The commit, and whether files under version control differ from it.
+    """The commit, and whether what is built and measured differs from it, new files included.
 
     Outside a repository EFFDET_FAST_COMMIT can name the commit that was copied there; otherwise both are None.
     """
     try:
         commit = _git(root, "rev-parse", "HEAD").strip()
-        return commit, bool(_git(root, "status", "--porcelain", "--untracked-files=no").strip())
+        return commit, bool(_git(root, "status", "--porcelain", "--", *SOURCES).strip())
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("EFFDET_FAST_COMMIT"), None
 

@@ -19,7 +19,13 @@ class Task:
 
 
 class CpuClock:
+    """Each run follows one of the same task, as in a loop: it finds the memory and caches that it left itself.
+
+    After another task it may meet pages that a virtual machine has handed back to its host, and wait for those only.
+    """
+
     def seconds(self, task: Task) -> float:
+        task.run(task.prepare())
         prepared = task.prepare()
         start = time.perf_counter()
         task.run(prepared)
@@ -70,7 +76,7 @@ def clock_for(device: torch.device) -> CpuClock | CudaClock:
 def interleaved(
     tasks: dict[str, Task], clock: CpuClock | CudaClock, seconds: float, min_rounds: int = 5
 ) -> dict[str, list[float]]:
-    """Runs every task in turn, in rotating order, for about `seconds` altogether and at least `min_rounds` times each."""
+    """Times every task in turn, in rotating order, for about `seconds` altogether and at least `min_rounds` times each."""
     for task in tasks.values():
         clock.seconds(task)
     estimate = sum(clock.seconds(task) for task in tasks.values())

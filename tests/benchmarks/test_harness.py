@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.correctness import TOLERANCE, WrongResultError, check
 from benchmarks.harness import measure
 from benchmarks.records import OURS
 from benchmarks.table import format_row
-from benchmarks.timing import CudaClock, Task, copy_task, interleaved
+from benchmarks.timing import CpuClock, CudaClock, Task, copy_task, interleaved
 from benchmarks.workload import Case, Implementation, Workload, optional
 
 CPU = torch.device("cpu")
@@ -142,6 +143,14 @@ def test_turns_are_taken_in_rotating_order(seconds, rounds):
     samples = interleaved(tasks, clock, seconds)
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", rounds)
     assert "".join(clock.ran[6:15]) == "abcbcacab"
+
+
+def test_the_cpu_clock_times_the_second_of_two_runs(monkeypatch):
+    order = []
+    task = Task(lambda prepared: order.append(f"run {prepared}"), lambda: order.append("prepare") or 7)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(order.append("time") or len(order)))
+    assert CpuClock().seconds(task) == 2
+    assert order == ["prepare", "run 7", "prepare", "time", "run 7", "time"]
 
 
 def test_the_gpu_clock_flushes_the_cache_outside_of_what_it_times(monkeypatch):

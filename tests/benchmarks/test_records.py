@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 import torch
 
@@ -100,6 +102,18 @@ def test_the_environment_says_what_was_measured_with_what():
     assert described["threads"] == torch.get_num_threads()
     assert described["command"] == "python -m benchmarks nms --case 'a b'"
     assert {"date", "build", "commit", "uncommitted_changes"} <= described.keys()
+
+
+def test_a_new_source_file_is_an_uncommitted_change_and_a_new_record_is_not(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "effdet_fast").mkdir()
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    (tmp_path / "benchmarks" / "results" / "record.json").touch()
+    assert environment.commit_of(tmp_path)[1] is False
+    (tmp_path / "effdet_fast" / "new.py").touch()
+    assert environment.commit_of(tmp_path)[1] is True
 
 
 def test_outside_a_repository_the_commit_is_unknown_or_told(tmp_path, monkeypatch):
