@@ -1,7 +1,8 @@
-# make demo   - set up, train on real photographs, evaluate, write pictures
+# make demo   - set up, train MODEL on real photographs, evaluate, write pictures
 # make test   - set up, lint, build, run the test suite
 # make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks
 PYTHON ?= python3
+MODEL ?= efficientdet_lite0
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc setup.py pyproject.toml -type f)
@@ -43,7 +44,7 @@ test-full: lint types build
 	$(PYTEST) tests
 
 demo: build
-	$(BIN)/python examples/neon_trees.py
+	$(BIN)/python examples/neon_trees.py --model $(MODEL)
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from effdet_fast.data import CocoDetection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import focal_loss
+import neon_data
 import neon_trees
 
 
@@ -21,7 +24,7 @@ def photograph():
 
 def test_tiles_cover_the_photograph_and_boxes_are_cut(tmp_path, photograph):
     boxes = np.array([[5.0, 5, 15, 15], [36, 10, 46, 20], [38, 60, 48, 70]])
-    file = neon_trees.cut_tiles(photograph, boxes, side=40, stride=40, folder=tmp_path / "val")
+    file = neon_data.cut_tiles(photograph, boxes, side=40, stride=40, folder=tmp_path / "val")
     content = json.loads(file.read_text())
     sizes = {image["file_name"]: (image["width"], image["height"]) for image in content["images"]}
     assert sizes["00000_00000.png"] == (40, 40) and sizes["00080_00040.png"] == (20, 30) and len(sizes) == 6
@@ -47,7 +50,7 @@ def test_overlapping_tiles_show_every_box_whole_somewhere(tmp_path, photograph):
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, [88, 58], (40, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(3, 12, (40, 2))], axis=1)
-    file = neon_trees.cut_tiles(photograph, boxes, side=40, stride=20, folder=tmp_path / "train")
+    file = neon_data.cut_tiles(photograph, boxes, side=40, stride=20, folder=tmp_path / "train")
     areas = [a["area"] for a in json.loads(file.read_text())["annotations"] if not a["iscrowd"]]
     for box in boxes:
         whole = (box[2:] - box[:2]).prod()
@@ -58,7 +61,7 @@ def test_boxes_are_read_from_pascal_voc(tmp_path):
     path = tmp_path / "boxes.xml"
     corners = "<xmin>1</xmin><ymin>2</ymin><xmax>10</xmax><ymax>20</ymax>"
     path.write_text(f"<annotation><object><name>Tree</name><bndbox>{corners}</bndbox></object></annotation>")
-    assert neon_trees.read_boxes(path).tolist() == [[0, 1, 10, 20]]
+    assert neon_data.read_boxes(path).tolist() == [[0, 1, 10, 20]]
 
 
 def test_no_run_overwrites_another(tmp_path):
@@ -67,3 +70,22 @@ def test_no_run_overwrites_another(tmp_path):
         free = neon_trees.free_folder(folder)
         assert free.name == expected
         free.mkdir()
+
+
+def test_the_focal_loss_example_splits_the_loss_as_the_formula_does():
+    logits = torch.tensor([[2.0, -1.0], [-3.0, 0.5]])
+    labels = torch.tensor([0, -1])
+    p = logits.double().sigmoid()
+    for gamma in (0.0, 2.0):
+        counts, loss = focal_loss.loss_by_part(logits, labels, gamma)
+        positive = -((1 - p[0, 0]) ** gamma) * p[0, 0].log()
+        hard = sum(-(q**gamma) * (1 - q).log() for q in (p[0, 1], p[1, 1]))
+        easy = -(p[1, 0] ** gamma) * (1 - p[1, 0]).log()
+        assert counts.tolist() == [1, 2, 1]
+        torch.testing.assert_close(loss, torch.stack([positive, hard, easy]))
+
+
+def test_the_focal_loss_curves_are_the_papers():
+    p = torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
+    for gamma, loss in focal_loss.loss_curves(p).items():
+        torch.testing.assert_close(loss, -((1 - p) ** gamma) * p.log())
