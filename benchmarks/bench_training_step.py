@@ -9,7 +9,7 @@ from torch import nn
 import effdet_fast
 from benchmarks.workload import BOTH, CHANNELS_LAST, OURS, Case, Implementation, Workload, optional
 from effdet_fast import ops
-from effdet_fast.models import EfficientDet
+from effdet_fast.models import DetectionModel
 
 OP = "training_step"
 MODEL, SIZE, OBJECTS = "efficientdet_d0", 512, 20
@@ -32,7 +32,7 @@ def step(device: torch.device, dtype: torch.dtype, layout: str, *, name: str, ba
     boxes = torch.cat([corners, corners + size * (0.03 + 0.2 * torch.rand_like(corners))], dim=2)
     labels = torch.randint(90, (batch, OBJECTS), device=device)
 
-    def loss(model: EfficientDet) -> torch.Tensor:
+    def loss(model: DetectionModel) -> torch.Tensor:
         return model.loss(model(images), boxes, labels).total
 
     def peer_loss(bench: nn.Module) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effdet_fast.models import EfficientDet, EfficientDetConfig, load_checkpoint
+from effdet_fast.models import DetectionModel, DetectorConfig, load_checkpoint
 
 FORMAT = 1
 _KEYS = ("model", "config", "class_names", "category_ids", "preprocessing", "state_dict")
@@ -27,7 +27,7 @@ class TrainedModel:
         image_size: (height, width) of the model's input.
     """
 
-    model: EfficientDet
+    model: DetectionModel
     class_names: list[str]
     category_ids: list[int]
     mean: tuple[float, ...]
@@ -57,7 +57,7 @@ def load_trained_model(
     size = content["preprocessing"]["image_size"] if image_size is None else image_size
     pair = (size, size) if isinstance(size, int) else tuple(size)
     try:
-        config = dataclasses.replace(EfficientDetConfig.from_dict(content["config"]), image_size=pair)
+        config = dataclasses.replace(DetectorConfig.from_dict(content["config"]), image_size=pair)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no usable model configuration: {error}") from error
     names, ids = [str(n) for n in content["class_names"]], [int(c) for c in content["category_ids"]]
@@ -65,7 +65,7 @@ def load_trained_model(
         raise ValueError(
             f"{path}: has {config.num_classes} classes, {len(names)} class names and {len(set(ids))} category ids"
         )
-    model = EfficientDet(config)
+    model = DetectionModel(config)
     load_checkpoint(model, content["state_dict"])
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     model.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,15 +1,15 @@
-"""EfficientDet and EfficientDet-Lite, weight-compatible with effdet's `tf_efficientdet_*`."""
+"""Detectors: backbone, neck and heads from one configuration; EfficientDets are weight-compatible with effdet's."""
 
 from effdet_fast.models.checkpoints import Mismatch, load_backbone_checkpoint, load_checkpoint
-from effdet_fast.models.config import EfficientDetConfig, compound_scaling
-from effdet_fast.models.efficientdet import EfficientDet
-from effdet_fast.models.loss import DetectionLoss
+from effdet_fast.models.config import DetectorConfig, compound_scaling
+from effdet_fast.models.detection_model import DetectionModel
 from effdet_fast.models.registry import create_model, list_models, model_config
+from effdet_fast.ops import DetectionLoss
 
 __all__ = [
     "DetectionLoss",
-    "EfficientDet",
-    "EfficientDetConfig",
+    "DetectionModel",
+    "DetectorConfig",
     "Mismatch",
     "compound_scaling",
     "create_model",

@@ -1,11 +1,11 @@
-"""The anchor boxes of an EfficientDet, in the order of its head outputs."""
+"""The anchor boxes of a detector, in the order of its head outputs."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from effdet_fast.models.config import EfficientDetConfig
+from effdet_fast.models.config import DetectorConfig
 
 
 def feature_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -> list[tuple[int, int]]:
@@ -17,7 +17,7 @@ def feature_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -
     return sizes[min_level:]
 
 
-def generate_anchors(config: EfficientDetConfig) -> torch.Tensor:
+def generate_anchors(config: DetectorConfig) -> torch.Tensor:
     """Anchor boxes float32 [N, 4] xyxy in input pixels, on the CPU.
 
     Order: level, row, column, scale, aspect ratio, as in head outputs permuted to [B, H, W, A]. Cell (i, j) is centred
@@ -44,7 +44,7 @@ class AnchorCache:
     Not a buffer on purpose: a model cast to half precision or saved keeps exact anchors and an unchanged state dict.
     """
 
-    def __init__(self, config: EfficientDetConfig) -> None:
+    def __init__(self, config: DetectorConfig) -> None:
         self.config = config
         self.sizes = feature_sizes(config.image_size, config.min_level, config.max_level)
         self.counts = [height * width * config.anchors_per_cell for height, width in self.sizes]

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effdet_fast.models.config import EfficientDetConfig
-from effdet_fast.nn import BatchNormAct2d, SeparableConv2d, WeightedFusion
+from effdet_fast.models.config import DetectorConfig
+from effdet_fast.nn import BatchNormAct2d, BlockSequence, SeparableConv2d, WeightedFusion
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
@@ -84,7 +84,7 @@ def projection(in_channels: int, out_channels: int, bias: bool) -> nn.Sequential
 class NodeFusion(WeightedFusion):
     """Weighted fusion of a node's inputs, each projected to the pyramid's width first where it must be."""
 
-    def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: EfficientDetConfig) -> None:
+    def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: DetectorConfig) -> None:
         super().__init__(
             len(inputs),
             method=config.fusion,
@@ -109,7 +109,7 @@ class NodeFusion(WeightedFusion):
 class NodeConv(SeparableConv2d):
     """Separable convolution of an activated fusion, and its BatchNorm."""
 
-    def __init__(self, config: EfficientDetConfig) -> None:
+    def __init__(self, config: DetectorConfig) -> None:
         channels = config.fpn_channels
         super().__init__(channels, channels, 3, bias=config.redundant_bias)
         self.bn = batch_norm(channels)
@@ -126,7 +126,7 @@ class NodeConv(SeparableConv2d):
 class Node(nn.Module):
     """One BiFPN node: fuse, activate, convolve, normalise."""
 
-    def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: EfficientDetConfig) -> None:
+    def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: DetectorConfig) -> None:
         super().__init__()
         self.combine = NodeFusion(inputs, in_channels, config)
         self.after_combine = nn.Sequential(OrderedDict(conv=NodeConv(config)))
@@ -143,7 +143,7 @@ class BiFpnCell(nn.Module):
         config: Model configuration.
     """
 
-    def __init__(self, in_channels: list[int], config: EfficientDetConfig) -> None:
+    def __init__(self, in_channels: list[int], config: DetectorConfig) -> None:
         super().__init__()
         self.num_levels = config.num_levels
         nodes = bifpn_nodes(config.num_levels)
@@ -165,18 +165,17 @@ class BiFpn(nn.Module):
         config: Model configuration.
     """
 
-    def __init__(self, in_channels: tuple[int, ...], config: EfficientDetConfig) -> None:
+    def __init__(self, in_channels: tuple[int, ...], config: DetectorConfig) -> None:
         super().__init__()
         channels = list(in_channels)
         self.resample = nn.ModuleDict()
         for level in range(len(in_channels), config.num_levels):
             self.resample[str(level)] = projection(channels[-1], config.fpn_channels, config.redundant_bias)
             channels.append(config.fpn_channels)
-        cells = []
+        self.cell = BlockSequence(recompute=config.gradient_checkpointing)
         for _ in range(config.fpn_cells):
-            cells.append(BiFpnCell(channels, config))
+            self.cell.append(BiFpnCell(channels, config))
             channels = [config.fpn_channels] * config.num_levels
-        self.cell = nn.Sequential(*cells)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each."""

@@ -59,7 +59,7 @@ def load_checkpoint(
     prefix are understood, as are head BatchNorms stored level first.
 
     Args:
-        model: An `EfficientDet`.
+        model: A `DetectionModel`.
         checkpoint: Local path, or a state dict (wrapped or not).
         strict: Raise if anything does not fit, and load nothing. Otherwise load what fits.
         reset_head: Leave out the class prediction layer and keep the model's own, for fine-tuning to other classes.
@@ -89,7 +89,7 @@ def load_backbone_checkpoint(model: nn.Module, checkpoint: PathOrStateDict, stri
     left out.
 
     Args:
-        model: An `EfficientDet`.
+        model: A `DetectionModel`.
         checkpoint: Local path, or a state dict (wrapped or not).
         strict: Raise if anything does not fit, and load nothing. Otherwise load what fits.
 

@@ -1,4 +1,4 @@
-"""What each EfficientDet is made of: one frozen configuration and the table of the released models."""
+"""What a detector is made of: one frozen configuration."""
 
 from __future__ import annotations
 
@@ -9,37 +9,81 @@ from typing import Any
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 
-FUSION_METHODS = ("fast", "softmax", "sum")
-ACTIVATIONS = ("silu", "relu", "relu6")
+# Backbone and neck are checked where they are built.
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "fusion": ("fast", "softmax", "sum"),
+    "activation": ("silu", "relu", "relu6"),
+    "extra_levels": ("efficientdet", "c5", "p5", "pool"),
+    "head": ("separable",),
+    "head_norm": ("batch",),
+    "padding": ("same", "symmetric"),
+    "anchor_style": ("efficientdet",),
+    "box_coder": ("effdet", "torchvision"),
+    "box_loss": ("huber", "l1", "smooth_l1", "giou"),
+    "loss_normalizer": ("batch", "per_image"),
+}
+POSITIVE_INTEGERS = (
+    "num_classes",
+    "fpn_channels",
+    "fpn_cells",
+    "head_repeats",
+    "num_scales",
+    "max_candidates",
+    "max_detections",
+)
 
 
 @dataclass(frozen=True)
-class EfficientDetConfig:
-    """Everything that decides the layers, anchors, loss and post-processing of an EfficientDet.
+class DetectorConfig:
+    """Everything that decides the layers, anchors, labels, loss and post-processing of a detector.
+
+    Backbone, neck and head are looked up by name where they are built: `create_backbone`, `create_neck`, `Head`.
 
     Attributes:
         name: Model name, as `list_models()` gives it.
-        backbone: Backbone name, a row of `effdet_fast.models.efficientnet.VARIANTS`.
+        backbone: Backbone name.
         image_size: Input (height, width) in pixels.
-        num_classes: Number of object classes; there is no background class.
-        fpn_channels: Channels of every pyramid level inside the BiFPN and the heads.
-        fpn_cells: BiFPN repeats.
-        head_repeats: Separable convolutions before the prediction layer of each head.
-        fusion: How BiFPN nodes weigh their inputs: "fast", "softmax" or "sum" (no weights).
-        activation: Activation of BiFPN and heads: "silu", "relu" or "relu6".
+        fpn_channels: Channels of every pyramid level inside the neck and the heads.
+        fpn_cells: Repeats of the neck.
+        head_repeats: Convolutions before the prediction layer of each head.
+        num_classes: Number of object classes; labels are 0 to num_classes - 1, there is no background class.
+        neck: How the pyramid is built: "bifpn".
+        fusion: How neck nodes weigh their inputs: "fast", "softmax" or "sum" (no weights).
+        activation: Activation of neck and heads: "silu", "relu" or "relu6".
         min_level, max_level: Pyramid levels; level l has stride 2^l.
+        extra_levels: How levels past the backbone's are made: "efficientdet" (1x1 convolution, BatchNorm and max-pool of C5,
+            then max-pool), "c5" and "p5" (3x3 convolutions of stride 2, first of C5 or of the finished P5) or "pool"
+            (max-pool of P5).
+        head: Convolutions of the heads: "separable".
+        head_norm: What follows them: "batch", one BatchNorm for each level.
+        padding: "same", TensorFlow's, or "symmetric": where convolutions and poolings of stride 2 put odd pixels.
+        backbone_bn_eps: eps of the backbone's BatchNorms.
+        frozen_batch_norm: Whether the backbone's BatchNorms keep their statistics, weights and biases in training.
+        redundant_bias: Whether convolutions followed by a normalisation have a bias (EfficientDet's released weights do).
+        drop_path_rate: Stochastic depth of the backbone's last block in training; earlier blocks get less, linearly.
+        gradient_checkpointing: Keep only each block's input in the forward pass and compute the block again in the
+            backward pass: less memory, more time, the same gradients.
         num_scales: Anchor scales 2^(i / num_scales) per cell.
         aspect_ratios: Anchor (width, height) factors per cell.
         anchor_scale: Side of the basic anchor in strides.
-        redundant_bias: Whether convolutions followed by a BatchNorm have a bias (the released weights do).
-        drop_path_rate: Stochastic depth of the backbone's last block in training; earlier blocks get less, linearly.
-        mean, std: Normalisation of RGB in 0..1: (x / 255 - mean) / std.
+        anchor_style: Where anchors lie: "efficientdet"; see `generate_anchors`.
+        box_coder: What box outputs mean, "effdet" or "torchvision"; see `effdet_fast.ops.match_anchors`.
+        pos_iou, neg_iou: An anchor whose best IoU reaches pos_iou is positive, one below neg_iou background, others are
+            ignored.
+        force_match, allow_low_quality_matches: How objects get an anchor whatever the IoU; see
+            `effdet_fast.ops.match_anchors`.
         focal_alpha, focal_gamma, label_smoothing: Focal loss.
-        huber_delta, box_loss_weight: Box loss.
-        match_iou: An anchor whose best IoU reaches this is positive.
+        box_loss: "huber", "l1", "smooth_l1" or "giou"; see `effdet_fast.ops.detection_loss`.
+        box_loss_delta: Where the Huber (or smooth L1) loss turns linear.
+        box_loss_weight: Of the box loss in the total.
+        loss_normalizer: "batch" divides sums by all positives + 1; "per_image" takes the mean over images of sums divided
+            by the image's positives.
+        score_threshold: Detections with a lower score are dropped; None keeps all.
         max_candidates: Scores, over all levels and classes, that enter non-maximum suppression.
+        nms_iou: Non-maximum suppression drops boxes of the same class above this IoU.
+        max_detections: Detections per image.
+        mean, std: Normalisation of RGB in 0..1: (x / 255 - mean) / std.
     """
 
     name: str
@@ -49,24 +93,42 @@ class EfficientDetConfig:
     fpn_cells: int
     head_repeats: int
     num_classes: int = 90
+    neck: str = "bifpn"
     fusion: str = "fast"
     activation: str = "silu"
     min_level: int = 3
     max_level: int = 7
+    extra_levels: str = "efficientdet"
+    head: str = "separable"
+    head_norm: str | None = "batch"
+    padding: str = "same"
+    backbone_bn_eps: float = 1e-3
+    frozen_batch_norm: bool = False
+    redundant_bias: bool = True
+    drop_path_rate: float = 0.2
+    gradient_checkpointing: bool = False
     num_scales: int = 3
     aspect_ratios: tuple[tuple[float, float], ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))
     anchor_scale: float = 4.0
-    redundant_bias: bool = True
-    drop_path_rate: float = 0.2
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    anchor_style: str = "efficientdet"
+    box_coder: str = "effdet"
+    pos_iou: float = 0.5
+    neg_iou: float = 0.5
+    force_match: bool = True
+    allow_low_quality_matches: bool = False
     focal_alpha: float = 0.25
     focal_gamma: float = 1.5
     label_smoothing: float = 0.0
-    huber_delta: float = 0.1
+    box_loss: str = "huber"
+    box_loss_delta: float = 0.1
     box_loss_weight: float = 50.0
-    match_iou: float = 0.5
+    loss_normalizer: str = "batch"
+    score_threshold: float | None = None
     max_candidates: int = 5000
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         # A configuration read back from JSON has lists where this one has tuples.
@@ -74,35 +136,38 @@ class EfficientDetConfig:
         object.__setattr__(self, "aspect_ratios", tuple(tuple(ratio) for ratio in self.aspect_ratios))
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        for field in ("num_classes", "fpn_channels", "fpn_cells", "head_repeats", "num_scales", "max_candidates"):
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(
+                    f"DetectorConfig: {field} must be one of {list(choices)}, got {getattr(self, field)!r}"
+                )
+        for field in POSITIVE_INTEGERS:
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"EfficientDetConfig: {field} must be an integer >= 1, got {value!r}")
-        if self.fusion not in FUSION_METHODS:
-            raise ValueError(f"EfficientDetConfig: fusion must be one of {list(FUSION_METHODS)}, got {self.fusion!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"EfficientDetConfig: activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}"
-            )
+                raise ValueError(f"DetectorConfig: {field} must be an integer >= 1, got {value!r}")
         if self.min_level != 3 or self.max_level < 5:
             raise ValueError(
-                "EfficientDetConfig: the backbone gives levels 3 to 5, so min_level must be 3 and max_level >= 5, "
+                "DetectorConfig: the backbone gives levels 3 to 5, so min_level must be 3 and max_level >= 5, "
                 f"got {self.min_level} and {self.max_level}"
             )
         if not self.aspect_ratios or any(
             len(ratio) != 2 or not all(side > 0 for side in ratio) for ratio in self.aspect_ratios
         ):
             raise ValueError(
-                "EfficientDetConfig: aspect_ratios must be pairs of positive (width, height) factors, "
+                "DetectorConfig: aspect_ratios must be pairs of positive (width, height) factors, "
                 f"got {self.aspect_ratios}"
             )
         for field in ("mean", "std"):
             if len(getattr(self, field)) != 3:
-                raise ValueError(f"EfficientDetConfig: {field} must have 3 values, got {getattr(self, field)}")
-        if not 0.0 < self.match_iou <= 1.0:
-            raise ValueError(f"EfficientDetConfig: match_iou must be in (0, 1], got {self.match_iou}")
+                raise ValueError(f"DetectorConfig: {field} must have 3 values, got {getattr(self, field)}")
+        if not 0.0 < self.neg_iou <= self.pos_iou <= 1.0:
+            raise ValueError(
+                f"DetectorConfig: must be 0 < neg_iou <= pos_iou <= 1, got {self.neg_iou} and {self.pos_iou}"
+            )
+        if self.force_match and self.allow_low_quality_matches:
+            raise ValueError("DetectorConfig: force_match and allow_low_quality_matches exclude each other, got both")
         if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"EfficientDetConfig: drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+            raise ValueError(f"DetectorConfig: drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 
     @property
     def num_levels(self) -> int:
@@ -117,19 +182,23 @@ class EfficientDetConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EfficientDetConfig:
+    def from_dict(cls, values: dict[str, Any]) -> DetectorConfig:
         """Inverse of `to_dict`, also after a trip through JSON.
 
         Raises:
             ValueError: A key is not a field.
         """
-        check_fields(values, "EfficientDetConfig.from_dict")
+        values = dict(values)
+        if "match_iou" in values:  # checkpoints of the first version had one threshold, and another name for delta
+            values["pos_iou"] = values["neg_iou"] = values.pop("match_iou")
+            values["box_loss_delta"] = values.pop("huber_delta")
+        check_fields(values, "DetectorConfig.from_dict")
         return cls(**values)
 
 
 def check_fields(values: dict[str, Any], caller: str) -> None:
     """Raises a ValueError that lists the fields if a key of `values` is not one."""
-    known = [field.name for field in dataclasses.fields(EfficientDetConfig)]
+    known = [field.name for field in dataclasses.fields(DetectorConfig)]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{caller}: unknown configuration field(s) {unknown}; known are {known}")
@@ -140,45 +209,9 @@ def _image_size(size: Any) -> tuple[int, int]:
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
     if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
         raise ValueError(
-            f"EfficientDetConfig: image_size must be a positive integer or a pair (height, width), got {size!r}"
+            f"DetectorConfig: image_size must be a positive integer or a pair (height, width), got {size!r}"
         )
     return (pair[0], pair[1])
-
-
-def _row(
-    name: str, backbone: str, size: int, channels: int, cells: int, repeats: int, **more: Any
-) -> EfficientDetConfig:
-    return EfficientDetConfig(f"efficientdet_{name}", f"efficientnet_{backbone}", (size, size), channels, cells,
-                              repeats, **more)  # fmt: skip
-
-
-def _lite(name: str, backbone: str, size: int, channels: int, cells: int, repeats: int, **more: Any):
-    return _row(name, backbone, size, channels, cells, repeats, fusion="sum", activation="relu6", mean=HALF, std=HALF,
-                **more)  # fmt: skip
-
-
-# The released models. They follow `compound_scaling` only in part: their widths were rounded by hand, and cells and
-# resolution stop growing at the top.
-CONFIGS: dict[str, EfficientDetConfig] = {
-    config.name: config
-    for config in (
-        _row("d0", "b0", 512, 64, 3, 3),
-        _row("d1", "b1", 640, 88, 4, 3),
-        _row("d2", "b2", 768, 112, 5, 3),
-        _row("d3", "b3", 896, 160, 6, 4),
-        _row("d4", "b4", 1024, 224, 7, 4),
-        _row("d5", "b5", 1280, 288, 7, 4),
-        _row("d6", "b6", 1280, 384, 8, 5, fusion="sum"),
-        _row("d7", "b6", 1536, 384, 8, 5, fusion="sum", anchor_scale=5.0),
-        _row("d7x", "b7", 1536, 384, 8, 5, fusion="sum", max_level=8),
-        _lite("lite0", "lite0", 320, 64, 3, 3, anchor_scale=3.0, drop_path_rate=0.0),
-        _lite("lite1", "lite1", 384, 88, 4, 3, anchor_scale=3.0),
-        _lite("lite2", "lite2", 448, 112, 5, 3, anchor_scale=3.0),
-        _lite("lite3", "lite3", 512, 160, 6, 4),
-        _lite("lite3x", "lite3", 640, 200, 6, 4, anchor_scale=3.0),
-        _lite("lite4", "lite4", 640, 224, 7, 4),
-    )
-}
 
 
 def compound_scaling(phi: float) -> dict[str, int]:
@@ -189,7 +222,7 @@ def compound_scaling(phi: float) -> dict[str, int]:
 
     Returns:
         `fpn_channels`, `fpn_cells`, `head_repeats` and `image_size` (side in pixels), ready for `create_model`.
-        The released models differ from the rule; see `CONFIGS`.
+        The released models differ from the rule; see `model_table.CONFIGS`.
 
     Raises:
         ValueError: phi is negative.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effdet_fast.nn import BatchNormAct2d, DepthwiseConv2d, SqueezeExcite
+from effdet_fast.nn import BatchNormAct2d, BlockSequence, DepthwiseConv2d, SqueezeExcite
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.1
@@ -180,12 +180,13 @@ class EfficientNet(nn.Module):
         name: A key of `VARIANTS`.
         drop_path_rate: Probability of dropping the residual branch of the (hypothetical) next block after the last;
             block i of n uses `drop_path_rate * i / n`.
+        recompute: Keep only each block's input for the backward pass, and compute the block again there.
 
     Raises:
         ValueError: Unknown name.
     """
 
-    def __init__(self, name: str, drop_path_rate: float = 0.0) -> None:
+    def __init__(self, name: str, drop_path_rate: float = 0.0, recompute: bool = False) -> None:
         super().__init__()
         if name not in VARIANTS:
             raise ValueError(f"EfficientNet: name must be one of {list(VARIANTS)}, got {name!r}")
@@ -200,7 +201,7 @@ class EfficientNet(nn.Module):
         index = 0
         self.blocks = nn.Sequential()
         for stage in stages:
-            blocks = nn.Sequential()
+            blocks = BlockSequence(recompute=recompute)
             for repeat in range(stage.repeats):
                 stride = stage.stride if repeat == 0 else 1
                 drop_path = drop_path_rate * index / total

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from effdet_fast.models.bifpn import batch_norm
-from effdet_fast.models.config import EfficientDetConfig
+from effdet_fast.models.config import DetectorConfig
 from effdet_fast.nn import SeparableConv2d
 
 # Every class starts at this probability, so that the many background anchors don't swamp the first steps
@@ -26,7 +26,7 @@ class Head(nn.Module):
         prior: Initial sigmoid of the outputs; None starts the bias at 0.
     """
 
-    def __init__(self, num_outputs: int, config: EfficientDetConfig, prior: float | None = None) -> None:
+    def __init__(self, num_outputs: int, config: DetectorConfig, prior: float | None = None) -> None:
         super().__init__()
         channels = config.fpn_channels
         self.conv_rep = nn.ModuleList(

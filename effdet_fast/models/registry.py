@@ -7,8 +7,9 @@ import os
 from typing import Any
 
 from effdet_fast.models.checkpoints import load_backbone_checkpoint, load_checkpoint
-from effdet_fast.models.config import CONFIGS, EfficientDetConfig, check_fields
-from effdet_fast.models.efficientdet import EfficientDet
+from effdet_fast.models.config import DetectorConfig, check_fields
+from effdet_fast.models.detection_model import DetectionModel
+from effdet_fast.models.model_table import CONFIGS
 
 
 def list_models() -> list[str]:
@@ -16,7 +17,7 @@ def list_models() -> list[str]:
     return list(CONFIGS)
 
 
-def model_config(name: str) -> EfficientDetConfig:
+def model_config(name: str) -> DetectorConfig:
     """The released configuration of a model.
 
     Args:
@@ -39,8 +40,8 @@ def create_model(
     checkpoint: str | os.PathLike[str] | None = None,
     backbone_checkpoint: str | os.PathLike[str] | None = None,
     **config_overrides: Any,
-) -> EfficientDet:
-    """Builds an EfficientDet with freshly initialised, or loaded, weights.
+) -> DetectionModel:
+    """Builds a detector with freshly initialised, or loaded, weights.
 
     Args:
         name: One of `list_models()`; a "tf_" prefix is accepted.
@@ -48,7 +49,7 @@ def create_model(
         image_size: Input side or (height, width) in pixels; the released size by default.
         checkpoint: Local file with a whole detector's weights (see `load_checkpoint`).
         backbone_checkpoint: Local file with ImageNet weights of the backbone (see `load_backbone_checkpoint`).
-        **config_overrides: Other fields of `EfficientDetConfig`.
+        **config_overrides: Other fields of `DetectorConfig`.
 
     Raises:
         ValueError: Unknown name or field, a value out of range, or a checkpoint that does not fit.
@@ -58,7 +59,7 @@ def create_model(
     overrides = {"num_classes": num_classes, **config_overrides}
     if image_size is not None:
         overrides["image_size"] = image_size
-    model = EfficientDet(dataclasses.replace(config, **overrides))
+    model = DetectionModel(dataclasses.replace(config, **overrides))
     if backbone_checkpoint is not None:
         load_backbone_checkpoint(model, backbone_checkpoint)
     if checkpoint is not None:

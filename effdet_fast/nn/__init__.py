@@ -4,10 +4,12 @@ from effdet_fast.nn.batch_norm_act import BatchNormAct2d, synchronize_batch_norm
 from effdet_fast.nn.depthwise_conv import DepthwiseConv2d, SeparableConv2d
 from effdet_fast.nn.focal_loss import FocalLoss
 from effdet_fast.nn.fusion import WeightedFusion
+from effdet_fast.nn.recompute import BlockSequence
 from effdet_fast.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "BatchNormAct2d",
+    "BlockSequence",
     "DepthwiseConv2d",
     "FocalLoss",
     "SeparableConv2d",

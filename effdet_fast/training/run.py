@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from effdet_fast.models import EfficientDet, create_model, load_checkpoint, model_config
+from effdet_fast.models import DetectionModel, create_model, load_checkpoint, model_config
 from effdet_fast.nn import synchronize_batch_norm
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
@@ -133,7 +133,7 @@ def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) 
     return config
 
 
-def _build_model(config: TrainConfig, classes: int, processes: Processes, device: torch.device) -> EfficientDet:
+def _build_model(config: TrainConfig, classes: int, processes: Processes, device: torch.device) -> DetectionModel:
     torch.manual_seed(config.seed)
     model = create_model(
         config.model, classes, image_size=config.image_size, backbone_checkpoint=config.backbone_checkpoint
@@ -150,7 +150,7 @@ def _build_model(config: TrainConfig, classes: int, processes: Processes, device
     return model
 
 
-def _start_from(model: EfficientDet, checkpoint: str, processes: Processes) -> None:
+def _start_from(model: DetectionModel, checkpoint: str, processes: Processes) -> None:
     """Load a detector's weights; its class layer only where it has as many classes as ours."""
     load_checkpoint(model, checkpoint, reset_head=True)
     if load_checkpoint(model, checkpoint, strict=False).shapes and processes.is_main:

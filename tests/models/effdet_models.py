@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from effdet_fast.models import EfficientDet, create_model
+from effdet_fast.models import DetectionModel, create_model
 
 effdet = pytest.importorskip("effdet")
 
@@ -18,7 +18,7 @@ class Pair(NamedTuple):
     """effdet's model and ours, equal weights, in eval mode."""
 
     peer: Any
-    ours: EfficientDet
+    ours: DetectionModel
 
 
 def randomise(model: nn.Module, image_size: tuple[int, int], seed: int = 0) -> None:

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from effdet_fast.models import create_model, list_models, model_config
 from effdet_fast.models.anchors import AnchorCache, generate_anchors
-from effdet_fast.models.config import EfficientDetConfig
+from effdet_fast.models.config import DetectorConfig
 from effdet_fast.ops import match_anchors
 from effdet_fast.ops._boxes import decode_boxes, encode_boxes
 from tests.models.effdet_models import effdet, random_objects
 
 
-def peer_anchors(config: EfficientDetConfig) -> Anchors:
+def peer_anchors(config: DetectorConfig) -> Anchors:
     peer = effdet.get_efficientdet_config(f"tf_{config.name}")
     peer.image_size = config.image_size
     return Anchors.from_config(peer)

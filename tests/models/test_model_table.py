@@ -67,7 +67,7 @@ def test_batch_norms_and_loss_constants_are_effdets(name):
     for key, norm in norms.items():
         assert (norm.eps, norm.momentum) == (peer_norms[key].eps, peer_norms[key].momentum), key
     config, peer = pair.ours.config, pair.peer.config
-    assert (config.focal_alpha, config.focal_gamma, config.huber_delta) == (peer.alpha, peer.gamma, peer.delta)
+    assert (config.focal_alpha, config.focal_gamma, config.box_loss_delta) == (peer.alpha, peer.gamma, peer.delta)
     assert (config.box_loss_weight, config.max_candidates) == (peer.box_loss_weight, peer.max_detection_points)
 
 
@@ -117,7 +117,7 @@ def test_channels_never_fall_more_than_a_tenth():
 
 def test_config_survives_json():
     config = models.create_model("efficientdet_lite0", 3, image_size=(96, 160)).config
-    assert models.EfficientDetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert models.DetectorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert dataclasses.asdict(config)["image_size"] == (96, 160)
 
 
@@ -163,7 +163,7 @@ def test_feature_sizes_round_up():
         (dict(min_level=2), "min_level must be 3 and max_level >= 5, got 2 and 7"),
         (dict(aspect_ratios=[(1, 0)]), "aspect_ratios must be pairs of positive"),
         (dict(mean=(0.5,)), "mean must have 3 values"),
-        (dict(match_iou=0.0), r"match_iou must be in \(0, 1\], got 0.0"),
+        (dict(neg_iou=0.0), "must be 0 < neg_iou <= pos_iou <= 1, got 0.0 and 0.5"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\), got 1.0"),
         (dict(channels=64), r"unknown configuration field\(s\) \['channels'\]; known are .*fpn_channels"),
     ],

@@ -1,0 +1,193 @@
+"""A one-stage detector: backbone, neck and heads, with its loss and post-processing."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import nn
+
+from effdet_fast.models.anchors import AnchorCache
+from effdet_fast.models.backbones import create_backbone
+from effdet_fast.models.config import DetectorConfig
+from effdet_fast.models.heads import PRIOR_PROBABILITY, Head
+from effdet_fast.models.necks import create_neck
+from effdet_fast.models.targets import Targets, check_objects, padded_targets
+from effdet_fast.ops import DetectionLoss, Detections, decode_detections, detection_loss, match_anchors
+
+Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+class DetectionModel(nn.Module):
+    """What a `DetectorConfig` describes, on the fused ops: `backbone`, neck (`fpn`), `class_net` and `box_net`.
+
+    State-dict keys of EfficientDets are effdet's. In channels_last, every feature map stays channels_last:
+    `model.to(memory_format=torch.channels_last)` and images in the same format is the fast way to run it.
+
+    Args:
+        config: What to build; `create_model` looks one up by name.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = create_backbone(config)
+        self.fpn = create_neck(self.backbone.feature_channels, config)  # type: ignore[arg-type]
+        self.class_net = Head(config.num_classes, config, prior=PRIOR_PROBABILITY)
+        self.box_net = Head(4, config)
+        self._anchors = AnchorCache(config)
+
+    @overload
+    def forward(self, images: torch.Tensor) -> Outputs: ...
+
+    @overload
+    def forward(self, images: torch.Tensor, targets: Targets) -> DetectionLoss: ...
+
+    def forward(self, images: torch.Tensor, targets: Targets | None = None) -> Outputs | DetectionLoss:
+        """Raw head outputs of all levels, finest first; or, with targets, the training loss.
+
+        Args:
+            images: float [B, 3, H, W], RGB, normalised with the configuration's mean and std; (H, W) is
+                `config.image_size`.
+            targets: The objects: a pair of `loss`'s gt_boxes and gt_labels, or for each image a dict with "boxes",
+                float [n, 4] xyxy in input pixels, and "labels", int64 [n] in [0, num_classes).
+
+        Returns:
+            Class logits [B, A * num_classes, H_l, W_l] and box codes [B, A * 4, H_l, W_l] per level; or what `loss` gives.
+
+        Raises:
+            TypeError, ValueError: Wrong shapes or targets.
+        """
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.config.image_size):
+            height, width = self.config.image_size
+            raise ValueError(
+                f"DetectionModel: images must have shape [B, 3, {height}, {width}] (config.image_size), "
+                f"got {list(images.shape)}"
+            )
+        levels = self.fpn(self.backbone(images))
+        outputs = self.class_net(levels), self.box_net(levels)
+        return outputs if targets is None else self.loss(outputs, *padded_targets(targets))
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor) -> Detections:
+        """Detections of images as `forward` takes them, with the configuration's thresholds; see `detect`.
+
+        Raises:
+            RuntimeError: The model is in training mode, where BatchNorms and drop path would give other detections.
+        """
+        if self.training:
+            raise RuntimeError("DetectionModel.predict: the model is in training mode; call eval() first")
+        return self.detect(self(images))
+
+    def anchors(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Anchors float32 [N, 4] xyxy in input pixels, ordered as the outputs; on the model's device by default."""
+        target = next(self.parameters()).device if device is None else torch.device(device)
+        return self._anchors.boxes(target)
+
+    def loss(self, outputs: Outputs, gt_boxes: torch.Tensor, gt_labels: torch.Tensor) -> DetectionLoss:
+        """Training loss of `forward`'s outputs. Labels are made on the device; nothing synchronises with the host.
+
+        Args:
+            outputs: What `forward` returned.
+            gt_boxes: float [B, M, 4] xyxy in input pixels.
+            gt_labels: int64 [B, M], class in [0, num_classes), -1 in padding rows. An image may have only padding
+                rows, and M may be 0.
+
+        Returns:
+            `DetectionLoss(total, cls, box)`, float32 scalars.
+
+        Raises:
+            TypeError: Labels are not int64 or boxes not floating.
+            ValueError: Wrong shapes, or (checked on the CPU) a label that is no class.
+        """
+        config = self.config
+        cls_outputs, box_outputs = self._check_outputs(outputs, "DetectionModel.loss")
+        check_objects(gt_boxes, gt_labels, cls_outputs[0].shape[0], config.num_classes)
+        anchors = self._anchors.boxes(cls_outputs[0].device)
+        targets = match_anchors(
+            anchors,
+            gt_boxes,
+            gt_labels,
+            pos_iou=config.pos_iou,
+            neg_iou=config.neg_iou,
+            force_match=config.force_match,
+            allow_low_quality_matches=config.allow_low_quality_matches,
+            box_coder=config.box_coder,
+        )
+        return detection_loss(
+            cls_outputs,
+            box_outputs,
+            targets.labels,
+            targets.boxes,
+            targets.num_positives,
+            num_classes=config.num_classes,
+            alpha=config.focal_alpha,
+            gamma=config.focal_gamma,
+            delta=config.box_loss_delta,
+            box_loss_weight=config.box_loss_weight,
+            label_smoothing=config.label_smoothing,
+            box_loss=config.box_loss,
+            normalizer=config.loss_normalizer,
+            anchors=anchors,
+            box_coder=config.box_coder,
+        )
+
+    def detect(
+        self,
+        outputs: Outputs,
+        *,
+        score_threshold: float | None = None,
+        iou_threshold: float | None = None,
+        max_detections: int | None = None,
+        clip_sizes: torch.Tensor | None = None,
+    ) -> Detections:
+        """Detections of a batch from `forward`'s outputs.
+
+        The best `config.max_candidates` scores over all levels and classes go through per-class NMS.
+
+        Args:
+            outputs: What `forward` returned.
+            score_threshold: Lower scores are dropped; None takes the configuration's.
+            iou_threshold: NMS suppresses above this IoU; None takes the configuration's.
+            max_detections: Rows per image; None takes the configuration's.
+            clip_sizes: float [B, 2] (height, width) in input pixels that boxes are clipped to before NMS, for instance
+                the part of a letterboxed input that shows the image; None does not clip.
+
+        Returns:
+            `Detections(boxes [B, K, 4], scores [B, K], labels [B, K], indices [B, K], counts [B])`: boxes xyxy in input
+            pixels, labels 0-based, by descending score; rows past `counts` are padding. `indices` are rows of `anchors()`.
+
+        Raises:
+            ValueError: Wrong shapes.
+        """
+        config = self.config
+        cls_outputs, box_outputs = self._check_outputs(outputs, "DetectionModel.detect")
+        batch = cls_outputs[0].shape[0]
+        if clip_sizes is not None and tuple(clip_sizes.shape) != (batch, 2):
+            raise ValueError(
+                f"DetectionModel.detect: clip_sizes must have shape [{batch}, 2], got {list(clip_sizes.shape)}"
+            )
+        return decode_detections(
+            cls_outputs,
+            box_outputs,
+            self._anchors.boxes(cls_outputs[0].device),
+            num_classes=config.num_classes,
+            max_candidates=config.max_candidates,
+            score_threshold=config.score_threshold if score_threshold is None else score_threshold,
+            iou_threshold=config.nms_iou if iou_threshold is None else iou_threshold,
+            max_detections=config.max_detections if max_detections is None else max_detections,
+            clip_sizes=clip_sizes,
+            box_coder=config.box_coder,
+        )
+
+    def _check_outputs(self, outputs: Outputs, caller: str) -> Outputs:
+        cls_outputs, box_outputs = outputs
+        per_cell = self.config.anchors_per_cell
+        for what, levels, values in (("class", cls_outputs, self.config.num_classes), ("box", box_outputs, 4)):
+            expected = [(per_cell * values, height, width) for height, width in self._anchors.sizes]
+            got = [tuple(level.shape[1:]) for level in levels]
+            if got != expected:
+                raise ValueError(
+                    f"{caller}: {what} outputs must have shapes [B, *shape] with shape in {expected}, got {got}"
+                )
+        return cls_outputs, box_outputs

@@ -1,0 +1,43 @@
+"""The released models, each as a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from effdet_fast.models.config import DetectorConfig
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def _row(name: str, backbone: str, size: int, channels: int, cells: int, repeats: int, **more: Any) -> DetectorConfig:
+    return DetectorConfig(f"efficientdet_{name}", f"efficientnet_{backbone}", (size, size), channels, cells,
+                              repeats, **more)  # fmt: skip
+
+
+def _lite(name: str, backbone: str, size: int, channels: int, cells: int, repeats: int, **more: Any):
+    return _row(name, backbone, size, channels, cells, repeats, fusion="sum", activation="relu6", mean=HALF, std=HALF,
+                **more)  # fmt: skip
+
+
+# The released models. They follow `compound_scaling` only in part: their widths were rounded by hand, and cells and
+# resolution stop growing at the top.
+CONFIGS: dict[str, DetectorConfig] = {
+    config.name: config
+    for config in (
+        _row("d0", "b0", 512, 64, 3, 3),
+        _row("d1", "b1", 640, 88, 4, 3),
+        _row("d2", "b2", 768, 112, 5, 3),
+        _row("d3", "b3", 896, 160, 6, 4),
+        _row("d4", "b4", 1024, 224, 7, 4),
+        _row("d5", "b5", 1280, 288, 7, 4),
+        _row("d6", "b6", 1280, 384, 8, 5, fusion="sum"),
+        _row("d7", "b6", 1536, 384, 8, 5, fusion="sum", anchor_scale=5.0),
+        _row("d7x", "b7", 1536, 384, 8, 5, fusion="sum", max_level=8),
+        _lite("lite0", "lite0", 320, 64, 3, 3, anchor_scale=3.0, drop_path_rate=0.0),
+        _lite("lite1", "lite1", 384, 88, 4, 3, anchor_scale=3.0),
+        _lite("lite2", "lite2", 448, 112, 5, 3, anchor_scale=3.0),
+        _lite("lite3", "lite3", 512, 160, 6, 4),
+        _lite("lite3x", "lite3", 640, 200, 6, 4, anchor_scale=3.0),
+        _lite("lite4", "lite4", 640, 224, 7, 4),
+    )
+}

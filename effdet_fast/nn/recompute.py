@@ -1,0 +1,58 @@
+"""Blocks in a row whose insides are computed twice rather than kept in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class BlockSequence(nn.Sequential):
+    """``nn.Sequential`` that can keep only each block's input for the backward pass, and compute the block again there.
+
+    Gradients, running statistics and random numbers are those of the plain sequence: the second computation draws the
+    same numbers again and leaves the running statistics of BatchNorms alone. State-dict keys are those of
+    ``nn.Sequential``.
+
+    Args:
+        blocks: in order of computation.
+        recompute: whether to; can be changed at any time.
+    """
+
+    def __init__(self, *blocks: nn.Module, recompute: bool = False) -> None:
+        super().__init__(*blocks)
+        self.recompute = recompute
+
+    def forward(self, input: Any) -> Any:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return super().forward(input)
+        for block in self:
+            contexts = functools.partial(_contexts, block)
+            input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)
+        return input
+
+
+def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    return contextlib.nullcontext(), _keeping_statistics(block)
+
+
+@contextlib.contextmanager
+def _keeping_statistics(block: nn.Module) -> Iterator[None]:
+    """BatchNorms in training mode normalise with their batch's statistics and forget them."""
+    norms = [
+        module
+        for module in block.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training and module.track_running_stats
+    ]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
