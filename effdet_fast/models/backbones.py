@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from effdet_fast.models import efficientnet, resnet
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.efficientnet import VARIANTS, EfficientNet
+from effdet_fast.models.efficientnet import EfficientNet
+from effdet_fast.models.resnet import ResNet
+from effdet_fast.nn import freeze_batch_norm
+
+
+def list_backbones() -> list[str]:
+    """The names `create_backbone` knows."""
+    return [*efficientnet.VARIANTS, *resnet.VARIANTS]
 
 
 def create_backbone(config: DetectorConfig) -> nn.Module:
@@ -16,12 +24,18 @@ def create_backbone(config: DetectorConfig) -> nn.Module:
     Raises:
         ValueError: Unknown backbone, or an option it does not have.
     """
-    if config.backbone not in VARIANTS:
-        raise ValueError(f"create_backbone: backbone must be one of {list(VARIANTS)}, got {config.backbone!r}")
-    options = (config.padding, config.backbone_bn_eps, config.frozen_batch_norm)
-    if options != ("same", 1e-3, False):
-        raise ValueError(
-            "create_backbone: EfficientNet has padding 'same', backbone_bn_eps 1e-3 and no frozen_batch_norm, got "
-            f"{options}"
-        )
-    return EfficientNet(config.backbone, config.drop_path_rate, recompute=config.gradient_checkpointing)
+    name, recompute = config.backbone, config.gradient_checkpointing
+    eps = {} if config.backbone_bn_eps is None else {"batch_norm_eps": config.backbone_bn_eps}
+    backbone: nn.Module
+    if name in efficientnet.VARIANTS:
+        options = (config.padding, config.backbone_bn_eps)
+        if options not in (("same", None), ("same", 1e-3)):
+            raise ValueError(
+                f"create_backbone: EfficientNet has padding 'same' and backbone_bn_eps 1e-3, got {options}"
+            )
+        backbone = EfficientNet(name, config.drop_path_rate, recompute=recompute)
+    elif name in resnet.VARIANTS:
+        backbone = ResNet(name, recompute=recompute, **eps)
+    else:
+        raise ValueError(f"create_backbone: backbone must be one of {list_backbones()}, got {name!r}")
+    return freeze_batch_norm(backbone) if config.frozen_batch_norm else backbone

@@ -57,8 +57,9 @@ class DetectorConfig:
             (max-pool of P5).
         head: Convolutions of the heads: "separable".
         head_norm: What follows them: "batch", one BatchNorm for each level.
-        padding: "same", TensorFlow's, or "symmetric": where convolutions and poolings of stride 2 put odd pixels.
-        backbone_bn_eps: eps of the backbone's BatchNorms.
+        padding: "same", TensorFlow's, or "symmetric": where EfficientNet's and EfficientDet's convolutions and poolings of stride
+            2 put odd pixels; ResNets are always symmetric.
+        backbone_bn_eps: eps of the backbone's BatchNorms; None takes what the backbone's published weights were trained with.
         frozen_batch_norm: Whether the backbone's BatchNorms keep their statistics, weights and biases in training.
         redundant_bias: Whether convolutions followed by a normalisation have a bias (EfficientDet's released weights do).
         drop_path_rate: Stochastic depth of the backbone's last block in training; earlier blocks get less, linearly.
@@ -102,7 +103,7 @@ class DetectorConfig:
     head: str = "separable"
     head_norm: str | None = "batch"
     padding: str = "same"
-    backbone_bn_eps: float = 1e-3
+    backbone_bn_eps: float | None = None
     frozen_batch_norm: bool = False
     redundant_bias: bool = True
     drop_path_rate: float = 0.2

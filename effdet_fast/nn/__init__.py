@@ -1,6 +1,11 @@
 """The operators as modules."""
 
-from effdet_fast.nn.batch_norm_act import BatchNormAct2d, synchronize_batch_norm
+from effdet_fast.nn.batch_norm_act import (
+    BatchNormAct2d,
+    FrozenBatchNormAct2d,
+    freeze_batch_norm,
+    synchronize_batch_norm,
+)
 from effdet_fast.nn.depthwise_conv import DepthwiseConv2d, SeparableConv2d
 from effdet_fast.nn.focal_loss import FocalLoss
 from effdet_fast.nn.fusion import WeightedFusion
@@ -12,8 +17,10 @@ __all__ = [
     "BlockSequence",
     "DepthwiseConv2d",
     "FocalLoss",
+    "FrozenBatchNormAct2d",
     "SeparableConv2d",
     "SqueezeExcite",
     "WeightedFusion",
+    "freeze_batch_norm",
     "synchronize_batch_norm",
 ]

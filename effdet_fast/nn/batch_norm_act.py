@@ -1,4 +1,4 @@
-"""Batch normalisation with the activation that follows it, as a module."""
+"""Batch normalisation with the activation that follows it, as modules."""
 
 from __future__ import annotations
 
@@ -91,6 +91,90 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         shared = ", synchronized=True" if self.synchronized else ""
         return f"{super().extra_repr()}, activation={self.activation!r}{shared}"
+
+
+class FrozenBatchNormAct2d(nn.Module):
+    """Batch normalisation by constants, followed by an activation, through :func:`effdet_fast.ops.batch_norm_act`.
+
+    Statistics, scales and shifts are buffers, so nothing of it is trained or decayed, and no mode changes it. State-dict keys
+    are those of torchvision's ``FrozenBatchNorm2d``: ``weight``, ``bias``, ``running_mean`` and ``running_var``; a
+    ``num_batches_tracked`` of a trained BatchNorm is dropped on loading.
+
+    Args:
+        num_features: C of the input.
+        eps: added to the variance, >= 0.
+        activation: None, "silu", "relu" or "relu6".
+
+    Raises:
+        ValueError: the activation is unknown.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, eps: float = 1e-5, *, activation: str | None = None):
+        super().__init__()
+        check_choice(type(self).__name__, "activation", activation, ACTIVATIONS)
+        self.num_features = num_features
+        self.eps = eps
+        self.activation = activation
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return batch_norm_act(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            activation=self.activation,
+        )
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> FrozenBatchNormAct2d:
+        """The evaluation mode of a BatchNorm, and its activation, sharing its tensors."""
+        if norm.running_mean is None or norm.running_var is None:
+            raise ValueError(f"{cls.__name__}.from_batch_norm: the BatchNorm has no running statistics")
+        frozen = cls(norm.num_features, norm.eps, activation=getattr(norm, "activation", None)).to(norm.running_mean)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            values = getattr(norm, name)
+            if values is not None:
+                setattr(frozen, name, values.detach())
+        return frozen
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, activation={self.activation!r}"
+
+
+def freeze_batch_norm(module: nn.Module) -> nn.Module:
+    """Replaces each ``nn.BatchNorm2d`` and ``BatchNormAct2d`` of a model by a ``FrozenBatchNormAct2d`` with its values.
+
+    Args:
+        module: the model, which is changed.
+
+    Returns:
+        The model, or what replaces it where it is itself a BatchNorm.
+
+    Raises:
+        TypeError: another subclass of ``nn.BatchNorm2d``, of which it is not known what it does.
+    """
+    if isinstance(module, nn.BatchNorm2d):
+        if type(module) not in (nn.BatchNorm2d, BatchNormAct2d):
+            raise TypeError(f"freeze_batch_norm: {type(module).__name__} cannot be frozen, only BatchNorm2d can")
+        return FrozenBatchNormAct2d.from_batch_norm(module)
+    for name, child in module.named_children():
+        setattr(module, name, freeze_batch_norm(child))
+    return module
 
 
 def synchronize_batch_norm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:

@@ -244,7 +244,7 @@ def batch_norm_act(
         bias: ``[C]``, or None for 0. Both, and the running statistics, have the dtype of ``x`` or, for half precision, float32.
         training: normalise by the mean and the (biased) variance of the batch.
         momentum: share of the batch in the running statistics; a number or a 0-d tensor.
-        eps: added to the variance, > 0.
+        eps: added to the variance, > 0; 0 is allowed without ``training``, where the variances are known not to be.
         activation: None, "silu", "relu" or "relu6".
         group: with ``training``: the processes over whose batches the statistics are taken. All of them must call, forward and
             backward, also those whose batch is empty. ``weight`` and ``bias`` get the gradient of the process's own batch.
@@ -328,8 +328,8 @@ def _check(x, running_mean, running_var, weight, bias, training, eps, activation
     if x.dim() != 4:
         raise ValueError(f"{_OP}: x must have shape [N, C, H, W], got {list(x.shape)}")
     check_choice(_OP, "activation", activation, ACTIVATIONS)
-    if not eps > 0:
-        raise ValueError(f"{_OP}: eps must be > 0, got {eps}")
+    if not (eps > 0 or (eps == 0 and not training)):
+        raise ValueError(f"{_OP}: eps must be > 0, or 0 without training, got {eps}")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{_OP}: running_mean and running_var must be given both or neither")
     if running_mean is None and not training:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from effdet_fast.nn import BatchNormAct2d, synchronize_batch_norm
+from effdet_fast.nn import BatchNormAct2d, FrozenBatchNormAct2d, freeze_batch_norm, synchronize_batch_norm
 from effdet_fast.ops import batch_norm_act
 from tests.emulation.build import ROOT
 from tests.ops.test_batch_norm_act import ACTIVATIONS, make
@@ -45,6 +45,47 @@ def test_does_what_batch_norm_does(backend, options, activation):
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-5)
         torch.testing.assert_close(ours.state_dict(), peer.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_frozen_does_what_torchvisions_does_in_any_mode(backend, eps, activation):
+    peer = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d(6, eps=eps).to(backend.device)
+    for buffer in peer.buffers():
+        nn.init.uniform_(buffer, 0.5, 1.5)
+    ours = FrozenBatchNormAct2d(6, eps, activation=activation).to(backend.device).train()
+    assert not list(ours.parameters())
+    ours.load_state_dict({**peer.state_dict(), "num_batches_tracked": torch.tensor(7)})
+    assert list(ours.state_dict()) == list(peer.state_dict())
+    x, grad, *_ = make((3, 6, 5, 4), torch.float32, backend.device)
+    results = []
+    for module, after in ((ours, lambda y: y), (peer, ACTIVATIONS[activation])):
+        leaf = x.clone().requires_grad_()
+        y = after(module(leaf))
+        results.append([y.detach(), *torch.autograd.grad(y, leaf, grad)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.state_dict(), peer.state_dict(), rtol=0, atol=0)
+
+
+def test_freezing_keeps_evaluation_mode_and_refuses_what_it_does_not_know():
+    model = nn.Sequential(
+        BatchNormAct2d(4, eps=1e-3, activation="silu"), nn.BatchNorm2d(4), BatchNormAct2d(4, bias=False)
+    )
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    x = torch.randn(2, 4, 3, 5)
+    expected = model.eval()(x)
+    frozen = freeze_batch_norm(copy.deepcopy(model)).train()
+    torch.testing.assert_close(frozen(x), expected)
+    assert not list(frozen.parameters())
+
+    class WithDropout(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(TypeError, match="freeze_batch_norm: WithDropout cannot be frozen"):
+        freeze_batch_norm(nn.Sequential(WithDropout(3)))
 
 
 def test_fifty_batches_leave_the_running_statistics_of_batch_norm(native_backend):
