@@ -3,6 +3,7 @@
 from effdet_fast.models.checkpoints import Mismatch, load_backbone_checkpoint, load_checkpoint
 from effdet_fast.models.config import DetectorConfig, compound_scaling
 from effdet_fast.models.detection_model import DetectionModel
+from effdet_fast.models.model_summary import ModelSummary, summary
 from effdet_fast.models.registry import create_model, list_models, model_config
 from effdet_fast.ops import DetectionLoss
 
@@ -11,10 +12,12 @@ __all__ = [
     "DetectionModel",
     "DetectorConfig",
     "Mismatch",
+    "ModelSummary",
     "compound_scaling",
     "create_model",
     "list_models",
     "load_backbone_checkpoint",
     "load_checkpoint",
     "model_config",
+    "summary",
 ]

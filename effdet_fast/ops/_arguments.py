@@ -71,5 +71,7 @@ def check_choice(op: str, name: str, value: Any, choices: Iterable[Any]) -> None
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region the call is in, for the tensor's device; None outside one."""
+    if x.is_meta:  # autocast does not know this device
+        return None
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
