@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 from effdet_fast.training.config import AMP_MODES, default_workers
 
@@ -43,3 +45,26 @@ def image_size(sides: list[int] | None) -> int | tuple[int, ...] | None:
     if len(sides) > 2:
         raise ValueError(f"--image-size takes one side, or height and width, got {len(sides)} numbers")
     return sides[0] if len(sides) == 1 else tuple(sides)
+
+
+def add_model_option(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--model-option",
+        action="append",
+        metavar="FIELD=VALUE",
+        help="another value for a field of the model's configuration (neck=panet, fusion=softmax, ...); repeatable",
+    )
+
+
+def model_options(entries: list[str]) -> dict[str, Any]:
+    """What `--model-option` said, as keyword arguments of `create_model`. Values are JSON, or else text."""
+    options = {}
+    for entry in entries:
+        name, equals, text = entry.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--model-option takes FIELD=VALUE, got {entry!r}")
+        try:
+            options[name.replace("-", "_")] = json.loads(text)
+        except ValueError:
+            options[name.replace("-", "_")] = text
+    return options

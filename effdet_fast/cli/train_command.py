@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from effdet_fast.cli.arguments import image_size
+from effdet_fast.cli.arguments import add_model_option, image_size, model_options
 from effdet_fast.training.config import AMP_MODES, OPTIMIZERS, TrainConfig, field_names
 
 
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", metavar="NAME", help=f"efficientdet_d0, efficientdet_lite0, ... (default: {defaults.model})"
     )
+    add_model_option(model)
     model.add_argument(
         "--image-size",
         type=int,
@@ -144,6 +145,8 @@ def run(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in field_names()}
     if "image_size" in given:
         given["image_size"] = image_size(given["image_size"])
+    if "model_option" in options:
+        given["model_options"] = model_options(options.model_option)
     result = train(**given)
     if result.signal is not None:
         if result.is_main:

@@ -17,19 +17,21 @@ def list_models() -> list[str]:
     return list(CONFIGS)
 
 
-def model_config(name: str) -> DetectorConfig:
-    """The released configuration of a model.
+def model_config(name: str, **overrides: Any) -> DetectorConfig:
+    """The released configuration of a model, or one that differs from it in some fields.
 
     Args:
         name: One of `list_models()`; a "tf_" prefix is accepted.
+        **overrides: Fields of `DetectorConfig`.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: Unknown name or field, or a value out of range.
     """
     config = CONFIGS.get(name.removeprefix("tf_")) if isinstance(name, str) else None
     if config is None:
         raise ValueError(f"create_model: unknown model {name!r}; known are {list_models()}")
-    return config
+    check_fields(overrides, "create_model")
+    return dataclasses.replace(config, **overrides)
 
 
 def create_model(
@@ -54,12 +56,8 @@ def create_model(
     Raises:
         ValueError: Unknown name or field, a value out of range, or a checkpoint that does not fit.
     """
-    config = model_config(name)
-    check_fields(config_overrides, "create_model")
-    overrides = {"num_classes": num_classes, **config_overrides}
-    if image_size is not None:
-        overrides["image_size"] = image_size
-    model = DetectionModel(dataclasses.replace(config, **overrides))
+    sizes = {} if image_size is None else {"image_size": image_size}
+    model = DetectionModel(model_config(name, num_classes=num_classes, **sizes, **config_overrides))
     if backbone_checkpoint is not None:
         load_backbone_checkpoint(model, backbone_checkpoint)
     if checkpoint is not None:

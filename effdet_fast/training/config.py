@@ -14,6 +14,7 @@ AMP_MODES = ("none", "bf16", "fp16")
 # What a resumed run cannot change: the weights, the optimiser state or the order of the samples would no longer fit.
 FIXED_ON_RESUME = (
     "model",
+    "model_options",
     "image_size",
     "seed",
     "optimizer",
@@ -45,6 +46,8 @@ class TrainConfig:
 
     Args:
         model: Model name, as in ``effdet_fast.models.list_models()``.
+        model_options: Fields of ``effdet_fast.models.DetectorConfig`` that differ from the named model's, for instance
+            ``{"neck": "panet", "fusion": "softmax"}``; image size and number of classes are told in other ways.
         train_images: Folder of the training images.
         train_annotations: COCO-format JSON file of the training images.
         val_images: Folder of the validation images; without it nothing is evaluated and `best.pt` is the last epoch.
@@ -88,6 +91,7 @@ class TrainConfig:
     train_annotations: str = ""
     output: str = ""
     model: str = "efficientdet_d0"
+    model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     val_images: str | None = None
     val_annotations: str | None = None
     epochs: int = 50
@@ -161,6 +165,8 @@ class TrainConfig:
         require("scale_jitter", low_high, "two factors, 0 < smallest <= largest")
         sizes_fit = self.image_size is None or (len(self.image_size) == 2 and min(self.image_size) >= 1)
         require("image_size", sizes_fit, "one size or (height, width) in pixels, at least 1")
+        told_elsewhere = sorted({"name", "num_classes", "image_size"} & set(self.model_options))
+        require("model_options", not told_elsewhere, f"without {', '.join(told_elsewhere)}")
         if (self.val_images is None) != (self.val_annotations is None):
             raise ValueError("train: val_images and val_annotations must be given together")
         if self.checkpoint and self.backbone_checkpoint:
@@ -215,6 +221,7 @@ def config_for_resume(saved: dict[str, Any], given: dict[str, Any]) -> TrainConf
         ValueError: An option that a run cannot change half-way was given with another value.
     """
     config_from_options(given)
+    saved = {**TrainConfig().to_dict(), **saved}
     changed = []
     for name in FIXED_ON_RESUME:
         if name not in given:

@@ -82,7 +82,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
     with algorithm_choice(config.deterministic):
         folder = RunFolder(config.output)
         processes.on_main(lambda: folder.check_free(overwrite=config.overwrite, resumed_from=resumed_from))
-        model_config(config.model)
+        model_config(config.model, **config.model_options)
         data = open_data(config, processes)
         model = _build_model(config, len(data.category_ids), processes, device)
         if content is not None:
@@ -136,7 +136,11 @@ def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) 
 def _build_model(config: TrainConfig, classes: int, processes: Processes, device: torch.device) -> DetectionModel:
     torch.manual_seed(config.seed)
     model = create_model(
-        config.model, classes, image_size=config.image_size, backbone_checkpoint=config.backbone_checkpoint
+        config.model,
+        classes,
+        image_size=config.image_size,
+        backbone_checkpoint=config.backbone_checkpoint,
+        **config.model_options,
     )
     if config.checkpoint and not config.resume:
         _start_from(model, config.checkpoint, processes)

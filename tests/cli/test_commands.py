@@ -97,6 +97,27 @@ def test_a_killed_and_resumed_run_gives_the_same_weights(data, finished, tmp_pat
     assert_same_weights(finished / "last.pt", last)
 
 
+def test_a_model_with_other_options_is_trained_resumed_and_read_back(data, tmp_path):
+    options = ["--model-option", "fusion=softmax", "--model-option", "head-repeats=1"]
+    assert main(train_arguments(data, tmp_path / "run", "--epochs", 1, *options)) == 0
+    assert main(["train", "--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2"]) == 0
+    config = effdet_fast.Detector.from_checkpoint(tmp_path / "run" / "best.pt").model.config
+    assert (config.fusion, config.head_repeats, config.fpn_cells) == ("softmax", 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("fusion", "--model-option takes FIELD=VALUE, got 'fusion'"),
+        ("fusion=max", "fusion must be one of ['fast', 'softmax', 'sum'], got 'max'"),
+        ("necks=fpn", "unknown configuration field(s) ['necks']; known are ['name', 'backbone',"),
+    ],
+)
+def test_a_wrong_model_option_is_named_before_anything_is_written(data, tmp_path, option, message, capsys):
+    assert main(train_arguments(data, tmp_path / "run", "--model-option", option)) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_eval_prints_the_runs_own_numbers(data, finished, capsys, tmp_path):
     arguments = ["--images", str(data / "val" / "images"), "--annotations", str(data / "val" / "annotations.json")]
     checkpoint = str(finished / "best.pt")

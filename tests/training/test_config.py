@@ -16,6 +16,7 @@ from effdet_fast.training.config import TrainConfig, config_for_resume, config_f
         ({"epochs": 3, "warmup_epochs": 3.0}, "warmup_epochs must be at least 0 and below epochs"),
         ({"scale_jitter": (2.0, 0.1)}, "scale_jitter must be two factors"),
         ({"image_size": (64, 64, 64)}, "image_size must be one size or"),
+        ({"model_options": {"num_classes": 3, "neck": "fpn"}}, "model_options must be without num_classes, got"),
         ({"val_images": "x"}, "val_images and val_annotations must be given together"),
         ({"checkpoint": "a", "backbone_checkpoint": "b"}, "already holds a backbone"),
     ],
@@ -59,5 +60,7 @@ def test_resuming_keeps_the_runs_options_and_takes_what_may_change():
 def test_resuming_refuses_what_would_make_it_another_run():
     saved = TrainConfig(lr=0.1, image_size=96).to_dict()
     assert config_for_resume(saved, {"image_size": 96, "lr": 0.1}).image_size == (96, 96)
+    del saved["model_options"]  # as in a run from before there were any
+    assert config_for_resume(saved, {"model_options": {}}).model_options == {}
     with pytest.raises(ValueError, match=r"cannot change .*lr \(0.1 -> 0.2\).* pass them as checkpoint"):
         config_for_resume(saved, {"lr": 0.2})
