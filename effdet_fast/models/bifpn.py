@@ -9,18 +9,11 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.nn import BatchNormAct2d, BlockSequence, SeparableConv2d, WeightedFusion
-
-BATCH_NORM_EPS = 1e-3
-BATCH_NORM_MOMENTUM = 0.01
-
-
-def batch_norm(channels: int, activation: str | None = None) -> BatchNormAct2d:
-    return BatchNormAct2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM, activation=activation)
+from effdet_fast.models.extra_levels import ExtraLevels, batch_norm, max_pool, projection
+from effdet_fast.nn import BlockSequence, SeparableConv2d, WeightedFusion
 
 
 class NodeInput(NamedTuple):
@@ -52,45 +45,15 @@ def bifpn_nodes(num_levels: int) -> list[list[NodeInput]]:
     return nodes
 
 
-def max_pool_same(x: torch.Tensor) -> torch.Tensor:
-    """Max-pool 3x3 of stride 2 with TensorFlow's SAME padding, without a padded copy."""
-    # SAME pads an odd side by one on both ends and an even side by one at the far end only, which is what a window
-    # that hangs over the end (ceil_mode) gives.
-    return F.max_pool2d(x, 3, stride=2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
-
-
-class ProjectionConv(nn.Module):
-    """1x1 convolution and BatchNorm from a backbone width to the pyramid's."""
-
-    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-        self.bn = batch_norm(out_channels)
-        nn.init.xavier_uniform_(self.conv.weight)
-        if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.conv(x))
-
-
-def projection(in_channels: int, out_channels: int, bias: bool) -> nn.Sequential:
-    """A `ProjectionConv` under the name "conv", or nothing where the width already fits."""
-    if in_channels == out_channels:
-        return nn.Sequential()
-    return nn.Sequential(OrderedDict(conv=ProjectionConv(in_channels, out_channels, bias)))
-
-
 class NodeFusion(WeightedFusion):
     """Weighted fusion of a node's inputs, each projected to the pyramid's width first where it must be."""
 
     def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: DetectorConfig) -> None:
-        super().__init__(
-            len(inputs),
-            method=config.fusion,
-            resample=[entry.resample for entry in inputs],
-            activation=config.activation,
-        )
+        # The fused op pools with TensorFlow's padding; pooling with the other one comes before it.
+        symmetric = config.padding == "symmetric"
+        self.pooled = [symmetric and entry.resample == "max_pool" for entry in inputs]
+        resample = ["none" if pooled else entry.resample for entry, pooled in zip(inputs, self.pooled, strict=True)]
+        super().__init__(len(inputs), method=config.fusion, resample=resample, activation=config.activation)
         self.offsets = [entry.offset for entry in inputs]
         self.resample = nn.ModuleDict(
             {
@@ -103,6 +66,7 @@ class NodeFusion(WeightedFusion):
         """Fused and activated [B, C, H, W] from all features computed so far; the first input has the node's size."""
         projections = self.resample.values()
         inputs = [project(features[offset]) for offset, project in zip(self.offsets, projections, strict=True)]
+        inputs = [max_pool(x, "symmetric") if pooled else x for x, pooled in zip(inputs, self.pooled, strict=True)]
         return super().forward(inputs, size=tuple(inputs[0].shape[2:]))
 
 
@@ -160,6 +124,8 @@ class BiFpnCell(nn.Module):
 class BiFpn(nn.Module):
     """Adds the levels coarser than the backbone's, then runs the cells.
 
+    Extra levels from "p5" or by "pool" are made of C5 after a lateral convolution, which comes before the cells.
+
     Args:
         in_channels: Channels of the backbone's feature maps, finest first.
         config: Model configuration.
@@ -167,19 +133,21 @@ class BiFpn(nn.Module):
 
     def __init__(self, in_channels: tuple[int, ...], config: DetectorConfig) -> None:
         super().__init__()
-        channels = list(in_channels)
-        self.resample = nn.ModuleDict()
-        for level in range(len(in_channels), config.num_levels):
-            self.resample[str(level)] = projection(channels[-1], config.fpn_channels, config.redundant_bias)
-            channels.append(config.fpn_channels)
+        width, num_extra = config.fpn_channels, config.num_levels - len(in_channels)
+        # effdet's keys count all levels from the finest.
+        names = [str(len(in_channels) + index) for index in range(num_extra)]
+        self.resample = ExtraLevels(in_channels[-1], names, config)
+        self.lateral = None
+        if config.extra_levels in ("p5", "pool"):
+            self.lateral = projection(in_channels[-1], width, config.redundant_bias)
+        channels = [*in_channels, *[width] * num_extra]
         self.cell = BlockSequence(recompute=config.gradient_checkpointing)
         for _ in range(config.fpn_cells):
             self.cell.append(BiFpnCell(channels, config))
-            channels = [config.fpn_channels] * config.num_levels
+            channels = [width] * config.num_levels
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each."""
-        levels = list(features)
-        for project in self.resample.values():
-            levels.append(max_pool_same(project(levels[-1])))
-        return self.cell(levels)
+        c5 = features[-1]
+        p5 = c5 if self.lateral is None else self.lateral(c5)
+        return self.cell(features + self.resample(c5, p5))

@@ -45,16 +45,16 @@ class DetectorConfig:
         backbone: Backbone name.
         image_size: Input (height, width) in pixels.
         fpn_channels: Channels of every pyramid level inside the neck and the heads.
-        fpn_cells: Repeats of the neck.
+        fpn_cells: Repeats of the cells of BiFPN and NAS-FPN; FPN and PANet are one pass.
         head_repeats: Convolutions before the prediction layer of each head.
         num_classes: Number of object classes; labels are 0 to num_classes - 1, there is no background class.
-        neck: How the pyramid is built: "bifpn".
+        neck: How the pyramid is built: "fpn", "panet", "nas_fpn" or "bifpn".
         fusion: How neck nodes weigh their inputs: "fast", "softmax" or "sum" (no weights).
         activation: Activation of neck and heads: "silu", "relu" or "relu6".
         min_level, max_level: Pyramid levels; level l has stride 2^l.
         extra_levels: How levels past the backbone's are made: "efficientdet" (1x1 convolution, BatchNorm and max-pool of C5,
-            then max-pool), "c5" and "p5" (3x3 convolutions of stride 2, first of C5 or of the finished P5) or "pool"
-            (max-pool of P5).
+            then max-pool), "c5" and "p5" (3x3 convolutions of stride 2, first of C5 or of P5) or "pool" (every second pixel of
+            P5). P5 is the finished one of FPN and PANet; for NAS-FPN and BiFPN, C5 after a lateral convolution.
         head: Convolutions of the heads: "separable".
         head_norm: What follows them: "batch", one BatchNorm for each level.
         padding: "same", TensorFlow's, or "symmetric": where EfficientNet's and EfficientDet's convolutions and poolings of stride

@@ -8,8 +8,21 @@ from torch import nn
 
 from effdet_fast.models.bifpn import BiFpn
 from effdet_fast.models.config import DetectorConfig
+from effdet_fast.models.fpn import Fpn
+from effdet_fast.models.nas_fpn import NasFpn
+from effdet_fast.models.panet import Panet
 
-NECKS: dict[str, Callable[[tuple[int, ...], DetectorConfig], nn.Module]] = {"bifpn": BiFpn}
+NECKS: dict[str, Callable[[tuple[int, ...], DetectorConfig], nn.Module]] = {
+    "fpn": Fpn,
+    "panet": Panet,
+    "nas_fpn": NasFpn,
+    "bifpn": BiFpn,
+}
+
+
+def list_necks() -> list[str]:
+    """The names `create_neck` knows."""
+    return list(NECKS)
 
 
 def create_neck(in_channels: tuple[int, ...], config: DetectorConfig) -> nn.Module:
@@ -20,10 +33,8 @@ def create_neck(in_channels: tuple[int, ...], config: DetectorConfig) -> nn.Modu
         config: Model configuration.
 
     Raises:
-        ValueError: Unknown neck, or extra levels it does not make.
+        ValueError: Unknown neck, or levels it does not make.
     """
     if config.neck not in NECKS:
-        raise ValueError(f"create_neck: neck must be one of {list(NECKS)}, got {config.neck!r}")
-    if config.extra_levels != "efficientdet":
-        raise ValueError(f"create_neck: {config.neck} makes extra_levels 'efficientdet', got {config.extra_levels!r}")
+        raise ValueError(f"create_neck: neck must be one of {list_necks()}, got {config.neck!r}")
     return NECKS[config.neck](in_channels, config)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from effdet_fast.models import create_model
-from effdet_fast.models.bifpn import bifpn_nodes, max_pool_same
+from effdet_fast.models.bifpn import bifpn_nodes
+from effdet_fast.models.extra_levels import max_pool
 from effdet_fast.ops.anchor_matching import pairwise_iou
 from effdet_fast.ops.detection_loss import per_anchor_view
 from tests.models.effdet_models import random_objects
@@ -143,7 +144,7 @@ def test_labels_loss_and_detections_do_not_read_values_back():
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("other", [1, 6, 7])
-def test_max_pool_same(side, other):
+def test_max_pool_with_same_padding(side, other):
     x = torch.randn(2, 3, side, other) - 3.0
     sizes = ((side + 1) // 2, (other + 1) // 2)
     pads = []
@@ -151,7 +152,7 @@ def test_max_pool_same(side, other):
         total = max((size - 1) * 2 + 3 - length, 0)
         pads += [total // 2, total - total // 2]
     expected = torch.nn.functional.max_pool2d(torch.nn.functional.pad(x, pads, value=-torch.inf), 3, 2)
-    assert torch.equal(max_pool_same(x), expected)
+    assert torch.equal(max_pool(x, "same"), expected)
 
 
 def test_bifpn_nodes_are_the_papers():

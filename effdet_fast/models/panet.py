@@ -1,0 +1,39 @@
+"""PANet: an FPN with a bottom-up path behind it (Liu et al., Path Aggregation Network, arXiv:1803.01534)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effdet_fast.models.config import DetectorConfig
+from effdet_fast.models.extra_levels import plain_conv
+from effdet_fast.models.fpn import Fpn
+from effdet_fast.nn import WeightedFusion
+
+
+class Panet(Fpn):
+    """N3 = P3; N(l+1) is P(l+1) merged with N(l), which a 3x3 convolution of stride 2 halves, and convolved again.
+
+    As in the paper, ReLU follows both convolutions. Extra levels follow N5.
+
+    Args:
+        in_channels: Channels of the backbone's feature maps, finest first.
+        config: Model configuration.
+    """
+
+    def __init__(self, in_channels: tuple[int, ...], config: DetectorConfig) -> None:
+        super().__init__(in_channels, config)
+        channels, steps = config.fpn_channels, range(len(in_channels) - 1)
+        self.down_blocks = nn.ModuleList(plain_conv(channels, channels, 3, stride=2) for _ in steps)
+        self.bottom_up_fusions = nn.ModuleList(WeightedFusion(2, config.fusion) for _ in steps)
+        self.bottom_up_blocks = nn.ModuleList(plain_conv(channels, channels, 3) for _ in steps)
+
+    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each, of the backbone's maps, finest first."""
+        finest, *others = self.top_down(features)
+        levels = [finest]
+        paths = zip(others, self.down_blocks, self.bottom_up_fusions, self.bottom_up_blocks, strict=True)
+        for level, down, fuse, block in paths:
+            levels.append(F.relu_(block(fuse([level, F.relu_(down(levels[-1]))]))))
+        return levels + self.extra_blocks(features[-1], levels[-1])
