@@ -58,7 +58,7 @@ def depthwise_conv(dtype: torch.dtype) -> None:
             ops.depthwise_conv2d(x, weight, bias, stride, "same", prologue="silu").sum().backward()
             levels = [
                 x,
-                random((2, channels, 5, 7), dtype, memory_format),
+                random((2, channels, 5, 8), dtype, memory_format),
                 random((1, channels, 1, 2), dtype, memory_format),
             ]
             ys = ops.depthwise_conv2d_levels(levels, weight, bias, stride, "same")

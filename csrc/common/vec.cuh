@@ -1,5 +1,7 @@
 // Vector memory access: the only place where a pointer is reinterpreted.
 #pragma once
+#include <cstring>
+
 #include "platform.h"
 
 namespace ef {
@@ -14,8 +16,17 @@ template <int kSize, typename T>
 EF_HD Vec<T, kSize> load_vec(const T* p) {
   return *reinterpret_cast<const Vec<T, kSize>*>(p);
 }
+// Halves go out as words: nvcc would store a struct of them member by member.
 template <int kSize, typename T>
 EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+    Vec<uint32_t, kSize / 2> words;
+    std::memcpy(&words, &value, sizeof(words));
+    *reinterpret_cast<Vec<uint32_t, kSize / 2>*>(p) = words;
+    return;
+  }
+#endif
   *reinterpret_cast<Vec<T, kSize>*>(p) = value;
 }
 template <typename... T>

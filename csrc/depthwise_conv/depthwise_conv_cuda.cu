@@ -7,11 +7,14 @@
 
 namespace ef::depthwise_conv {
 namespace {
-constexpr int64_t kSlabRows = 32;        // of a marching thread: it reads kernel - 1 rows more
-constexpr int64_t kWeightBlocks = 1056;  // fills the largest part; fixed, so that a sum has the same bits on every device
+constexpr int64_t kSlabRows = 32;         // of a marching thread: it reads kernel - 1 rows more
+constexpr int64_t kMinSlabRows = 4;       // where taller slabs leave multiprocessors idle
+constexpr int64_t kMarchingBlocks = 528;  // four on each multiprocessor of the largest part
+constexpr int64_t kWeightBlocks = 1056;   // fills the largest part; fixed, so that a sum has the same bits on every device
 constexpr int64_t kMinSlabPositions = 512;
 
-// Pairs of channels x 4 columns where channels lie side by side in pairs, else single channels and columns.
+// A thread has 4 columns of a pair of channels where channels lie side by side in pairs, else of one channel.
+constexpr int kColumns = 4;
 template <typename scalar_t>
 constexpr int kPair = sizeof(scalar_t) == 8 ? 1 : 2;
 template <typename scalar_t>
@@ -24,11 +27,20 @@ bool in_pairs(const Levels<scalar_t>& levels) {
                      [&](const Level<scalar_t>& level) { return aligned(level.x) && aligned(level.grad) && aligned(level.result); });
 }
 
-// Calls f.template operator()<kernel, stride, columns, vec>().
+// Whether 4 columns of a row are one aligned vector in every row of x and y, with equally many zeros on both sides.
+template <typename scalar_t>
+bool is_wide(const Level<scalar_t>& level) {
+  const Shape& s = level.shape;
+  const auto aligned = [](const scalar_t* p) { return reinterpret_cast<uintptr_t>(p) % (kColumns * sizeof(scalar_t)) == 0; };
+  return !s.channels_last && s.stride == 1 && s.left == s.kernel / 2 && s.ow == s.w && s.w % kColumns == 0 && aligned(level.x) &&
+         aligned(level.grad) && aligned(level.result);
+}
+
+// Calls f.template operator()<kernel, stride, vec>().
 template <typename scalar_t, class F>
 void specialise(const Shape& s, bool pairs, F&& f) {
   const auto with_filter = [&]<int kKernel, int kStride>() {
-    pairs ? f.template operator()<kKernel, kStride, 4, kPair<scalar_t>>() : f.template operator()<kKernel, kStride, 1, 1>();
+    pairs ? f.template operator()<kKernel, kStride, kPair<scalar_t>>() : f.template operator()<kKernel, kStride, 1>();
   };
   const auto with_kernel = [&]<int kKernel>() {
     s.stride == 1 ? with_filter.template operator()<kKernel, 1>() : with_filter.template operator()<kKernel, 2>();
@@ -41,7 +53,8 @@ template <typename scalar_t>
 Tasks<scalar_t> tasks_of(const Levels<scalar_t>& levels) {
   Tasks<scalar_t> tasks;
   for (int i = 0; i < kMaxLevels; ++i) {
-    tasks.task[i] = {i < levels.count ? levels.level[i] : Level<scalar_t>{}, std::numeric_limits<int64_t>::max(), 0};
+    tasks.task[i] = {i < levels.count ? levels.level[i] : Level<scalar_t>{}, std::numeric_limits<int64_t>::max(), 0,
+                     i < levels.count && is_wide(levels.level[i])};
   }
   return tasks;
 }
@@ -49,14 +62,18 @@ Tasks<scalar_t> tasks_of(const Levels<scalar_t>& levels) {
 // The grid of a marching kernel in which a level has so many cells and `rows` steps; completes the tasks.
 template <typename scalar_t, class Cells, class Rows>
 dim3 marching_grid(int levels, Tasks<scalar_t>& tasks, const Cells& cells, const Rows& rows) {
-  int64_t blocks = 0, slabs = 0;
-  for (int i = 0; i < levels; ++i) {
-    Task<scalar_t>& task = tasks.task[i];
-    const Shape& s = task.level.shape;
-    task.first_block = blocks;
-    task.slab_rows = std::max(kSlabRows, ceil_div(rows(s), 65535));
-    blocks += ceil_div(cells(s), kThreads);
-    slabs = std::max(slabs, ceil_div(rows(s), task.slab_rows));
+  int64_t blocks = 0, slabs = 0, all = 0;
+  for (int64_t slab_rows = kSlabRows; all < kMarchingBlocks && slab_rows >= kMinSlabRows; slab_rows /= 2) {
+    blocks = slabs = all = 0;
+    for (int i = 0; i < levels; ++i) {
+      Task<scalar_t>& task = tasks.task[i];
+      const Shape& s = task.level.shape;
+      task.first_block = blocks;
+      task.slab_rows = std::max(slab_rows, ceil_div(rows(s), 65535));
+      blocks += ceil_div(cells(s), kThreads);
+      slabs = std::max(slabs, ceil_div(rows(s), task.slab_rows));
+      all += ceil_div(cells(s), kThreads) * ceil_div(rows(s), task.slab_rows);
+    }
   }
   return dim3(unsigned(blocks), unsigned(slabs));
 }
@@ -64,7 +81,7 @@ dim3 marching_grid(int levels, Tasks<scalar_t>& tasks, const Cells& cells, const
 
 template <typename scalar_t>
 void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
-  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
+  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
     Tasks<scalar_t> tasks = tasks_of(levels);
     const dim3 grid = marching_grid(
         levels.count, tasks, [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.ow, kColumns); },
@@ -76,11 +93,12 @@ void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t*
 
 template <typename scalar_t>
 void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight) {
-  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
-    constexpr int kOutputs = kColumns / kStride > 0 ? kColumns / kStride : 1;  // about kColumns columns of the input
+  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
+    constexpr int kOutputs = kColumns / kStride;  // kColumns columns of the input
     Tasks<scalar_t> tasks = tasks_of(levels);
     const dim3 grid = marching_grid(
-        levels.count, tasks, [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.w + s.left, kOutputs * kStride); },
+        levels.count, tasks,
+        [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.w + (kStride == 1 ? 0 : s.left), kOutputs * kStride); },
         [](const Shape& s) { return ceil_div(s.h + s.top, kStride); });
     launch("depthwise_conv_grad_input", depthwise_conv_grad_input_kernel<kKernel, kStride, kOutputs, kVec, scalar_t>, grid, kThreads, 0,
            device, tasks, weight);
@@ -88,7 +106,7 @@ void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, const scalar
 }
 
 namespace {
-// Threads of a block: along the channels, and shares of the positions. Independent of the alignment, as the number of slabs is.
+// Threads of a block: along the channels, and shares of the positions.
 dim3 weight_block(const Shape& s, int vec) {
   unsigned x = 1;
   if (s.channels_last) {
@@ -118,7 +136,7 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
     tasks.task[i].slab_rows = ceil_div(s.n * s.oh, count);
     slabs += count;
   }
-  specialise<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kColumns, int kVec>() {
+  specialise<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
     const dim3 block = weight_block(any, kVec);
     const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(slabs));
     const size_t bytes = (taps + 1) * size_t(kThreads) * kVec * sizeof(acc_t<scalar_t>);
@@ -126,13 +144,14 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
       launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns, kVec, kLanesShare, scalar_t>, grid,
              block, kLanesShare ? bytes / kWarpSize : bytes, device, tasks, partials);
     };
-    if constexpr (kColumns == 1) {
+    if constexpr (kVec == 1) {
       if (!any.channels_last) return run.template operator()<true>();
     }
     run.template operator()<false>();
   });
-  launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kThreads)), kThreads, 0, device,
-         any.c, taps, slabs, partials, grad_weight, grad_bias);
+  launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kWarpSize)),
+         dim3(kWarpSize, kSlabShares), kSlabShares * kWarpSize * sizeof(acc_t<scalar_t>), device, any.c, taps, slabs, partials, grad_weight,
+         grad_bias);
 }
 
 #define EF_DEFINE(scalar_t)                                                                      \

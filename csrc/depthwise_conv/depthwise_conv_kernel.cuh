@@ -16,8 +16,13 @@
 
 namespace ef::depthwise_conv {
 inline constexpr int kThreads = 128;
-template <int kKernel>
-inline constexpr int kMinBlocks = kKernel == 5 ? 2 : 4;  // leaves 255 or 128 registers: as many as the sums and the filter take
+// Blocks on a multiprocessor; 2, 3 or 4 leave 255, 168 or 128 registers: as many as the sums and the filter take.
+template <int kKernel, typename scalar_t>
+inline constexpr int kMinBlocks = kKernel == 5 || sizeof(scalar_t) == 8 ? 2 : 4;
+template <int kKernel, typename scalar_t>
+inline constexpr int kMinWeightBlocks = sizeof(scalar_t) == 8 ? 2
+                                        : kKernel == 5        ? 3
+                                                              : 4;
 
 struct Strides {
   int64_t image, channel, row, column;
@@ -28,11 +33,12 @@ EF_HD Strides strides_of(const Shape& s, int64_t h, int64_t w) {
 }
 
 // A level's share of a launch: the blocks from first_block on (along the grid's x where threads march, along y where they sum), and
-// slabs of slab_rows rows.
+// slabs of slab_rows rows. `wide`: the thread's columns lie one after the other and aligned, in x and in y.
 template <typename scalar_t>
 struct Task {
   Level<scalar_t> level;
   int64_t first_block, slab_rows;
+  bool wide;
 };
 template <typename scalar_t>
 struct Tasks {
@@ -73,20 +79,64 @@ __device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
   apply.template operator()<Activation::kRelu6>();
 }
 
-// values[i] = row[(first + i) column], zero outside [0, columns).
-template <int kCount, int kVec, typename scalar_t, typename A>
-__device__ void load_columns(const scalar_t* row, int64_t first, int64_t columns, int64_t step, A (&values)[kCount][kVec]) {
+// The columns first + i of a row, i < kCount, that are inside it, as bits: they are the same in every row.
+template <int kCount>
+__device__ unsigned inside(int64_t first, int64_t columns) {
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits |= unsigned(first + i >= 0 && first + i < columns) << i;
+  return bits;
+}
+
+// values[i] = row[i step] where `valid` has bit i, else zero. `wide`: kCenter columns from kBefore on are one aligned vector.
+template <int kBefore, int kCenter, int kCount, int kVec, typename scalar_t, typename A>
+__device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, bool wide, A (&values)[kCount][kVec]) {
+  if constexpr (kVec == 1) {
+    if (wide) {
+      const auto loaded = load_vec<kCenter>(row + kBefore);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const bool halo = i < kBefore || i >= kBefore + kCenter;
+        if (halo) {
+          values[i][0] = valid >> i & 1 ? A(row[i]) : A(0);
+        } else {
+          values[i][0] = A(loaded.v[halo ? 0 : i - kBefore]);
+        }
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int64_t column = first + i;
-    if (column >= 0 && column < columns) {
-      const auto loaded = load_vec<kVec>(row + column * step);
+    if (valid >> i & 1) {
+      const auto loaded = load_vec<kVec>(row + i * step);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) values[i][v] = A(loaded.v[v]);
     } else {
 #pragma unroll
       for (int v = 0; v < kVec; ++v) values[i][v] = A(0);  // and every prologue keeps it zero
     }
+  }
+}
+
+// row[i step] = values[i] where `valid` has bit i.
+template <int kCount, int kVec, typename scalar_t, typename A>
+__device__ void store_columns(scalar_t* row, unsigned valid, int64_t step, bool wide, const A (&values)[kCount][kVec]) {
+  if constexpr (kVec == 1) {
+    if (wide) {
+      Vec<scalar_t, kCount> result;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) result.v[i] = scalar_t(values[i][0]);
+      return store_vec<kCount>(row, result);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (!(valid >> i & 1)) continue;
+    Vec<scalar_t, kVec> result;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(values[i][v]);
+    store_vec<kVec>(row + i * step, result);
   }
 }
 
@@ -102,9 +152,10 @@ __device__ void load_filter(const scalar_t* weight, A (&filter)[kKernel][kKernel
 // In the step of row m the input rows m s, ..., m s + s - 1 (counted from the padding's first) are added to the outputs m - a that
 // they reach through the taps ky = u + a s; then output m - (k - 1) / s is complete.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>) depthwise_conv_kernel(const Tasks<scalar_t> tasks,
-                                                                                       const scalar_t* __restrict__ weight,  // [c, k, k]
-                                                                                       const scalar_t* __restrict__ bias) {  // [c], or null
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
+    depthwise_conv_kernel(const Tasks<scalar_t> tasks,
+                          const scalar_t* __restrict__ weight,  // [c, k, k]
+                          const scalar_t* __restrict__ bias) {  // [c], or null
   using A = acc_t<scalar_t>;
   constexpr int kDepth = (kKernel - 1) / kStride, kLoaded = (kColumns - 1) * kStride + kKernel;
   const Task<scalar_t>& task = task_of(tasks, blockIdx.x);
@@ -118,7 +169,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>) depthwise_conv_
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
   const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
   const int64_t first_row = blockIdx.y * slab_rows, last_row = first_row + slab_rows < s.oh ? first_row + slab_rows : s.oh;
-  x += cell.n * in.image + cell.c * in.channel;
+  const unsigned valid = inside<kLoaded>(ix, s.w), kept = inside<kColumns>(ox, s.ow);
+  const bool wide = kStride == 1 && task.wide;
+  x += cell.n * in.image + cell.c * in.channel + ix * in.column;
   y += cell.n * out.image + cell.c * out.channel + ox * out.column;
 
   A filter[kKernel][kKernel][kVec], init[kVec], sum[kDepth + 1][kColumns][kVec];
@@ -136,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>) depthwise_conv_
       const int64_t iy = m * kStride + u - s.top;
       if (iy < 0 || iy >= s.h) continue;
       A values[kLoaded][kVec];
-      load_columns<kLoaded, kVec>(x + iy * in.row, ix, s.w, in.column, values);
+      load_columns<kKernel / 2, kColumns>(x + iy * in.row, valid, in.column, wide, values);
       activate_all(s.prologue, values);
 #pragma unroll
       for (int ky = u; ky < kKernel; ky += kStride) {
@@ -150,16 +203,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>) depthwise_conv_
         }
       }
     }
-    if (m - kDepth >= first_row) {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        if (ox + j >= s.ow) break;
-        Vec<scalar_t, kVec> result;
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(sum[kDepth][j][v]);
-        store_vec<kVec>(y + (m - kDepth) * out.row + j * out.column, result);
-      }
-    }
+    if (m - kDepth >= first_row) store_columns(y + (m - kDepth) * out.row, kept, out.column, wide, sum[kDepth]);
 #pragma unroll
     for (int a = kDepth; a >= 0; --a) {
 #pragma unroll
@@ -170,9 +214,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>) depthwise_conv_
 }
 
 // Rows and columns of the input are counted from the first zero of the padding: r = iy + top. Gradient row m reaches r = m s + ky;
-// after it the rows m s, ..., m s + s - 1 are complete. The thread's columns are group s kColumns + [0, s kColumns).
+// after it the rows m s, ..., m s + s - 1 are complete. So are columns: those of the thread are group s kColumns + [0, s kColumns),
+// but for stride 1 counted from the first column of the image, which leaves vectors of them aligned.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
     depthwise_conv_grad_input_kernel(const Tasks<scalar_t> tasks,
                                      const scalar_t* __restrict__ weight) {  // [c, k, k]
   using A = acc_t<scalar_t>;
@@ -183,16 +228,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
   const scalar_t* __restrict__ grad = task.level.grad;
   const scalar_t* __restrict__ x = task.level.x;  // read only where there is a prologue
   scalar_t* __restrict__ grad_x = task.level.result;
-  const int64_t channel_groups = s.c / kVec, column_groups = ceil_div(s.w + s.left, kOwned), slab_rows = task.slab_rows;
+  const int64_t channel_groups = s.c / kVec, column_groups = ceil_div(s.w + (kStride == 1 ? 0 : s.left), kOwned),
+                slab_rows = task.slab_rows;
   const int64_t i = int64_t(blockIdx.x - task.first_block) * blockDim.x + threadIdx.x;
   const int64_t rows = ceil_div(s.h + s.top, kStride);  // steps over all rows of the input
   if (i >= s.n * channel_groups * column_groups || blockIdx.y * slab_rows >= rows) return;
   const Cell cell(s, i, channel_groups, column_groups, kVec);
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
-  const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
+  const int64_t ix = cell.group * kOwned - (kStride == 1 ? 0 : s.left), ox = kStride == 1 ? ix + s.left : cell.group * kColumns;
   const int64_t first_step = blockIdx.y * slab_rows, last_step = first_step + slab_rows < rows ? first_step + slab_rows : rows;
-  grad += cell.n * out.image + cell.c * out.channel;
-  const int64_t base = cell.n * in.image + cell.c * in.channel;
+  const unsigned valid = inside<kLoaded>(ox - kBefore, s.ow), kept = inside<kOwned>(ix, s.w);
+  const bool wide = kStride == 1 && task.wide;
+  grad += cell.n * out.image + cell.c * out.channel + (ox - kBefore) * out.column;
+  const int64_t base = cell.n * in.image + cell.c * in.channel + ix * in.column;
 
   A filter[kKernel][kKernel][kVec], sum[kKernel][kOwned][kVec];
   load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
@@ -201,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
   for (int64_t m = first_step - kBefore; m < last_step; ++m) {
     if (m >= 0 && m < s.oh) {
       A values[kLoaded][kVec];
-      load_columns<kLoaded, kVec>(grad + m * out.row, ox - kBefore, s.ow, out.column, values);
+      load_columns<kKernel / 2, kColumns>(grad + m * out.row, valid, out.column, wide, values);
 #pragma unroll
       for (int ky = 0; ky < kKernel; ++ky) {
 #pragma unroll
@@ -220,28 +268,19 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
     for (int u = 0; u < kStride; ++u) {
       const int64_t iy = m * kStride + u - s.top;
       if (m < first_step || iy < 0 || iy >= s.h) continue;
+      const int64_t at = base + iy * in.row;
+      if (s.prologue != Activation::kNone) {
+        A z[kOwned][kVec];
+        load_columns<0, kOwned>(x + at, kept, in.column, wide, z);
 #pragma unroll
-      for (int j = 0; j < kOwned; ++j) {
-        if (ix + j < 0 || ix + j >= s.w) continue;
-        const int64_t at = base + iy * in.row + (ix + j) * in.column;
-        A value[1][kVec];
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) value[0][v] = sum[u][j][v];
-        if (s.prologue != Activation::kNone) {
-          const auto loaded = load_vec<kVec>(x + at);
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) {
-            const A z = A(loaded.v[v]);
-            value[0][v] *= s.prologue == Activation::kSilu   ? activate_grad<Activation::kSilu>(z)
-                           : s.prologue == Activation::kRelu ? activate_grad<Activation::kRelu>(z)
-                                                             : activate_grad<Activation::kRelu6>(z);
-          }
+        for (int j = 0; j < kOwned * kVec; ++j) {
+          const A value = z[j / kVec][j % kVec];
+          sum[u][j / kVec][j % kVec] *= s.prologue == Activation::kSilu   ? activate_grad<Activation::kSilu>(value)
+                                        : s.prologue == Activation::kRelu ? activate_grad<Activation::kRelu>(value)
+                                                                          : activate_grad<Activation::kRelu6>(value);
         }
-        Vec<scalar_t, kVec> result;
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(value[0][v]);
-        store_vec<kVec>(grad_x + at, result);
       }
+      store_columns(grad_x + at, kept, in.column, wide, sum[u]);
     }
 #pragma unroll
     for (int ky = 0; ky < kKernel; ++ky) {
@@ -258,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
 // blockDim.x channel groups x blockDim.y shares of the slab's (row, column group) positions. In nchw the lanes of a warp share one
 // channel: blockDim.x = 1, kLanesShare, and shares are added over the warp first.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
+__global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, scalar_t>)
     depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks,
                                       acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
   using A = acc_t<scalar_t>;
@@ -273,6 +312,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
   const int64_t slab_rows = task.slab_rows, first_row = (blockIdx.y - task.first_block) * slab_rows;
   const int64_t last_row = first_row + slab_rows < rows ? first_row + slab_rows : rows;
 
+  const bool wide = kStride == 1 && task.wide;
   A sum[kTaps + 1][kVec];
 #pragma unroll
   for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
@@ -281,7 +321,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
       const int64_t row = first_row + p / column_groups, ox = p % column_groups * kColumns;
       const int64_t n = row / s.oh, oy = row % s.oh;
       A g[kColumns][kVec];
-      load_columns<kColumns, kVec>(grad + n * out.image + c * out.channel + oy * out.row, ox, s.ow, out.column, g);
+      const int64_t ix = ox * kStride - s.left;
+      const unsigned valid = inside<kLoaded>(ix, s.w), kept = inside<kColumns>(ox, s.ow);
+      load_columns<0, kColumns>(grad + n * out.image + c * out.channel + oy * out.row + ox * out.column, kept, out.column, wide, g);
 #pragma unroll
       for (int j = 0; j < kColumns * kVec; ++j) sum[kTaps][j % kVec] += g[j / kVec][j % kVec];
 #pragma unroll
@@ -289,13 +331,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
         const int64_t iy = oy * kStride - s.top + ky;
         if (iy < 0 || iy >= s.h) continue;
         A values[kLoaded][kVec];
-        load_columns<kLoaded, kVec>(x + n * in.image + c * in.channel + iy * in.row, ox * kStride - s.left, s.w, in.column, values);
+        load_columns<kKernel / 2, kColumns>(x + n * in.image + c * in.channel + iy * in.row + ix * in.column, valid, in.column, wide,
+                                            values);
         activate_all(s.prologue, values);
 #pragma unroll
         for (int kx = 0; kx < kKernel; ++kx) {
 #pragma unroll
           for (int j = 0; j < kColumns; ++j) {
-            if (ox + j >= s.ow) break;  // x may be infinite there: zero times it would not be zero
+            if (!(kept >> j & 1)) break;  // x may be infinite there: zero times it would not be zero
 #pragma unroll
             for (int v = 0; v < kVec; ++v) sum[ky * kKernel + kx][v] += g[j][v] * values[j * kStride + kx][v];
           }
@@ -325,17 +368,27 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel>)
   }
 }
 
-// One thread per tap and channel adds the slabs in order.
+// A thread column of a block owns a tap of a channel; row k of the kSlabShares thread rows adds the slabs k, k + kSlabShares, ... in
+// order, and the first row adds the rows' sums in order.
+inline constexpr int kSlabShares = 16;
 template <typename scalar_t>
 __global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
                                  const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
                                  scalar_t* __restrict__ grad_weight,            // [channels][taps]
                                  scalar_t* __restrict__ grad_bias) {            // [channels], or null
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= (taps + 1) * channels) return;
+  using A = acc_t<scalar_t>;
+  const int64_t i = int64_t(blockIdx.x) * kWarpSize + threadIdx.x, count = (taps + 1) * channels;
+  A sum = 0;
+  if (i < count) {
+#pragma unroll 8
+    for (int64_t slab = threadIdx.y; slab < slabs; slab += kSlabShares) sum += partials[slab * count + i];
+  }
+  A* shared = shared_memory<A>();  // [kSlabShares][kWarpSize]
+  shared[threadIdx.y * kWarpSize + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || i >= count) return;
+  for (int share = 1; share < kSlabShares; ++share) sum += shared[share * kWarpSize + threadIdx.x];
   const int64_t t = i / channels, c = i % channels;
-  acc_t<scalar_t> sum = 0;
-  for (int64_t slab = 0; slab < slabs; ++slab) sum += partials[(slab * (taps + 1)) * channels + i];
   if (t < taps) {
     grad_weight[c * taps + t] = scalar_t(sum);
   } else if (grad_bias) {

@@ -1,6 +1,7 @@
 """Values and gradients of the depthwise convolution on every backend, against PyTorch in float64 and timm's padding."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -147,6 +148,28 @@ def test_every_half_precision_number_is_read_and_rounded_as_pytorch_does(native_
     expected = (x.float() * weight[:, :, 1, 1].float().view(1, 8, 1, 1)).to(dtype)
     actual = ops.depthwise_conv2d(x, weight, None, 1, "same")
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_rows_of_whole_vectors_have_the_same_bits_at_any_address(native_backend, kernel, dtype):
+    """In NCHW four columns are one vector where rows are aligned and as long as the output's, else they are read one by one."""
+    pad, device = kernel // 2, native_backend.device
+    for width, prologue, padding in ((4, None, "same"), (8, "silu", (pad, pad, 0, 3)), (20, "relu6", "same")):
+        x, weight, bias = make((2, 3, 6, width), kernel, dtype, device, False)
+        check(native_backend, None, kernel, 1, padding, prologue, dtype, inputs=[x, weight, bias])
+        convolve = partial(ops.depthwise_conv2d, stride=1, padding=padding, prologue=prologue)
+        misaligned = torch.full((x.numel() + 9,), float("nan"), dtype=dtype, device=device)[3:-6].view_as(x).copy_(x)
+        for a, e in zip(*(with_gradients(convolve, [data, weight, bias]) for data in (misaligned, x)), strict=True):
+            assert torch.equal(a, e)
+    for left in (0, kernel - 1):  # rows as long as the output's, but not under them
+        padding = (left, kernel - 1 - left, 1, 1)
+        check(native_backend, (1, 2, 5, 8), kernel, 1, padding, dtype=dtype, channels_last=False)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_more_slabs_than_are_added_at_a_time(native_backend, channels_last):
+    check(native_backend, (1, 2, 100, 92), 3, 1, "same", channels_last=channels_last)
 
 
 @pytest.mark.parametrize(
