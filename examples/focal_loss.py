@@ -70,9 +70,7 @@ def validation_loss_by_part(checkpoint: Path, images: Path, annotations: Path) -
     for batch in loader:
         batch = batch.to(device)
         outputs, _ = model(normalize(batch.images, detector.mean, detector.std))
-        targets = ops.match_anchors(
-            model.anchors(device), batch.gt_boxes, batch.gt_labels, pos_iou=config.match_iou, neg_iou=config.match_iou
-        )
+        targets = model.assign(batch.gt_boxes, batch.gt_labels)
         flat = [level.permute(0, 2, 3, 1).reshape(len(level), -1, config.num_classes) for level in outputs]
         logits = torch.cat(flat, dim=1).flatten(0, 1)
         for gamma, totals in sums.items():

@@ -20,22 +20,44 @@ def feature_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -
 def generate_anchors(config: DetectorConfig) -> torch.Tensor:
     """Anchor boxes float32 [N, 4] xyxy in input pixels, on the CPU.
 
-    Order: level, row, column, scale, aspect ratio, as in head outputs permuted to [B, H, W, A]. Cell (i, j) is centred
-    on ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side / feature side and need not be whole.
-    Anchors may reach outside of the image.
+    Order: level, row, column, anchor of the cell, as in head outputs permuted to [B, H, W, A]. Anchors may reach outside
+    of the image. Two styles:
+
+    - "efficientdet": cell (i, j) is centred on ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side /
+      feature side and need not be whole. Of a cell's anchors, the aspect ratio changes fastest.
+    - "retinanet", torchvision's: centres are (j * stride_x, i * stride_y) with strides rounded down; sides of the square
+      anchors are cut to whole numbers, halves of all sides rounded. The scale changes fastest.
     """
-    octaves = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
-    aspects = np.array(config.aspect_ratios, dtype=np.float64)
-    image_h, image_w = config.image_size
+    cells = {"efficientdet": _efficientdet_cells, "retinanet": _retinanet_cells}[config.anchor_style]
     levels = []
-    for height, width in feature_sizes(config.image_size, config.min_level, config.max_level):
-        stride = np.array([image_w / width, image_h / height])
-        centre_x = stride[0] / 2.0 + np.arange(width) * stride[0]
-        centre_y = stride[1] / 2.0 + np.arange(height) * stride[1]
+    sizes = feature_sizes(config.image_size, config.min_level, config.max_level)
+    for level, (height, width) in enumerate(sizes, start=config.min_level):
+        first, stride, half = cells(config, level, width, height)
+        centre_x = first[0] + np.arange(width) * stride[0]
+        centre_y = first[1] + np.arange(height) * stride[1]
         centres = np.stack(np.meshgrid(centre_x, centre_y), axis=-1).reshape(-1, 1, 2)
-        half = (config.anchor_scale * stride * octaves[:, None, None] * aspects / 2.0).reshape(-1, 2)
         levels.append(np.concatenate([centres - half, centres + half], axis=-1).reshape(-1, 4))
     return torch.from_numpy(np.concatenate(levels).astype(np.float32))
+
+
+_Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # first centre [2], stride [2], half sides [A, 2]; each (x, y)
+
+
+def _efficientdet_cells(config: DetectorConfig, level: int, width: int, height: int) -> _Cells:
+    octaves = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
+    image_h, image_w = config.image_size
+    stride = np.array([image_w / width, image_h / height])
+    half = config.anchor_scale * stride * octaves[:, None, None] * np.array(config.aspect_ratios) / 2.0
+    return stride / 2.0, stride, half.reshape(-1, 2)
+
+
+def _retinanet_cells(config: DetectorConfig, level: int, width: int, height: int) -> _Cells:
+    octaves = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
+    image_h, image_w = config.image_size
+    stride = np.array([image_w // width, image_h // height])
+    sides = np.trunc(config.anchor_scale * 2**level * octaves)
+    half = np.round(np.array(config.aspect_ratios)[:, None] * sides[:, None] / 2.0)
+    return np.zeros(2), stride, half.reshape(-1, 2)
 
 
 class AnchorCache:

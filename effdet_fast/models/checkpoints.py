@@ -15,8 +15,8 @@ from effdet_fast.models.checkpoint_names import backbone_state_dict, detector_st
 
 PathOrStateDict = str | os.PathLike[str] | Mapping[str, Any]
 
-# The only tensors whose shape depends on the number of classes.
-CLASS_LAYER = ("class_net.predict.conv_pw.weight", "class_net.predict.conv_pw.bias")
+# The only tensors whose shape depends on the number of classes, of separable and of plain heads.
+CLASS_LAYER = tuple(f"class_net.predict.{key}" for key in ("conv_pw.weight", "conv_pw.bias", "weight", "bias"))
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema")
 _SHOWN = 8

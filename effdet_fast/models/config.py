@@ -15,10 +15,10 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "fusion": ("fast", "softmax", "sum"),
     "activation": ("silu", "relu", "relu6"),
     "extra_levels": ("efficientdet", "c5", "p5", "pool"),
-    "head": ("separable",),
-    "head_norm": ("batch",),
+    "head": ("separable", "conv"),
+    "head_norm": ("batch", "group", None),
     "padding": ("same", "symmetric"),
-    "anchor_style": ("efficientdet",),
+    "anchor_style": ("efficientdet", "retinanet"),
     "box_coder": ("effdet", "torchvision"),
     "box_loss": ("huber", "l1", "smooth_l1", "giou"),
     "loss_normalizer": ("batch", "per_image"),
@@ -55,8 +55,9 @@ class DetectorConfig:
         extra_levels: How levels past the backbone's are made: "efficientdet" (1x1 convolution, BatchNorm and max-pool of C5,
             then max-pool), "c5" and "p5" (3x3 convolutions of stride 2, first of C5 or of P5) or "pool" (every second pixel of
             P5). P5 is the finished one of FPN and PANet; for NAS-FPN and BiFPN, C5 after a lateral convolution.
-        head: Convolutions of the heads: "separable".
-        head_norm: What follows them: "batch", one BatchNorm for each level.
+        head: Convolutions of the heads, shared by all levels: "separable" or "conv" (3x3).
+        head_norm: What follows them: "batch", one BatchNorm for each level; "group", one GroupNorm of 32 groups for all
+            levels; or None.
         padding: "same", TensorFlow's, or "symmetric": where EfficientNet's and EfficientDet's convolutions and poolings of stride
             2 put odd pixels; ResNets are always symmetric.
         backbone_bn_eps: eps of the backbone's BatchNorms; None takes what the backbone's published weights were trained with.
@@ -68,7 +69,7 @@ class DetectorConfig:
         num_scales: Anchor scales 2^(i / num_scales) per cell.
         aspect_ratios: Anchor (width, height) factors per cell.
         anchor_scale: Side of the basic anchor in strides.
-        anchor_style: Where anchors lie: "efficientdet"; see `generate_anchors`.
+        anchor_style: Where anchors lie: "efficientdet" or "retinanet"; see `generate_anchors`.
         box_coder: What box outputs mean, "effdet" or "torchvision"; see `effdet_fast.ops.match_anchors`.
         pos_iou, neg_iou: An anchor whose best IoU reaches pos_iou is positive, one below neg_iou background, others are
             ignored.
@@ -81,7 +82,8 @@ class DetectorConfig:
         loss_normalizer: "batch" divides sums by all positives + 1; "per_image" takes the mean over images of sums divided
             by the image's positives.
         score_threshold: Detections with a lower score are dropped; None keeps all.
-        max_candidates: Scores, over all levels and classes, that enter non-maximum suppression.
+        max_candidates: Scores that enter non-maximum suppression: so many over all levels and classes, or
+        candidates_per_level: ... so many of each level.
         nms_iou: Non-maximum suppression drops boxes of the same class above this IoU.
         max_detections: Detections per image.
         mean, std: Normalisation of RGB in 0..1: (x / 255 - mean) / std.
@@ -126,6 +128,7 @@ class DetectorConfig:
     loss_normalizer: str = "batch"
     score_threshold: float | None = None
     max_candidates: int = 5000
+    candidates_per_level: bool = False
     nms_iou: float = 0.5
     max_detections: int = 100
     mean: tuple[float, float, float] = IMAGENET_MEAN

@@ -13,7 +13,7 @@ from effdet_fast.models.config import DetectorConfig
 from effdet_fast.models.heads import PRIOR_PROBABILITY, Head
 from effdet_fast.models.necks import create_neck
 from effdet_fast.models.targets import Targets, check_objects, padded_targets
-from effdet_fast.ops import DetectionLoss, Detections, decode_detections, detection_loss, match_anchors
+from effdet_fast.ops import AnchorTargets, DetectionLoss, Detections, decode_detections, detection_loss, match_anchors
 
 Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
@@ -70,19 +70,36 @@ class DetectionModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> Detections:
-        """Detections of images as `forward` takes them, with the configuration's thresholds; see `detect`.
+        """Detections of images as `forward` takes them, with the configuration's thresholds and clipped to the image.
+
+        What comes back is `detect`'s; nothing synchronises with the host.
 
         Raises:
             RuntimeError: The model is in training mode, where BatchNorms and drop path would give other detections.
         """
         if self.training:
             raise RuntimeError("DetectionModel.predict: the model is in training mode; call eval() first")
-        return self.detect(self(images))
+        height, width = (images.new_full((len(images), 1), side, dtype=torch.float32) for side in images.shape[2:])
+        return self.detect(self(images), clip_sizes=torch.cat([height, width], dim=1))
 
     def anchors(self, device: torch.device | str | None = None) -> torch.Tensor:
         """Anchors float32 [N, 4] xyxy in input pixels, ordered as the outputs; on the model's device by default."""
         target = next(self.parameters()).device if device is None else torch.device(device)
         return self._anchors.boxes(target)
+
+    def assign(self, gt_boxes: torch.Tensor, gt_labels: torch.Tensor) -> AnchorTargets:
+        """What the heads should say at each anchor for objects as `loss` takes them, by the configuration's rules."""
+        config = self.config
+        return match_anchors(
+            self._anchors.boxes(gt_boxes.device),
+            gt_boxes,
+            gt_labels,
+            pos_iou=config.pos_iou,
+            neg_iou=config.neg_iou,
+            force_match=config.force_match,
+            allow_low_quality_matches=config.allow_low_quality_matches,
+            box_coder=config.box_coder,
+        )
 
     def loss(self, outputs: Outputs, gt_boxes: torch.Tensor, gt_labels: torch.Tensor) -> DetectionLoss:
         """Training loss of `forward`'s outputs. Labels are made on the device; nothing synchronises with the host.
@@ -103,17 +120,7 @@ class DetectionModel(nn.Module):
         config = self.config
         cls_outputs, box_outputs = self._check_outputs(outputs, "DetectionModel.loss")
         check_objects(gt_boxes, gt_labels, cls_outputs[0].shape[0], config.num_classes)
-        anchors = self._anchors.boxes(cls_outputs[0].device)
-        targets = match_anchors(
-            anchors,
-            gt_boxes,
-            gt_labels,
-            pos_iou=config.pos_iou,
-            neg_iou=config.neg_iou,
-            force_match=config.force_match,
-            allow_low_quality_matches=config.allow_low_quality_matches,
-            box_coder=config.box_coder,
-        )
+        targets = self.assign(gt_boxes, gt_labels)
         return detection_loss(
             cls_outputs,
             box_outputs,
@@ -128,7 +135,7 @@ class DetectionModel(nn.Module):
             label_smoothing=config.label_smoothing,
             box_loss=config.box_loss,
             normalizer=config.loss_normalizer,
-            anchors=anchors,
+            anchors=self._anchors.boxes(gt_boxes.device),
             box_coder=config.box_coder,
         )
 
@@ -143,7 +150,7 @@ class DetectionModel(nn.Module):
     ) -> Detections:
         """Detections of a batch from `forward`'s outputs.
 
-        The best `config.max_candidates` scores over all levels and classes go through per-class NMS.
+        The best `config.max_candidates` scores over all levels and classes, or of each level, go through per-class NMS.
 
         Args:
             outputs: What `forward` returned.
@@ -178,6 +185,7 @@ class DetectionModel(nn.Module):
             max_detections=config.max_detections if max_detections is None else max_detections,
             clip_sizes=clip_sizes,
             box_coder=config.box_coder,
+            candidates_per_level=config.candidates_per_level,
         )
 
     def _check_outputs(self, outputs: Outputs, caller: str) -> Outputs:

@@ -1,4 +1,4 @@
-"""The class and box heads: convolutions shared over the pyramid's levels, BatchNorms of each level's own."""
+"""The class and box heads: convolutions shared over the pyramid's levels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
@@ -15,45 +16,83 @@ from effdet_fast.nn import SeparableConv2d
 # Every class starts at this probability, so that the many background anchors don't swamp the first steps
 # (Lin et al., RetinaNet, section 4.1).
 PRIOR_PROBABILITY = 0.01
+GROUPS = 32  # of GroupNorm, as in RetinaNet's later forms
+CONV_STD = 0.01  # of the initial weights of 3x3 heads (section 4.1 as well)
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+
+
+class LevelsConv2d(nn.Conv2d):
+    """3x3 convolution of each level."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:  # type: ignore[override]
+        return [super(LevelsConv2d, self).forward(x) for x in levels]
 
 
 class Head(nn.Module):
-    """`head_repeats` times separable convolution, BatchNorm and activation, then a separable prediction layer.
+    """`head_repeats` times convolution, normalisation and activation, then a prediction layer.
+
+    EfficientDet's is `head="separable"` with `head_norm="batch"`: BatchNorms are each level's own. RetinaNet's is
+    `head="conv"` with no normalisation, or with "group", whose GroupNorms are shared as the convolutions are.
 
     Args:
         num_outputs: Outputs per anchor.
         config: Model configuration.
         prior: Initial sigmoid of the outputs; None starts the bias at 0.
+
+    Raises:
+        ValueError: Channels that GroupNorm cannot group.
     """
 
     def __init__(self, num_outputs: int, config: DetectorConfig, prior: float | None = None) -> None:
         super().__init__()
-        channels = config.fpn_channels
-        self.conv_rep = nn.ModuleList(
-            SeparableConv2d(channels, channels, 3, bias=config.redundant_bias) for _ in range(config.head_repeats)
-        )
-        self.bn_rep = nn.ModuleList(
-            nn.ModuleList(
-                nn.Sequential(OrderedDict(bn=batch_norm(channels, config.activation))) for _ in range(config.num_levels)
+        channels, repeats = config.fpn_channels, config.head_repeats
+        self.activation, self.norm = config.activation, config.head_norm
+        conv = {"separable": SeparableConv2d, "conv": LevelsConv2d}[config.head]
+        bias = config.redundant_bias or self.norm is None
+        self.conv_rep = nn.ModuleList(conv(channels, channels, bias=bias) for _ in range(repeats))
+        if self.norm == "batch":
+            self.bn_rep = nn.ModuleList(
+                nn.ModuleList(
+                    nn.Sequential(OrderedDict(bn=batch_norm(channels, config.activation)))
+                    for _ in range(config.num_levels)
+                )
+                for _ in range(repeats)
             )
-            for _ in range(config.head_repeats)
-        )
-        self.predict = SeparableConv2d(channels, num_outputs * config.anchors_per_cell, 3, bias=True)
+        elif self.norm == "group":
+            if channels % GROUPS:
+                raise ValueError(f"Head: head_norm 'group' needs fpn_channels divisible by {GROUPS}, got {channels}")
+            self.norm_rep = nn.ModuleList(nn.GroupNorm(GROUPS, channels) for _ in range(repeats))
+        self.predict = conv(channels, num_outputs * config.anchors_per_cell, bias=True)
         self.prior = prior
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with variance 1 / fan-in, biases 0 except the prior of the prediction."""
+        """Normal weights: variance 1 / fan-in if separable, else `CONV_STD`; biases 0 except the prior of the prediction."""
         for conv in [*self.conv_rep, self.predict]:
-            for weight in (conv.conv_dw.weight, conv.conv_pw.weight):
-                nn.init.normal_(weight, 0.0, math.sqrt(1.0 / weight[0].numel()))
-            if conv.conv_pw.bias is not None:
-                nn.init.zeros_(conv.conv_pw.bias)
-        if self.prior is not None and self.predict.conv_pw.bias is not None:
-            nn.init.constant_(self.predict.conv_pw.bias, -math.log((1.0 - self.prior) / self.prior))
+            for parameter in conv.parameters():
+                if parameter.dim() == 1:
+                    nn.init.zeros_(parameter)
+                elif isinstance(conv, SeparableConv2d):
+                    nn.init.normal_(parameter, 0.0, math.sqrt(1.0 / parameter[0].numel()))
+                else:
+                    nn.init.normal_(parameter, 0.0, CONV_STD)
+        if self.prior is not None:
+            bias = next(each for each in self.predict.parameters() if each.dim() == 1)
+            nn.init.constant_(bias, -math.log((1.0 - self.prior) / self.prior))
 
     def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """[B, anchors_per_cell * num_outputs, H_l, W_l] per level, outputs of one anchor adjacent."""
-        for conv, norms in zip(self.conv_rep, self.bn_rep, strict=True):
-            levels = [norm(x) for norm, x in zip(norms, conv(levels), strict=True)]  # type: ignore[call-overload]
+        for repeat, conv in enumerate(self.conv_rep):
+            levels = self._normalised(repeat, conv(levels))
         return self.predict(levels)
+
+    def _normalised(self, repeat: int, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Normalised and activated."""
+        if self.norm == "batch":  # with the activation in it
+            return [norm(x) for norm, x in zip(self.bn_rep[repeat], levels, strict=True)]  # type: ignore[call-overload]
+        if self.norm == "group":
+            levels = [self.norm_rep[repeat](x) for x in levels]
+        return [ACTIVATIONS[self.activation](x) for x in levels]

@@ -1,6 +1,6 @@
 """From head outputs to detections: the best scores of all levels and classes, their boxes, non-maximum suppression."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,10 +30,12 @@ def decode_detections_reference(
     box_coder: str = "effdet",
     method: str = "hard",
     sigma: float = 0.5,
+    candidates_per_level: bool = False,
 ) -> Detections:
     """:func:`decode_detections` in plain PyTorch; in float64 where the inputs are."""
-    boxes, scores, labels, anchor_indices = decode_candidates_reference(
-        cls_outputs, box_outputs, anchors, clip_sizes, num_classes, max_candidates, box_coder == "torchvision"
+    options = (clip_sizes, num_classes, max_candidates, box_coder == "torchvision")
+    boxes, scores, labels, anchor_indices = _candidates(
+        decode_candidates_reference, cls_outputs, box_outputs, anchors, options, candidates_per_level
     )
     found = batched_nms_padded_reference(
         boxes,
@@ -46,6 +48,27 @@ def decode_detections_reference(
         sigma=sigma,
     )
     return _with_anchors(found, anchor_indices)
+
+
+def _candidates(
+    decode: Callable[..., _Candidates],
+    cls_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors: Tensor,
+    options: tuple,
+    per_level: bool,
+) -> _Candidates:
+    """The best of all levels together, or one after the other the best of each."""
+    if not per_level:
+        return decode(cls_outputs, box_outputs, anchors, *options)
+    levels, start = [], 0
+    for cls_output, box_output in zip(cls_outputs, box_outputs, strict=True):
+        end = start + box_output.shape[1] // 4 * box_output.shape[2] * box_output.shape[3]
+        boxes, scores, labels, indices = decode([cls_output], [box_output], anchors[start:end], *options)
+        levels.append((boxes, scores, labels, indices + start))
+        start = end
+    boxes, scores, labels, indices = (torch.cat(parts, 1) for parts in zip(*levels, strict=True))
+    return boxes, scores, labels, indices
 
 
 def decode_candidates_reference(
@@ -116,6 +139,7 @@ def decode_detections(
     box_coder: str = "effdet",
     method: str = "hard",
     sigma: float = 0.5,
+    candidates_per_level: bool = False,
 ) -> Detections:
     """Detections of a batch from the raw outputs of a detector's heads, which are read where they lie.
 
@@ -136,6 +160,7 @@ def decode_detections(
         score_threshold, iou_threshold, max_detections, method, sigma: as in :func:`batched_nms_padded`.
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
         box_coder: "effdet": codes (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
+        candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
 
     Returns:
         :class:`Detections` with boxes and scores in float32 (float64 for float64 outputs), classes as ``labels`` and the rows of
@@ -170,17 +195,26 @@ def decode_detections(
             box_coder=box_coder,
             method=method,
             sigma=sigma,
+            candidates_per_level=candidates_per_level,
         )
     dtype = arithmetic_dtype(cls_outputs[0])
-    boxes, scores, labels, anchor_indices = _decode_candidates(
+    boxes, scores, labels, anchor_indices = _candidates(
+        _decode_candidates,
         [_dense(x) for x in cls_outputs],
         [_dense(x) for x in box_outputs],
         anchors.detach().to(dtype).contiguous(),
-        None if clip_sizes is None else clip_sizes.detach().to(dtype).contiguous(),
-        num_classes,
-        max_candidates,
-        box_coder == "torchvision",
+        (
+            None if clip_sizes is None else clip_sizes.detach().to(dtype).contiguous(),
+            num_classes,
+            max_candidates,
+            box_coder == "torchvision",
+        ),
+        candidates_per_level,
     )
+    if candidates_per_level:  # each level's candidates come by score, all together do not
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        boxes = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
+        labels, anchor_indices = labels.gather(1, order), anchor_indices.gather(1, order)
     found = ranked_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
     return _with_anchors(found, anchor_indices)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -97,7 +97,8 @@ class _SqueezeExcite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, *weights = ctx.saved_tensors[:5]
+        saved = ctx.saved_tensors  # once: recomputed activations are handed out only once
+        x, *weights = saved[:5]
         needed = ctx.needs_input_grad
         if _library.wants_second_derivative():
             leaves = [t for t, need in zip((x, *weights), needed, strict=False) if need]
@@ -105,7 +106,7 @@ class _SqueezeExcite(torch.autograd.Function):
             found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
             return tuple(next(found) if need else None for need in needed)
         with _outside_autocast(x):
-            return *_gradients(ctx, in_layout(grad, ctx.channels_last)), None, None
+            return *_gradients(ctx, saved, in_layout(grad, ctx.channels_last)), None, None
 
 
 def _forward(
@@ -118,9 +119,9 @@ def _forward(
     return _scale(x, gate, None, channels_last), mean, reduced, gate
 
 
-def _gradients(ctx, grad: Tensor) -> list[Tensor | None]:
+def _gradients(ctx, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Of x, weights and biases, as far as they are needed."""
-    x, reduce_weight, _, expand_weight, _, mean, reduced, gate = ctx.saved_tensors
+    x, reduce_weight, _, expand_weight, _, mean, reduced, gate = saved
     need_x, need_reduce, need_reduce_bias, need_expand, need_expand_bias = ctx.needs_input_grad[:5]
     grads: list[Tensor | None] = [None] * 5
     grad_gate = _reduce(x, grad, gate, ctx.channels_last)

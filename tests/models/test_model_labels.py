@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import _default_anchorgen
 
 from effdet_fast.models import create_model, list_models, model_config
-from effdet_fast.models.anchors import AnchorCache, generate_anchors
+from effdet_fast.models.anchors import AnchorCache, feature_sizes, generate_anchors
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.ops import match_anchors
 from effdet_fast.ops._boxes import decode_boxes, encode_boxes
@@ -32,6 +36,20 @@ def test_anchors_are_effdets(name):
 def test_anchors_of_odd_sizes_are_effdets(size):
     config = create_model("efficientdet_lite0", 1, image_size=size).config
     torch.testing.assert_close(generate_anchors(config)[:, [1, 0, 3, 2]], peer_anchors(config).boxes, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(800, 800), (128, 160), (101, 333)])
+def test_retinanet_anchors_are_torchvisions(size):
+    config = dataclasses.replace(
+        model_config("efficientdet_d0"),
+        image_size=size,
+        anchor_style="retinanet",
+        aspect_ratios=((2**0.5, 0.5**0.5), (1.0, 1.0), (0.5**0.5, 2**0.5)),
+    )
+    images = torch.zeros(1, 3, *size)
+    maps = [torch.zeros(1, 1, *shape) for shape in feature_sizes(size, 3, 7)]
+    expected = _default_anchorgen()(ImageList(images, [size]), maps)[0]
+    assert torch.equal(generate_anchors(config), expected)
 
 
 def test_anchors_stay_exact_in_a_half_precision_model():

@@ -136,6 +136,35 @@ def test_decodes_as_effdet_and_torchvision(backend):
         torch.testing.assert_close(got.boxes[0].cpu(), expected[got.indices[0].cpu()], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("method", ["hard", "linear"])
+def test_candidates_of_each_level(backend, method, layout):
+    """The limit is each level's: the detections are those of one call per level, through one suppression."""
+    cls_outputs, box_outputs, anchors = heads(
+        sizes=[(7, 5), (4, 3), (0, 3), (1, 2)], layout=layout, device=backend.device
+    )
+    options = {"num_classes": 3, "max_candidates": 20, "box_coder": "torchvision"}
+    kept, start = [], 0
+    for cls_output, box_output in zip(cls_outputs, box_outputs, strict=True):
+        count = 2 * cls_output.shape[2] * cls_output.shape[3]
+        if count:
+            level = [[cls_output], [box_output], anchors[start : start + count]]
+            found = ops.decode_detections(*level, **options, iou_threshold=1.0, max_detections=min(20, 3 * count))
+            kept.append((found.boxes, found.scores, found.labels, found.indices + start))
+        start += count
+    boxes, scores, labels, indices = (torch.cat(parts, 1) for parts in zip(*kept, strict=True))
+    rest = {"iou_threshold": 0.4, "score_threshold": 0.2, "max_detections": 30, "method": method}
+    expected = ops.batched_nms_padded(boxes, scores, labels, **rest)
+    actual = ops.decode_detections(cls_outputs, box_outputs, anchors, **options, **rest, candidates_per_level=True)
+    assert torch.equal(actual.labels, expected.labels) and torch.equal(actual.counts, expected.counts)
+    torch.testing.assert_close(actual.scores, expected.scores)
+    torch.testing.assert_close(actual.boxes, expected.boxes)
+    rows = indices.gather(1, expected.indices.clamp(min=0))
+    assert torch.equal(actual.indices, torch.where(expected.indices >= 0, rows, -1))
+    together = ops.decode_detections(cls_outputs, box_outputs, anchors, **options, **rest)
+    assert not torch.equal(together.counts, actual.counts) or not torch.equal(together.labels, actual.labels)
+
+
 @pytest.mark.parametrize("method", ["hard", "gaussian", "linear"])
 @pytest.mark.parametrize("score_threshold", [None, 0.6])
 def test_the_rest_is_batched_nms(backend, method, score_threshold):
