@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from effdet_fast.version import __version__
 
 if TYPE_CHECKING:
+    from effdet_fast.conversion import convert_checkpoint
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
     from effdet_fast.models import create_model, list_models
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Detector": "effdet_fast.detector",
     "TrainConfig": "effdet_fast.training",
+    "convert_checkpoint": "effdet_fast.conversion",
     "create_model": "effdet_fast.models",
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
     "list_models": "effdet_fast.models",
@@ -31,6 +33,7 @@ __all__ = [
     "Detector",
     "TrainConfig",
     "__version__",
+    "convert_checkpoint",
     "create_model",
     "evaluate",
     "list_models",

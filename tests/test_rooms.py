@@ -21,7 +21,7 @@ ROOM = [
     "tests/ops/test_{op}.py",
     "benchmarks/bench_{op}.py",
 ]
-LAYERS = [{"cli"}, {"detector", "training", "evaluation", "data"}, {"models"}, {"nn"}, {"ops"}]
+LAYERS = [{"cli"}, {"conversion", "detector", "training", "evaluation", "data"}, {"models"}, {"nn"}, {"ops"}]
 
 
 @pytest.mark.parametrize("op", OPS)

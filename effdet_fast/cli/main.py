@@ -16,10 +16,11 @@ COMMANDS = {
     "train": "train a detector on COCO-format data",
     "eval": "COCO metrics of a checkpoint on COCO-format data",
     "predict": "detections and pictures with boxes for images",
+    "convert": "a checkpoint under another project's names",
     "summary": "parameters, multiply-adds, activations and anchors of a model",
     "doctor": "what is installed, what was built, and whether each op works",
 }
-USER_ERRORS = (ValueError, TypeError, OSError)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
-from typing import Any
 
-from effdet_fast.cli.arguments import image_size
+from effdet_fast.cli.arguments import add_model_option, image_size, model_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="one side, or height and width, of the model's input in pixels (default: as released)",
     )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="another field of the model's configuration, for instance fusion=sum (repeatable)",
-    )
+    add_model_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -33,21 +25,10 @@ def run(options: argparse.Namespace) -> int:
 
     from effdet_fast.models import create_model, summary
 
-    settings = dict(_setting(text) for text in options.set)
+    settings = model_options(options.model_option or [])
     if options.num_classes is not None:
         settings["num_classes"] = options.num_classes
     with torch.device("meta"):
         model = create_model(options.model, image_size=image_size(options.image_size), **settings)  # type: ignore[arg-type]
     print(summary(model))
     return 0
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """`fusion=sum` as ("fusion", "sum"), `fpn_cells=4` as ("fpn_cells", 4)."""
-    field, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes FIELD=VALUE, got {text!r}")
-    try:
-        return field, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return field, value

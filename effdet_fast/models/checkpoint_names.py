@@ -1,42 +1,43 @@
-"""Other projects' names for our weights."""
+"""Whose names the tensors of a checkpoint have, and the same tensors under ours.
+
+Our names are effdet's for an EfficientDet, timm's for an EfficientNet, and torchvision's for a ResNet.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
-from torch import nn
+
+from effdet_fast.models import names_efficientnet, names_zylo117
 
 StateDict = dict[str, torch.Tensor]
 
 # What training wrappers store beside the model's own tensors.
 _NOT_WEIGHTS = ("anchors.boxes",)
-# The classifier half of a timm EfficientNet; `bn2` is only top level there.
-_CLASSIFIER = ("conv_head.", "bn2.", "classifier.")
+# The classifier half of a timm EfficientNet (`bn2` is only top level there), and of a ResNet.
+CLASSIFIER = ("conv_head.", "bn2.", "classifier.", "fc.")
 _LEVEL_FIRST = re.compile(
     r"^((?:class|box)_net\.bn_rep)\.(\d+)\.(\d+)\.(weight|bias|running_mean|running_var|num_\w+)$"
 )
-_BLOCK = re.compile(r"^_blocks\.(\d+)\.(_\w+)\.(.+)$")
-_STEM = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
-_EXPANDED_PARTS = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_se_reduce": "se.conv_reduce",
-    "_se_expand": "se.conv_expand",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_PLAIN_PARTS = {
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn1",
-    "_se_reduce": "se.conv_reduce",
-    "_se_expand": "se.conv_expand",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
+
+
+class Naming(NamedTuple):
+    """One project's names.
+
+    Attributes:
+        name: What messages call it.
+        sign: Matches from the start a key that, after all namings before this one, only it has.
+        our_names: Renames its tensors. Keys it does not know stay as they are.
+        is_detector: Whether files hold whole detectors, or backbones.
+    """
+
+    name: str
+    sign: str
+    our_names: Callable[[StateDict], StateDict]
+    is_detector: bool
 
 
 def strip_prefixes(state_dict: StateDict) -> StateDict:
@@ -52,60 +53,40 @@ def strip_prefixes(state_dict: StateDict) -> StateDict:
             return state_dict
 
 
-def detector_state_dict(state_dict: StateDict) -> StateDict:
-    """A detector's state dict under this package's (and effdet's usual) keys."""
-    return {_repeat_first(key): value for key, value in strip_prefixes(state_dict).items()}
+def _same_names(state_dict: StateDict) -> StateDict:
+    return dict(state_dict)
 
 
-def backbone_state_dict(state_dict: StateDict, backbone: nn.Module) -> StateDict:
-    """The backbone's part of a classifier's or a detector's state dict, under `EfficientNet`'s keys."""
+def _repeat_first(state_dict: StateDict) -> StateDict:
+    """`bn_rep.LEVEL.REPEAT.weight` as `bn_rep.REPEAT.LEVEL.bn.weight`."""
+    return {_LEVEL_FIRST.sub(r"\1.\3.\2.bn.\4", key): value for key, value in state_dict.items()}
+
+
+NAMINGS = (
+    Naming("zylo117's EfficientDet", r"backbone_net\.model\.", names_zylo117.our_names, True),
+    Naming("effdet, head BatchNorms level first", r"class_net\.bn_rep\.\d+\.\d+\.(?!bn\.)", _repeat_first, True),
+    Naming("effdet and effdet_fast EfficientDet", r"class_net\.conv_rep\.0\.conv_dw\.", _same_names, True),
+    Naming("effdet_fast", r"class_net\.", _same_names, True),
+    Naming("EfficientNet with _blocks", r"_blocks\.0\._", names_efficientnet.timm_names, False),
+    Naming("timm EfficientNet", r"blocks\.0\.0\.conv_dw\.", _same_names, False),
+    Naming("timm and torchvision ResNet", r"layer1\.0\.conv1\.", _same_names, False),
+)
+
+
+def recognise(keys: Iterable[str]) -> Naming | None:
+    """The naming that a state dict's keys (without wrappers' prefixes) follow."""
+    keys = list(keys)
+    return next((naming for naming in NAMINGS if any(re.match(naming.sign, key) for key in keys)), None)
+
+
+def with_our_names(state_dict: StateDict) -> StateDict:
+    """The tensors of any known naming under ours; those of an unknown one as they are."""
     state_dict = strip_prefixes(state_dict)
+    naming = recognise(state_dict)
+    return state_dict if naming is None else naming.our_names(state_dict)
+
+
+def backbone_of(state_dict: StateDict) -> StateDict:
+    """The backbone's part of a detector's or a classifier's state dict, both under our names."""
     inner = {key.removeprefix("backbone."): value for key, value in state_dict.items() if key.startswith("backbone.")}
-    if inner:
-        return inner
-    if any(_BLOCK.match(key) for key in state_dict):
-        return _rename(state_dict, _underscored_names(backbone))
-    return {key: value for key, value in state_dict.items() if not key.startswith(_CLASSIFIER)}
-
-
-def _repeat_first(key: str) -> str:
-    """`bn_rep.LEVEL.REPEAT.weight` as `bn_rep.REPEAT.LEVEL.bn.weight`; other keys as they are."""
-    match = _LEVEL_FIRST.match(key)
-    if match is None:
-        return key
-    prefix, level, repeat, tensor = match.groups()
-    return f"{prefix}.{repeat}.{level}.bn.{tensor}"
-
-
-def _rename(state_dict: StateDict, rename: Callable[[str], str | None]) -> StateDict:
-    renamed = {}
-    for key, value in state_dict.items():
-        name = rename(key)
-        if name is not None:
-            renamed[name] = value
-    return renamed
-
-
-def _underscored_names(backbone: nn.Module) -> Callable[[str], str | None]:
-    """Translates `_conv_stem`, `_bn0` and `_blocks.N._part`, where N counts through all stages; None for the rest."""
-    blocks = [
-        (f"blocks.{stage_name}.{block_name}", hasattr(block, "conv_pwl"))
-        for stage_name, stage in backbone.get_submodule("blocks").named_children()
-        for block_name, block in stage.named_children()
-    ]
-
-    def rename(key: str) -> str | None:
-        match = _BLOCK.match(key)
-        if match is None:
-            part, _, tensor = key.partition(".")
-            if part in _STEM:
-                return f"{_STEM[part]}.{tensor}"
-            return None if part in ("_conv_head", "_bn1", "_fc") else key
-        index, part, tensor = int(match[1]), match[2], match[3]
-        if index >= len(blocks):
-            return key
-        name, expanded = blocks[index]
-        parts = _EXPANDED_PARTS if expanded else _PLAIN_PARTS
-        return f"{name}.{parts[part]}.{tensor}" if part in parts else key
-
-    return rename
+    return inner or {key: value for key, value in state_dict.items() if not key.startswith(CLASSIFIER)}

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import pickle
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from effdet_fast.models.checkpoint_names import backbone_state_dict, detector_state_dict
+from effdet_fast.models.checkpoint_files import PathOrStateDict, describe_source, read_tensors, shorten
+from effdet_fast.models.checkpoint_names import StateDict, backbone_of, with_our_names
 
-PathOrStateDict = str | os.PathLike[str] | Mapping[str, Any]
+_CLASS_LAYER = re.compile(r"class_net\.predict\.(conv_pw\.)?(weight|bias)")
+_COUNTER = "num_batches_tracked"
 
-# The only tensors whose shape depends on the number of classes, of separable and of plain heads.
-CLASS_LAYER = tuple(f"class_net.predict.{key}" for key in ("conv_pw.weight", "conv_pw.bias", "weight", "bias"))
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
-_EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema")
-_SHOWN = 8
+
+def is_class_layer(key: str) -> bool:
+    """Whether a tensor's shape depends on the number of classes."""
+    return _CLASS_LAYER.fullmatch(key) is not None
 
 
 class Mismatch(NamedTuple):
@@ -36,12 +35,12 @@ class Mismatch(NamedTuple):
         """One readable paragraph; long lists are cut and counted."""
         parts = []
         if self.missing:
-            parts.append(f"{len(self.missing)} missing: {_shorten(self.missing)}")
+            parts.append(f"{len(self.missing)} missing: {shorten(self.missing)}")
         if self.unexpected:
-            parts.append(f"{len(self.unexpected)} unexpected: {_shorten(self.unexpected)}")
+            parts.append(f"{len(self.unexpected)} unexpected: {shorten(self.unexpected)}")
         if self.shapes:
             rows = [f"{key} is {list(found)}, the model has {list(wanted)}" for key, found, wanted in self.shapes]
-            parts.append(f"{len(rows)} of another shape: {_shorten(rows)}")
+            parts.append(f"{len(rows)} of another shape: {shorten(rows)}")
         return "; ".join(parts)
 
 
@@ -53,10 +52,10 @@ def load_checkpoint(
     reset_head: bool = False,
     use_ema: bool = True,
 ) -> Mismatch:
-    """Loads a whole detector's weights: this package's files, and effdet's `tf_efficientdet_*`.
+    """Loads a whole detector's weights: this package's files, effdet's, and all others that `convert_checkpoint` knows.
 
-    Files that wrap the weights (under "state_dict", "state_dict_ema" or "model") and keys with a "module." or "model."
-    prefix are understood, as are head BatchNorms stored level first.
+    `.safetensors` files, files that wrap the weights (under "state_dict", "state_dict_ema" or "model") and keys with a
+    "module." or "model." prefix are understood.
 
     Args:
         model: A `DetectionModel`.
@@ -72,12 +71,12 @@ def load_checkpoint(
         ValueError: Not a checkpoint, or (strict) it does not fit; every reason is in the one message.
         FileNotFoundError: No such file.
     """
-    source = _describe(checkpoint)
-    state_dict = detector_state_dict(_read(checkpoint, use_ema))
-    ignored: tuple[str, ...] = ()
+    source = describe_source(checkpoint)
+    state_dict = with_our_names(read_tensors(checkpoint, use_ema))
+    ignored: list[str] = []
     if reset_head:
-        ignored = CLASS_LAYER
-        state_dict = {key: value for key, value in state_dict.items() if key not in CLASS_LAYER}
+        ignored = [key for key in model.state_dict() if is_class_layer(key)]
+        state_dict = {key: value for key, value in state_dict.items() if not is_class_layer(key)}
     return _load(model, state_dict, f"load_checkpoint: {source}", strict, ignored)
 
 
@@ -101,75 +100,45 @@ def load_backbone_checkpoint(model: nn.Module, checkpoint: PathOrStateDict, stri
         FileNotFoundError: No such file.
     """
     backbone = model.get_submodule("backbone")
-    state_dict = backbone_state_dict(_read(checkpoint, use_ema=True), backbone)
-    return _load(backbone, state_dict, f"load_backbone_checkpoint: {_describe(checkpoint)}", strict)
+    state_dict = backbone_of(with_our_names(read_tensors(checkpoint)))
+    return _load(backbone, state_dict, f"load_backbone_checkpoint: {describe_source(checkpoint)}", strict)
 
 
-def _read(checkpoint: PathOrStateDict, use_ema: bool) -> dict[str, torch.Tensor]:
-    """The tensors of a file or mapping, out of their wrapper."""
-    source = _describe(checkpoint)
-    content: Any = checkpoint
-    if not isinstance(checkpoint, Mapping):
-        try:
-            # Training scripts around timm store their parsed arguments beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-            raise ValueError(f"{source} cannot be read as a PyTorch checkpoint: {error}") from error
-    names = (*_EMA_WRAPPERS, *_WRAPPERS) if use_ema else _WRAPPERS
-    while isinstance(content, Mapping):
-        wrapper = next((name for name in names if isinstance(content.get(name), Mapping)), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{source} holds a {type(content).__name__}, not a state dict")
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise ValueError(f"{source} holds no tensors; its keys are {_shorten([str(key) for key in content])}")
-    return tensors
+def compare(state_dict: StateDict, own: StateDict, ignored: Collection[str] = ()) -> Mismatch:
+    """What does not fit between a state dict and a model's own, both under our names.
 
+    BatchNorm's counters of batches do not count: old files and frozen BatchNorms lack them, and nothing reads them.
 
-def _load(
-    module: nn.Module, state_dict: dict[str, torch.Tensor], what: str, strict: bool, ignored: tuple[str, ...] = ()
-) -> Mismatch:
-    own = module.state_dict()
-    mismatch = Mismatch(
-        # Older files lack these counters, which nothing in a forward pass reads.
-        missing=[
-            key
-            for key in own
-            if key not in state_dict and key not in ignored and not key.endswith("num_batches_tracked")
-        ],
-        unexpected=[key for key in state_dict if key not in own],
+    Args:
+        state_dict: Of a file.
+        own: Of the model.
+        ignored: Keys that may be missing.
+    """
+    return Mismatch(
+        missing=[key for key in own if key not in state_dict and key not in ignored and not key.endswith(_COUNTER)],
+        unexpected=[key for key in state_dict if key not in own and not key.endswith(_COUNTER)],
         shapes=[
             (key, tuple(value.shape), tuple(own[key].shape))
             for key, value in state_dict.items()
             if key in own and value.shape != own[key].shape
         ],
     )
+
+
+def _load(module: nn.Module, state_dict: StateDict, what: str, strict: bool, ignored: Collection[str] = ()) -> Mismatch:
+    own = module.state_dict()
+    mismatch = compare(state_dict, own, ignored)
+    other_shape = [key for key, _, _ in mismatch.shapes]
     if mismatch and strict:
         hint = ""
-        if any(key in CLASS_LAYER for key, _, _ in mismatch.shapes):
+        if any(is_class_layer(key) for key in other_shape):
             hint = (
                 ". The class layer has another number of classes; load_checkpoint(..., reset_head=True) keeps the "
                 "model's own"
             )
         raise ValueError(f"{what} does not fit, nothing was loaded. {mismatch.describe()}{hint}")
-    skipped = {*mismatch.unexpected, *(key for key, _, _ in mismatch.shapes)}
     with torch.no_grad():
         for key, value in state_dict.items():
-            if key not in skipped:
+            if key in own and key not in other_shape:
                 own[key].copy_(value)
     return mismatch
-
-
-def _describe(checkpoint: PathOrStateDict) -> str:
-    return "the state dict" if isinstance(checkpoint, Mapping) else str(os.fspath(checkpoint))
-
-
-def _shorten(items: list[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from effdet_fast.models import Mismatch, create_model, load_backbone_checkpoint, load_checkpoint
-from tests.models.effdet_models import effdet, model_pair, randomise
+from tests.models.effdet_models import effdet, model_pair
+from tests.models.foreign_weights import classifier, underscored
 
 SIZE = (136, 200)
 NAME = "efficientdet_lite0"
@@ -157,36 +158,6 @@ def test_files_that_are_no_checkpoint(model, tmp_path):
         load_checkpoint(model, {"epoch": 3})
 
 
-def classifier(name):
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(4)
-    model = timm.create_model(f"tf_{name}", num_classes=11)
-    randomise(model, (64, 64))
-    return model
-
-
-def underscored(state_dict, blocks_per_stage):
-    """timm's names in the EfficientNet naming, as `_blocks.N._part`."""
-    renamed = {}
-    for key, value in state_dict.items():
-        part, _, tensor = key.partition(".")
-        if part == "blocks":
-            stage, block, module = tensor.split(".", 2)
-            module, tensor = module.rsplit(".", 1)
-            number = sum(blocks_per_stage[: int(stage)]) + int(block)
-            plain = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-            expanded = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1",
-                        "conv_pwl": "_project_conv", "bn3": "_bn2"}  # fmt: skip
-            squeeze = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
-            names = {**(plain if stage == "0" else expanded), **squeeze}
-            renamed[f"_blocks.{number}.{names[module]}.{tensor}"] = value
-        else:
-            top = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1"}
-            renamed[f"{top.get(part, '_fc')}.{tensor}"] = value
-    assert len(renamed) == len(state_dict)
-    return renamed
-
-
 @pytest.mark.parametrize(
     ("detector", "backbone"), [(NAME, "efficientnet_lite0"), ("efficientdet_d1", "efficientnet_b1")]
 )
@@ -195,7 +166,7 @@ def test_backbone_weights_give_timms_features(detector, backbone, naming):
     peer = classifier(backbone)
     state_dict = peer.state_dict()
     if naming == "underscored":
-        state_dict = underscored(state_dict, [len(stage) for stage in peer.blocks])
+        state_dict = underscored(state_dict)
     elif naming == "detector":
         other = create_model(detector, 1, image_size=64)
         load_backbone_checkpoint(other, state_dict)
@@ -219,7 +190,7 @@ def test_backbone_of_another_size_does_not_fit():
         ValueError, match=r"load_backbone_checkpoint: .* does not fit, nothing was loaded. .*unexpected"
     ):
         load_backbone_checkpoint(model, classifier("efficientnet_b1").state_dict())
-    lite = underscored(classifier("efficientnet_lite0").state_dict(), [1, 2, 2, 3, 3, 4, 1])
+    lite = underscored(classifier("efficientnet_lite0").state_dict())
     with pytest.raises(ValueError, match=r"missing: blocks.0.0.se.conv_reduce.weight"):
         load_backbone_checkpoint(model, lite)
     assert_same(model, before)

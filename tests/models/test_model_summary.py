@@ -100,7 +100,7 @@ def test_the_model_stays_as_it_was():
 
 def test_the_command_prints_both_tables(capsys):
     command = ["summary", "efficientdet_lite0", "--num-classes", "3", "--image-size", "320", "200"]
-    assert main([*command, "--set", "fusion=fast", "--set", "fpn_cells=1"]) == 0
+    assert main([*command, "--model-option", "fusion=fast", "--model-option", "fpn_cells=1"]) == 0
     printed = capsys.readouterr().out
     model = meta_model("efficientdet_lite0", 3, image_size=(320, 200), fusion="fast", fpn_cells=1)
     assert printed == f"{summary(model)}\n"
@@ -112,9 +112,9 @@ def test_the_command_prints_both_tables(capsys):
     ("arguments", "message"),
     [
         (["efficientdet_d9"], "unknown model 'efficientdet_d9'"),
-        (["efficientdet_d0", "--set", "fusion"], "--set takes FIELD=VALUE, got 'fusion'"),
-        (["efficientdet_d0", "--set", "fusion=mean"], "fusion must be one of"),
-        (["efficientdet_d0", "--set", "cells=3"], "unknown configuration field"),
+        (["efficientdet_d0", "--model-option", "fusion"], "--model-option takes FIELD=VALUE, got 'fusion'"),
+        (["efficientdet_d0", "--model-option", "fusion=mean"], "fusion must be one of"),
+        (["efficientdet_d0", "--model-option", "cells=3"], "unknown configuration field"),
         (["efficientdet_d0", "--num-classes", "0"], "num_classes must be an integer >= 1, got 0"),
     ],
 )
