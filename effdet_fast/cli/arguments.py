@@ -50,6 +50,7 @@ def image_size(sides: list[int] | None) -> int | tuple[int, ...] | None:
 def add_model_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--model-option",
+        dest="model_options",
         action="append",
         metavar="FIELD=VALUE",
         help="another value for a field of the model's configuration (neck=panet, fusion=softmax, ...); repeatable",

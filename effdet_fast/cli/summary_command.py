@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> int:
 
     from effdet_fast.models import create_model, summary
 
-    settings = model_options(options.model_option or [])
+    settings = model_options(options.model_options or [])
     if options.num_classes is not None:
         settings["num_classes"] = options.num_classes
     with torch.device("meta"):

@@ -145,8 +145,8 @@ def run(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in field_names()}
     if "image_size" in given:
         given["image_size"] = image_size(given["image_size"])
-    if "model_option" in options:
-        given["model_options"] = model_options(options.model_option)
+    if "model_options" in given:
+        given["model_options"] = model_options(given["model_options"])
     result = train(**given)
     if result.signal is not None:
         if result.is_main:
