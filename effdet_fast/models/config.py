@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,7 @@ class DetectorConfig:
 
     Attributes:
         name: Model name, as `list_models()` gives it.
-        backbone: Backbone name.
+        backbone: Backbone name; see `create_backbone`.
         image_size: Input (height, width) in pixels.
         fpn_channels: Channels of every pyramid level inside the neck and the heads.
         fpn_cells: Repeats of the cells of BiFPN and NAS-FPN; FPN and PANet are one pass.
@@ -216,26 +215,3 @@ def _image_size(size: Any) -> tuple[int, int]:
             f"DetectorConfig: image_size must be a positive integer or a pair (height, width), got {size!r}"
         )
     return (pair[0], pair[1])
-
-
-def compound_scaling(phi: float) -> dict[str, int]:
-    """The paper's compound scaling rule (EfficientDet, eq. 1-3), channels rounded to a multiple of 8.
-
-    Args:
-        phi: Compound coefficient, 0 for D0.
-
-    Returns:
-        `fpn_channels`, `fpn_cells`, `head_repeats` and `image_size` (side in pixels), ready for `create_model`.
-        The released models differ from the rule; see `model_table.CONFIGS`.
-
-    Raises:
-        ValueError: phi is negative.
-    """
-    if phi < 0:
-        raise ValueError(f"compound_scaling: phi must be >= 0, got {phi}")
-    return {
-        "fpn_channels": int(64 * 1.35**phi / 8 + 0.5) * 8,
-        "fpn_cells": 3 + math.floor(phi),
-        "head_repeats": 3 + math.floor(phi / 3),
-        "image_size": 512 + 128 * math.floor(phi),
-    }

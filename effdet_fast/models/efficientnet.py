@@ -1,7 +1,8 @@
 """EfficientNet and EfficientNet-Lite as detection backbones: one scaling rule, one table of multipliers.
 
-Follows the TensorFlow models ("tf_" in timm): SAME padding and BatchNorm eps 1e-3. Parameter names are those of timm's
-`EfficientNetFeatures`, so its weights load unchanged. Source: Tan and Le, EfficientNet (arXiv:1905.11946).
+Padding "same" with BatchNorm eps 1e-3 makes the TensorFlow models ("tf_" in timm), padding "symmetric" with 1e-5 timm's own.
+Parameter names are those of timm's `EfficientNetFeatures`, so its weights load unchanged. Source: Tan and Le, EfficientNet
+(arXiv:1905.11946).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import nn
 
 from effdet_fast.nn import BatchNormAct2d, BlockSequence, DepthwiseConv2d, SqueezeExcite
 
-BATCH_NORM_EPS = 1e-3
+# By padding, as the published weights were trained.
+BATCH_NORM_EPS = {"same": 1e-3, "symmetric": 1e-5}
 BATCH_NORM_MOMENTUM = 0.1
 
 
@@ -40,6 +42,8 @@ STAGES = (
     Stage(6, 5, 2, 4, 192),
     Stage(6, 3, 1, 1, 320),
 )
+# Names of networks between those of the table: "efficientnet:1.1,1.2" has width 1.1 and depth 1.2.
+SCALED_PREFIX = "efficientnet:"
 # The last stages of stride 8, 16 and 32.
 FEATURE_STAGES = (2, 4, 6)
 
@@ -97,19 +101,60 @@ def scaled_stages(variant: Variant) -> list[Stage]:
     return stages
 
 
-def batch_norm(channels: int, activation: str | None = None) -> BatchNormAct2d:
-    return BatchNormAct2d(channels, eps=BATCH_NORM_EPS, momentum=BATCH_NORM_MOMENTUM, activation=activation)
+def variant_of(name: str) -> Variant:
+    """The row of `VARIANTS`, or the multipliers that a name "efficientnet:WIDTH,DEPTH" gives.
+
+    Raises:
+        ValueError: Neither.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if name.startswith(SCALED_PREFIX):
+        try:
+            width, depth = (float(value) for value in name.removeprefix(SCALED_PREFIX).split(","))
+        except ValueError:
+            width = depth = 0.0
+        if 0.0 < width < math.inf and 0.0 < depth < math.inf:
+            return Variant(width, depth)
+    raise ValueError(
+        f"EfficientNet: name must be one of {list(VARIANTS)} or {SCALED_PREFIX}WIDTH,DEPTH with positive multipliers, "
+        f"got {name!r}"
+    )
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of a network have in common."""
+
+    squeeze: bool
+    activation: str
+    padding: str
+    batch_norm_eps: float
+
+    def norm(self, channels: int, activated: bool = True) -> BatchNormAct2d:
+        activation = self.activation if activated else None
+        return BatchNormAct2d(channels, self.batch_norm_eps, BATCH_NORM_MOMENTUM, activation=activation)
+
+    def depthwise(self, channels: int, kernel_size: int, stride: int) -> DepthwiseConv2d:
+        padding = "same" if self.padding == "same" else kernel_size // 2
+        return DepthwiseConv2d(channels, kernel_size, stride, padding, bias=False)
+
+    def squeeze_excite(self, channels: int, squeezed: int) -> SqueezeExcite | None:
+        return SqueezeExcite(channels, squeezed, self.activation) if self.squeeze else None
 
 
 class StemConv2d(nn.Conv2d):
-    """3x3 convolution of stride 2 with TensorFlow's SAME padding: the odd pixel goes right and below."""
+    """3x3 convolution of stride 2; with TensorFlow's SAME padding the odd pixel goes right and below."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=2, bias=False)
+    def __init__(self, in_channels: int, out_channels: int, padding: str) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=0 if padding == "same" else 1, bias=False)
+        self.same = padding == "same"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        odd_h, odd_w = input.shape[2] % 2, input.shape[3] % 2
-        return super().forward(F.pad(input, (odd_w, 1, odd_h, 1)))
+        if self.same:
+            odd_h, odd_w = input.shape[2] % 2, input.shape[3] % 2
+            input = F.pad(input, (odd_w, 1, odd_h, 1))
+        return super().forward(input)
 
 
 def add_residual(x: torch.Tensor, shortcut: torch.Tensor, drop_path: float, training: bool) -> torch.Tensor:
@@ -123,15 +168,13 @@ def add_residual(x: torch.Tensor, shortcut: torch.Tensor, drop_path: float, trai
 class DepthwiseSeparableBlock(nn.Module):
     """Block without expansion: depthwise, BN, act, squeeze-excite, pointwise, BN."""
 
-    def __init__(
-        self, in_channels: int, stage: Stage, stride: int, *, squeeze: bool, activation: str, drop_path: float
-    ) -> None:
+    def __init__(self, in_channels: int, stage: Stage, stride: int, style: Style, drop_path: float) -> None:
         super().__init__()
-        self.conv_dw = DepthwiseConv2d(in_channels, stage.kernel_size, stride, padding="same", bias=False)
-        self.bn1 = batch_norm(in_channels, activation)
-        self.se = SqueezeExcite(in_channels, round(in_channels * 0.25), activation) if squeeze else None
+        self.conv_dw = style.depthwise(in_channels, stage.kernel_size, stride)
+        self.bn1 = style.norm(in_channels)
+        self.se = style.squeeze_excite(in_channels, round(in_channels * 0.25))
         self.conv_pw = nn.Conv2d(in_channels, stage.channels, 1, bias=False)
-        self.bn2 = batch_norm(stage.channels)
+        self.bn2 = style.norm(stage.channels, activated=False)
         self.drop_path = drop_path
         self.has_skip = stride == 1 and in_channels == stage.channels
 
@@ -147,19 +190,17 @@ class DepthwiseSeparableBlock(nn.Module):
 class InvertedResidualBlock(nn.Module):
     """MBConv: expand, BN, act, depthwise, BN, act, squeeze-excite, project, BN."""
 
-    def __init__(
-        self, in_channels: int, stage: Stage, stride: int, *, squeeze: bool, activation: str, drop_path: float
-    ) -> None:
+    def __init__(self, in_channels: int, stage: Stage, stride: int, style: Style, drop_path: float) -> None:
         super().__init__()
         middle = in_channels * stage.expansion
         self.conv_pw = nn.Conv2d(in_channels, middle, 1, bias=False)
-        self.bn1 = batch_norm(middle, activation)
-        self.conv_dw = DepthwiseConv2d(middle, stage.kernel_size, stride, padding="same", bias=False)
-        self.bn2 = batch_norm(middle, activation)
+        self.bn1 = style.norm(middle)
+        self.conv_dw = style.depthwise(middle, stage.kernel_size, stride)
+        self.bn2 = style.norm(middle)
         # A quarter of the block's input channels, before expansion.
-        self.se = SqueezeExcite(middle, round(middle * (0.25 / stage.expansion)), activation) if squeeze else None
+        self.se = style.squeeze_excite(middle, round(middle * (0.25 / stage.expansion)))
         self.conv_pwl = nn.Conv2d(middle, stage.channels, 1, bias=False)
-        self.bn3 = batch_norm(stage.channels)
+        self.bn3 = style.norm(stage.channels, activated=False)
         self.drop_path = drop_path
         self.has_skip = stride == 1 and in_channels == stage.channels
 
@@ -177,24 +218,37 @@ class EfficientNet(nn.Module):
     """EfficientNet without its classifier; gives the feature maps of stride 8, 16 and 32.
 
     Args:
-        name: A key of `VARIANTS`.
+        name: A key of `VARIANTS`, or "efficientnet:WIDTH,DEPTH" for other multipliers; see `scaled_efficientnet`.
         drop_path_rate: Probability of dropping the residual branch of the (hypothetical) next block after the last;
             block i of n uses `drop_path_rate * i / n`.
+        padding: "same", TensorFlow's, or "symmetric".
+        batch_norm_eps: eps of the BatchNorms; None takes 1e-3 for padding "same", else 1e-5.
         recompute: Keep only each block's input for the backward pass, and compute the block again there.
 
+    Attributes:
+        feature_channels: Channels of the three maps.
+
     Raises:
-        ValueError: Unknown name.
+        ValueError: Unknown name or padding.
     """
 
-    def __init__(self, name: str, drop_path_rate: float = 0.0, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        drop_path_rate: float = 0.0,
+        padding: str = "same",
+        batch_norm_eps: float | None = None,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
-        if name not in VARIANTS:
-            raise ValueError(f"EfficientNet: name must be one of {list(VARIANTS)}, got {name!r}")
-        variant = VARIANTS[name]
-        activation = "relu6" if variant.lite else "silu"
+        variant = variant_of(name)
+        if padding not in BATCH_NORM_EPS:
+            raise ValueError(f"EfficientNet: padding must be one of {list(BATCH_NORM_EPS)}, got {padding!r}")
+        eps = BATCH_NORM_EPS[padding] if batch_norm_eps is None else batch_norm_eps
+        style = Style(not variant.lite, "relu6" if variant.lite else "silu", padding, eps)
         channels = STEM_CHANNELS if variant.lite else scale_channels(STEM_CHANNELS, variant.width)
-        self.conv_stem = StemConv2d(3, channels)
-        self.bn1 = batch_norm(channels, activation)
+        self.conv_stem = StemConv2d(3, channels, padding)
+        self.bn1 = style.norm(channels)
 
         stages = scaled_stages(variant)
         total = sum(stage.repeats for stage in stages)
@@ -206,9 +260,7 @@ class EfficientNet(nn.Module):
                 stride = stage.stride if repeat == 0 else 1
                 drop_path = drop_path_rate * index / total
                 block = DepthwiseSeparableBlock if stage.expansion == 1 else InvertedResidualBlock
-                blocks.append(
-                    block(channels, stage, stride, squeeze=not variant.lite, activation=activation, drop_path=drop_path)
-                )
+                blocks.append(block(channels, stage, stride, style, drop_path))
                 channels = stage.channels
                 index += 1
             self.blocks.append(blocks)

@@ -10,7 +10,6 @@ import torch
 
 import effdet_fast.models as models
 from effdet_fast.models.anchors import feature_sizes
-from effdet_fast.models.efficientnet import VARIANTS, EfficientNet, scale_channels
 from tests.models.effdet_models import model_pair, peer_model
 
 # Parameters with 90 classes, and anchors at the released size.
@@ -97,24 +96,6 @@ def test_prior_makes_objects_rare():
     assert (model.box_net.predict.conv_pw.bias == 0).all()
 
 
-@pytest.mark.parametrize("backbone", ["efficientnet_b3", "efficientnet_lite4"])
-def test_backbone_scaling_is_timms(backbone):
-    timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        ours = EfficientNet(backbone)
-        peer = timm.create_model(f"tf_{backbone}", features_only=True, out_indices=(2, 3, 4))
-    assert {key: value.shape for key, value in ours.state_dict().items()} == {
-        key: value.shape for key, value in peer.state_dict().items()
-    }
-    assert ours.feature_channels == tuple(peer.feature_info.channels())
-    assert backbone in VARIANTS
-
-
-def test_channels_never_fall_more_than_a_tenth():
-    assert [scale_channels(32, width) for width in (1.0, 1.1, 1.2, 1.4, 2.0)] == [32, 32, 40, 48, 64]
-    assert all(scale_channels(c, w / 10) >= 0.9 * c * w / 10 for c in range(8, 400, 8) for w in range(5, 32))
-
-
 def test_config_survives_json():
     config = models.create_model("efficientdet_lite0", 3, image_size=(96, 160)).config
     assert models.DetectorConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -130,17 +111,6 @@ def test_tf_prefix_and_overrides():
     assert model.config.anchors_per_cell == 3
     outputs = model(torch.zeros(2, 3, 64, 64))
     assert [tuple(level.shape) for level in outputs[0]] == [(2, 6, side, side) for side in (8, 4, 2, 1, 1)]
-
-
-def test_compound_scaling_matches_the_paper():
-    rows = [models.compound_scaling(phi) for phi in range(8)]
-    # 64 * 1.35^phi = 86.4, 116.6, 157.5, 212.6, 287.0, 387.4, 523.0
-    assert [row["fpn_channels"] for row in rows] == [64, 88, 120, 160, 216, 288, 384, 520]
-    assert [row["fpn_cells"] for row in rows] == [3, 4, 5, 6, 7, 8, 9, 10]
-    assert [row["head_repeats"] for row in rows] == [3, 3, 3, 4, 4, 4, 5, 5]
-    assert [row["image_size"] for row in rows] == [512, 640, 768, 896, 1024, 1152, 1280, 1408]
-    with pytest.raises(ValueError, match="phi must be >= 0, got -1"):
-        models.compound_scaling(-1)
 
 
 def test_feature_sizes_round_up():
@@ -171,11 +141,6 @@ def test_feature_sizes_round_up():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.create_model(**{"name": "efficientdet_lite0", **arguments})
-
-
-def test_unknown_backbone():
-    with pytest.raises(ValueError, match="name must be one of .*efficientnet_b0.*, got 'resnet50'"):
-        EfficientNet("resnet50")
 
 
 @pytest.fixture(scope="module")
