@@ -19,8 +19,50 @@ def _lite(name: str, backbone: str, size: int, channels: int, cells: int, repeat
                 **more)  # fmt: skip
 
 
-# The released models. They follow `compound_scaling` only in part: their widths were rounded by hand, and cells and
-# resolution stop growing at the top.
+def _retinanet(name: str, depth: int, **more: Any) -> DetectorConfig:
+    """RetinaNet as torchvision has it. Its classes are the raw category ids of COCO, 0 to 90; 0 never occurs."""
+    return DetectorConfig(
+        f"retinanet_{name}",
+        f"resnet{depth}",
+        (800, 800),
+        fpn_channels=256,
+        fpn_cells=1,
+        head_repeats=4,
+        num_classes=91,
+        neck="fpn",
+        fusion="sum",
+        activation="relu",
+        head="conv",
+        redundant_bias=False,
+        drop_path_rate=0.0,
+        aspect_ratios=((2**0.5, 0.5**0.5), (1.0, 1.0), (0.5**0.5, 2**0.5)),
+        anchor_style="retinanet",
+        box_coder="torchvision",
+        neg_iou=0.4,
+        force_match=False,
+        allow_low_quality_matches=True,
+        focal_gamma=2.0,
+        box_loss_weight=1.0,
+        loss_normalizer="per_image",
+        score_threshold=0.05,
+        max_candidates=1000,
+        candidates_per_level=True,
+        max_detections=300,
+        **more,
+    )
+
+
+def _retinanet_v1(depth: int) -> DetectorConfig:
+    return _retinanet(f"resnet{depth}_fpn", depth, extra_levels="p5", head_norm=None, box_loss="l1",
+                      frozen_batch_norm=True)  # fmt: skip
+
+
+def _retinanet_v2(depth: int) -> DetectorConfig:
+    return _retinanet(f"resnet{depth}_fpn_v2", depth, extra_levels="c5", head_norm="group", box_loss="giou")
+
+
+# The released EfficientDets follow `compound_scaling` only in part: widths were rounded by hand, and cells and resolution
+# stop growing at the top. torchvision's COCO weights of retinanet_resnet50_fpn want `backbone_bn_eps=0.0`.
 CONFIGS: dict[str, DetectorConfig] = {
     config.name: config
     for config in (
@@ -39,5 +81,6 @@ CONFIGS: dict[str, DetectorConfig] = {
         _lite("lite3", "lite3", 512, 160, 6, 4),
         _lite("lite3x", "lite3", 640, 200, 6, 4, anchor_scale=3.0),
         _lite("lite4", "lite4", 640, 224, 7, 4),
+        *(form(depth) for depth in (18, 34, 50, 101) for form in (_retinanet_v1, _retinanet_v2)),
     )
 }

@@ -36,7 +36,7 @@ def model_config(name: str, **overrides: Any) -> DetectorConfig:
 
 def create_model(
     name: str,
-    num_classes: int = 90,
+    num_classes: int | None = None,
     *,
     image_size: int | tuple[int, int] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -47,7 +47,7 @@ def create_model(
 
     Args:
         name: One of `list_models()`; a "tf_" prefix is accepted.
-        num_classes: Number of object classes.
+        num_classes: Number of object classes; by default those of the released weights: 90, of RetinaNets 91 (raw COCO ids).
         image_size: Input side or (height, width) in pixels; the released size by default.
         checkpoint: Local file with a whole detector's weights (see `load_checkpoint`).
         backbone_checkpoint: Local file with ImageNet weights of the backbone (see `load_backbone_checkpoint`).
@@ -56,8 +56,9 @@ def create_model(
     Raises:
         ValueError: Unknown name or field, a value out of range, or a checkpoint that does not fit.
     """
-    sizes = {} if image_size is None else {"image_size": image_size}
-    model = DetectionModel(model_config(name, num_classes=num_classes, **sizes, **config_overrides))
+    given = {"num_classes": num_classes, "image_size": image_size}
+    overrides = {key: value for key, value in given.items() if value is not None} | config_overrides
+    model = DetectionModel(model_config(name, **overrides))
     if backbone_checkpoint is not None:
         load_backbone_checkpoint(model, backbone_checkpoint)
     if checkpoint is not None:

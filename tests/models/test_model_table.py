@@ -12,7 +12,7 @@ import effdet_fast.models as models
 from effdet_fast.models.anchors import feature_sizes
 from tests.models.effdet_models import model_pair, peer_model
 
-# Parameters with 90 classes, and anchors at the released size.
+# Parameters with the released number of classes (90, RetinaNet 91), and anchors at the released size.
 SIZES = {
     "efficientdet_d0": (3_880_067, 49_104),
     "efficientdet_d1": (6_625_898, 76_725),
@@ -29,6 +29,14 @@ SIZES = {
     "efficientdet_lite3": (8_350_862, 49_104),
     "efficientdet_lite3x": (9_280_862, 76_725),
     "efficientdet_lite4": (15_130_894, 76_725),
+    "retinanet_resnet18_fpn": (21_038_871, 120_087),
+    "retinanet_resnet18_fpn_v2": (21_640_343, 120_087),
+    "retinanet_resnet34_fpn": (31_139_607, 120_087),
+    "retinanet_resnet34_fpn_v2": (31_748_503, 120_087),
+    "retinanet_resnet50_fpn": (34_014_999, 120_087),
+    "retinanet_resnet50_fpn_v2": (38_198_935, 120_087),
+    "retinanet_resnet101_fpn": (52_954_903, 120_087),
+    "retinanet_resnet101_fpn_v2": (57_191_063, 120_087),
 }
 
 

@@ -1,0 +1,160 @@
+"""Same weights, same numbers as torchvision's RetinaNet: outputs, losses, gradients, BatchNorm statistics, detections."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from effdet_fast.models import create_model
+from tests.models.effdet_models import random_objects
+from tests.models.torchvision_models import model_pair, peer_key, peer_model
+
+SIZE = (96, 128)
+NAMES = ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"]
+FULL = ["retinanet_resnet34_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "retinanet_resnet101_fpn_v2"]
+
+
+def images(batch: int, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def joined(outputs, values: int) -> torch.Tensor:
+    """[B, N, values], as torchvision's heads join their levels."""
+    return torch.cat([level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, values)) for level in outputs], 1)
+
+
+def assert_outputs_close(pair, x) -> None:
+    with torch.no_grad():
+        cls_outputs, box_outputs = pair.ours(x)
+        expected = pair.peer.head(list(pair.peer.backbone(x).values()))
+    for actual, wanted in (
+        (joined(cls_outputs, pair.ours.config.num_classes), expected["cls_logits"]),
+        (joined(box_outputs, 4), expected["bbox_regression"]),
+    ):
+        # A comparison of outputs that are all alike would say little.
+        assert wanted.std() > 0.05
+        torch.testing.assert_close(actual, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_head_outputs(name, layout):
+    pair = model_pair(name, SIZE)
+    ours = copy.deepcopy(pair.ours).to(memory_format=layout)
+    assert_outputs_close(pair._replace(ours=ours), images(2, SIZE).to(memory_format=layout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_head_outputs_at_full_size(name):
+    size = create_model(name).config.image_size
+    assert size == (800, 800)
+    assert_outputs_close(model_pair(name, size), images(1, size))
+    model_pair.cache_clear()
+
+
+def losses_and_gradients(model, losses_of, dtype, x, gt_boxes, gt_labels):
+    """(class loss, box loss), and the gradients of their sum by torchvision's names; in training mode."""
+    model = copy.deepcopy(model).to(dtype).train()
+    cls, box = losses_of(model, x.to(dtype), gt_boxes, gt_labels)
+    (cls + box).backward()
+    gradients = {key: parameter.grad.double() for key, parameter in model.named_parameters()}
+    return (cls.detach(), box.detach()), gradients, model
+
+
+def peer_losses(model, x, gt_boxes, gt_labels):
+    targets = [{"boxes": b[k >= 0].to(x), "labels": k[k >= 0]} for b, k in zip(gt_boxes, gt_labels, strict=True)]
+    losses = model(list(x), targets)
+    return losses["classification"], losses["bbox_regression"]
+
+
+def our_losses(model, x, gt_boxes, gt_labels):
+    loss = model(x, (gt_boxes, gt_labels))
+    torch.testing.assert_close(loss.total, loss.cls + loss.box, rtol=1e-6, atol=0)
+    return loss.cls, loss.box
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_gradients_and_statistics_in_training_mode(name):
+    """Every gradient is the peer's in float64, and all together are within 1e-3 of those in float32.
+
+    With ignored anchors, and an image without objects.
+    """
+    peer, ours = model_pair(name, SIZE, 5)
+    problem = images(2, SIZE), *random_objects(2, 12, SIZE, 5)
+    assert (ours.assign(*problem[1:]).labels == -2).any()
+    expected, exact, trained = losses_and_gradients(peer, peer_losses, torch.float64, *problem)
+    actual, gradients, our_trained = losses_and_gradients(ours, our_losses, torch.float64, *problem)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    gradients = {peer_key(key): gradient for key, gradient in gradients.items()}
+    assert gradients.keys() == exact.keys()
+    for key, gradient in gradients.items():
+        assert (gradient - exact[key]).norm() <= 1e-5 * exact[key].norm(), key
+    statistics = {key: value for key, value in trained.state_dict().items() if "running" in key}
+    assert statistics
+    for key, value in our_trained.state_dict().items():
+        if "running" in key:
+            torch.testing.assert_close(value, statistics.pop(peer_key(key)), rtol=1e-6, atol=1e-9)
+    assert not statistics
+
+    expected, _, _ = losses_and_gradients(peer, peer_losses, torch.float32, *problem)
+    actual, gradients, _ = losses_and_gradients(ours, our_losses, torch.float32, *problem)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
+    assert distance(gradients.values(), [exact[peer_key(key)] for key in gradients]) <= 1e-3
+
+
+def distance(gradients, expected) -> float:
+    """Of all gradients together, relative: rounding decides on which side of a ReLU's kink a value falls, and one that
+    changes sides changes the gradient of its own layer most."""
+    pairs = [torch.cat([gradient.flatten() for gradient in each]) for each in (gradients, expected)]
+    return float((pairs[0] - pairs[1]).norm() / pairs[1].norm())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_post_processing_of_equal_outputs(name):
+    peer, ours = model_pair(name, SIZE)
+    x = images(2, SIZE)
+    with torch.no_grad():
+        outputs = ours(x)
+        found = ours.predict(x)
+    counts = [9 * level.shape[2] * level.shape[3] for level in outputs[0]]
+    logits, codes = (joined(levels, values).split(counts, 1) for levels, values in zip(outputs, (91, 4), strict=True))
+    anchors = [list(ours.anchors().split(counts))] * 2
+    expected = peer.postprocess_detections({"cls_logits": logits, "bbox_regression": codes}, anchors, [SIZE] * 2)
+    # The limit of each level and the one of all detections have both been at work.
+    assert (torch.sigmoid(logits[0]) > 0.05).flatten(1).sum(1).min() > 1000
+    assert found.counts.tolist() == [300, 300] and found.boxes.shape == (2, 300, 4)
+    for image, wanted in enumerate(expected):
+        assert torch.equal(found.labels[image], wanted["labels"])
+        torch.testing.assert_close(found.scores[image], wanted["scores"], rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.boxes[image], wanted["boxes"], rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_detections_from_images(name):
+    """In float64, where rounding swaps no detections of nearly equal score."""
+    peer, ours = (copy.deepcopy(model).double() for model in model_pair(name, SIZE, 5))
+    x = images(2, SIZE).double()
+    with torch.no_grad():
+        expected = peer(list(x))
+    found = ours.predict(x)
+    for image, wanted in enumerate(expected):
+        count = int(found.counts[image])
+        assert 20 < count == len(wanted["labels"])
+        assert torch.equal(found.labels[image, :count], wanted["labels"])
+        torch.testing.assert_close(found.boxes[image, :count], wanted["boxes"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found.scores[image, :count], wanted["scores"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["retinanet_resnet18_fpn", "retinanet_resnet50_fpn_v2"])
+def test_initial_weights_have_torchvisions_scale(name):
+    torch.manual_seed(0)
+    ours, peer = create_model(name, 5), peer_model(name, SIZE, 5).state_dict()
+    for key, value in ours.state_dict().items():
+        wanted = peer[peer_key(key)]
+        if value.dim() == 4:
+            assert value.std().item() == pytest.approx(wanted.std().item(), rel=0.1), key
+        else:
+            torch.testing.assert_close(value, wanted, msg=lambda text, key=key: f"{key}: {text}")
