@@ -125,6 +125,13 @@ def test_compound_scaling_between_whole_coefficients():
     assert all(a <= b for row, after in zip(rows, rows[1:], strict=False) for a, b in zip(row, after, strict=True))
 
 
+def test_scaled_detector():
+    with torch.device("meta"):
+        model = create_model("efficientdet_d0", **compound_scaling(1.5))
+    assert model.config.image_size == (768, 768) and model.config.fpn_channels == 104
+    assert len(model.fpn.cell) == 5 and len(model.class_net.conv_rep) == 3
+
+
 def test_efficientnet_scaling_matches_the_paper():
     assert scaled_efficientnet(0) == {"backbone": "efficientnet:1,1", "image_size": 224}
     # 224 * 1.15^phi = 257.6, 296.2, 340.7
@@ -169,7 +176,7 @@ def test_options_reach_the_backbone():
 
 
 @pytest.mark.parametrize(
-    "name", ["efficientnet_b9", "resnet20", "efficientnet:1.1", "efficientnet:0,1", "efficientnet:a,b"]
+    "name", ["efficientnet_b9", "resnet20", "efficientnet:1.1", "efficientnet:0,1", "efficientnet:a,b", None]
 )
 def test_unknown_backbone(name):
     with pytest.raises(ValueError, match=rf"must be one of \['efficientnet_b0'.*got {re.escape(repr(name))}"):
