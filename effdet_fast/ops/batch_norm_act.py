@@ -82,12 +82,15 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-@torch.no_grad()
 def _update_running(running_mean, running_var, mean, var, count: float | Tensor, momentum: float | Tensor) -> None:
     """Moves them towards the batch's, the variance towards the unbiased one."""
-    if running_mean is None or running_var is None:
-        return
-    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+    if running_mean is not None and running_var is not None:
+        _move((running_mean, running_var), (mean, var * (count / (count - 1))), momentum)
+
+
+@torch.no_grad()
+def _move(statistics: tuple[Tensor, Tensor], towards: tuple[Tensor, Tensor], momentum: float | Tensor) -> None:
+    for running, batch in zip(statistics, towards, strict=True):
         factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
         running.lerp_(batch.detach().to(running.dtype), factor)
 
@@ -140,22 +143,18 @@ _batch_norm_act_train_backward = _library.define(
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """Normalises by the statistics of x itself, which it returns too."""
+    """Normalises by the statistics of x itself."""
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, momentum, weight, bias, eps, activation, channels_last):
-        options = (weight, bias, eps, activation, channels_last)
-        y, mean, var = _batch_norm_act_train(x, running_mean, running_var, momentum, *options)
+        options = (eps, activation, channels_last)
+        y, mean, var = _batch_norm_act_train(x, running_mean, running_var, momentum, weight, bias, *options)
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.options = (eps, activation, channels_last)
-        ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)
-        return y, mean, var
+        ctx.options = options
+        return y
 
     @staticmethod
-    def backward(ctx, grad, _mean, _var):
-        if grad is None:
-            return (None,) * 9
+    def backward(ctx, grad):
         x, weight, bias, mean, var = ctx.saved_tensors
         eps, activation, channels_last = ctx.options
         need_x, _, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
@@ -276,12 +275,14 @@ def batch_norm_act(
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
     if training and not shared and count and x.shape[1]:
-        normalise = _BatchStatistics.apply if with_gradient else _batch_norm_act_train
-        if not _kernel_can_move(running_mean, running_var, dtype, momentum):
-            y, mean, var = normalise(x, None, None, 0.0, weight, bias, *options)
-            _update_running(running_mean, running_var, mean, var, count, momentum)
+        running = (running_mean, running_var)
+        if not _kernel_can_move(*running, dtype, momentum):  # then it moves zeros all the way
+            assert running_mean is not None and running_var is not None
+            batch = (x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype))
+            y = _by_batch_statistics(x, batch, 1.0, weight, bias, options, with_gradient)
+            _move((running_mean, running_var), batch, momentum)
             return y
-        y, _, _ = normalise(x, running_mean, running_var, float(momentum), weight, bias, *options)
+        y = _by_batch_statistics(x, running, float(momentum), weight, bias, options, with_gradient)
         if running_mean is not None and running_var is not None and not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version((running_mean, running_var))
         return y
@@ -294,6 +295,12 @@ def batch_norm_act(
     if with_gradient:
         return _GivenStatistics.apply(x, mean, var, weight, bias, *options, group if shared else None, total)
     return _batch_norm_act(x, mean, var, weight, bias, *options)
+
+
+def _by_batch_statistics(x: Tensor, running, momentum: float, weight, bias, options, with_gradient: bool) -> Tensor:
+    if with_gradient:
+        return _BatchStatistics.apply(x, *running, momentum, weight, bias, *options)
+    return _batch_norm_act_train(x, *running, momentum, weight, bias, *options)[0]
 
 
 def _dense_of(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
