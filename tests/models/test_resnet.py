@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,10 +19,16 @@ torchvision = pytest.importorskip("torchvision")
 
 # Odd sizes on most levels: 9x13, 5x7, 3x4.
 SIZE = (67, 98)
-NAMES = [
-    name if name in ("resnet18", "resnet50") else pytest.param(name, marks=pytest.mark.slow, id=name)
-    for name in VARIANTS
-]
+
+
+def cases(option: str, values: dict[str, Any], quick: set[tuple[str, str]]) -> pytest.MarkDecorator:
+    """Every network with every value of an option, by their ids; those not in `quick` are slow."""
+    rows = [
+        pytest.param(name, value, id=f"{name}-{key}", marks=[] if (name, key) in quick else [pytest.mark.slow])
+        for name in VARIANTS
+        for key, value in values.items()
+    ]
+    return pytest.mark.parametrize(("name", option), rows)
 
 
 class Pair(NamedTuple):
@@ -91,8 +97,11 @@ def test_keys_shapes_and_parameters_are_torchvisions(name, frozen):
     assert ours.feature_channels[-1] == peer.fc.in_features
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@cases(
+    "layout",
+    {"nchw": torch.contiguous_format, "nhwc": torch.channels_last},
+    quick={("resnet18", "nchw"), ("resnet18", "nhwc"), ("resnet50", "nhwc")},
+)
 def test_feature_maps(name, layout):
     pair = random_pair(name, frozen=False)
     with torch.no_grad():
@@ -105,8 +114,11 @@ def test_feature_maps(name, layout):
         assert ours.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@cases(
+    "frozen",
+    {"trained": False, "frozen": True},
+    quick={("resnet18", "trained"), ("resnet18", "frozen"), ("resnet50", "trained")},
+)
 def test_training_mode_in_float64(name, frozen, one_thread):
     """Gradients of a loss on every map and the running statistics afterwards; frozen ones stay in training mode too."""
     pair = random_pair(name, frozen)
