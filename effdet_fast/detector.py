@@ -87,7 +87,7 @@ class Detector:
         images: Picture,
         *,
         score_threshold: float | None = ...,
-        iou_threshold: float = ...,
+        iou_threshold: float | None = ...,
         max_detections: int = ...,
         batch_size: int = ...,
         amp: str | torch.dtype | None = ...,
@@ -99,7 +99,7 @@ class Detector:
         images: list[Picture] | tuple[Picture, ...],
         *,
         score_threshold: float | None = ...,
-        iou_threshold: float = ...,
+        iou_threshold: float | None = ...,
         max_detections: int = ...,
         batch_size: int = ...,
         amp: str | torch.dtype | None = ...,
@@ -110,7 +110,7 @@ class Detector:
         images: Picture | list[Picture] | tuple[Picture, ...],
         *,
         score_threshold: float | None = 0.3,
-        iou_threshold: float = 0.5,
+        iou_threshold: float | None = None,
         max_detections: int = 100,
         batch_size: int = 8,
         amp: str | torch.dtype | None = None,
@@ -122,8 +122,8 @@ class Detector:
 
         Args:
             images: a path, PIL image or array, or a list of them.
-            score_threshold: lower scores are left out; None keeps all.
-            iou_threshold: of the per-class non-maximum suppression.
+            score_threshold: lower scores are left out; None takes the model's own, which of EfficientDets keeps all.
+            iou_threshold: of the per-class non-maximum suppression; None takes the model's own.
             max_detections: per image.
             batch_size: images that go through the model at once.
             amp: None, "bf16" or "fp16".
@@ -157,7 +157,7 @@ class Detector:
         self,
         inputs: Sequence[tuple[np.ndarray, Size]],
         score_threshold: float | None = 0.3,
-        iou_threshold: float = 0.5,
+        iou_threshold: float | None = None,
         max_detections: int = 100,
         amp: str | torch.dtype | None = None,
     ) -> list[ImageDetections]:

@@ -42,7 +42,7 @@ def predict(
     *,
     annotations: str | os.PathLike[str] | None = None,
     score_threshold: float | None = 0.3,
-    iou_threshold: float = 0.5,
+    iou_threshold: float | None = None,
     max_detections: int = 100,
     batch_size: int = 8,
     image_size: int | tuple[int, int] | None = None,

@@ -23,7 +23,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int)
         help="one side, or height and width, of the model's input in pixels (default: as trained)",
     )
     parser.add_argument(
-        "--iou-threshold", type=float, default=0.5, metavar="T", help="NMS drops boxes above this IoU (default: 0.5)"
+        "--iou-threshold", type=float, metavar="T", help="NMS drops boxes above this IoU (default: the model's own)"
     )
     parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="boxes per image (default: 100)")
     workers = default_workers()

@@ -12,7 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", metavar="FILE", required=True, help="COCO-format JSON of the images")
     parser.add_argument("--output", metavar="FILE", help="write the detections here, in COCO result format")
     parser.add_argument(
-        "--score-threshold", type=float, metavar="P", help="lowest score that counts, in [0, 1] (default: all, as COCO)"
+        "--score-threshold",
+        type=float,
+        metavar="P",
+        help="lowest score that counts, in [0, 1] (default: the model's own)",
     )
     add_inference_arguments(parser, batch_size=16)
 

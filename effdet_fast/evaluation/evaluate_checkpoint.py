@@ -25,7 +25,7 @@ def evaluate(
     device: torch.device | str | None = None,
     amp: str | torch.dtype | None = None,
     score_threshold: float | None = None,
-    iou_threshold: float = 0.5,
+    iou_threshold: float | None = None,
     max_detections: int = 100,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -42,7 +42,7 @@ def evaluate(
         image_size: another input size than the one trained at.
         device: None takes the GPU if there is one.
         amp: None, "bf16" or "fp16".
-        score_threshold: None keeps every detection, as COCO's AP expects.
+        score_threshold: None takes the model's own; EfficientDets keep every detection.
         output: file for the detections, in COCO's result format.
         overwrite: whether `output` may exist.
         progress: show a bar.

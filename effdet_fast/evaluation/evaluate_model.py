@@ -26,7 +26,7 @@ def evaluate_model(
     device: torch.device | str,
     amp: str | torch.dtype | None = None,
     score_threshold: float | None = None,
-    iou_threshold: float = 0.5,
+    iou_threshold: float | None = None,
     max_detections: int = 100,
     rank: int = 0,
     world_size: int = 1,
@@ -35,12 +35,12 @@ def evaluate_model(
     """pycocotools' 12 numbers of `model` on `dataset`; on every rank the same.
 
     Args:
-        model: an EfficientDet; its mode is put back afterwards.
+        model: a `DetectionModel`; its mode is put back afterwards.
         loader: `create_loader(dataset, ..., training=False)`, of this rank.
         device: where the model is.
         amp: None, "bf16", "fp16" or a dtype to run the forward pass in.
-        score_threshold: None keeps every detection, as COCO's AP expects.
-        iou_threshold: of the NMS.
+        score_threshold: None takes the model's own; EfficientDets keep every detection.
+        iou_threshold: of the NMS; None takes the model's own.
         max_detections: per image; COCO counts no more than 100.
         rank, world_size: with more than one, torch.distributed must be initialised.
         progress: a bar on rank 0.
@@ -75,7 +75,7 @@ def detect_all(
     device: torch.device | str,
     amp: str | torch.dtype | None = None,
     score_threshold: float | None = None,
-    iou_threshold: float = 0.5,
+    iou_threshold: float | None = None,
     max_detections: int = 100,
     rank: int = 0,
     world_size: int = 1,

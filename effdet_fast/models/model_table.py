@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from effdet_fast.models.config import DetectorConfig
@@ -12,6 +13,12 @@ HALF = (0.5, 0.5, 0.5)
 def _row(name: str, backbone: str, size: int, channels: int, cells: int, repeats: int, **more: Any) -> DetectorConfig:
     return DetectorConfig(f"efficientdet_{name}", f"efficientnet_{backbone}", (size, size), channels, cells,
                               repeats, **more)  # fmt: skip
+
+
+def _symmetric(config: DetectorConfig) -> DetectorConfig:
+    """The form that effdet calls `efficientdet_*` where this table's own rows are its `tf_efficientdet_*`."""
+    name = f"{config.name}_symmetric"
+    return dataclasses.replace(config, name=name, padding="symmetric", redundant_bias=False)
 
 
 def _lite(name: str, backbone: str, size: int, channels: int, cells: int, repeats: int, **more: Any):
@@ -75,6 +82,10 @@ CONFIGS: dict[str, DetectorConfig] = {
         _row("d6", "b6", 1280, 384, 8, 5, fusion="sum"),
         _row("d7", "b6", 1536, 384, 8, 5, fusion="sum", anchor_scale=5.0),
         _row("d7x", "b7", 1536, 384, 8, 5, fusion="sum", max_level=8),
+        _symmetric(_row("d0", "b0", 512, 64, 3, 3, drop_path_rate=0.1)),
+        _symmetric(_row("d1", "b1", 640, 88, 4, 3)),
+        _symmetric(_row("d2", "b2", 768, 112, 5, 3)),
+        _symmetric(_row("d3", "b3", 896, 160, 6, 4)),
         _lite("lite0", "lite0", 320, 64, 3, 3, anchor_scale=3.0, drop_path_rate=0.0),
         _lite("lite1", "lite1", 384, 88, 4, 3, anchor_scale=3.0),
         _lite("lite2", "lite2", 448, 112, 5, 3, anchor_scale=3.0),

@@ -46,7 +46,9 @@ def create_model(
     """Builds a detector with freshly initialised, or loaded, weights.
 
     Args:
-        name: One of `list_models()`; a "tf_" prefix is accepted.
+        name: One of `list_models()`. A "tf_" prefix is accepted: effdet calls `tf_efficientdet_d0` what is
+            `efficientdet_d0` here, and `efficientdet_d0` what is `efficientdet_d0_symmetric` (other padding, no redundant
+            biases).
         num_classes: Number of object classes; by default those of the released weights: 90, of RetinaNets 91 (raw COCO ids).
         image_size: Input side or (height, width) in pixels; the released size by default.
         checkpoint: Local file with a whole detector's weights (see `load_checkpoint`).

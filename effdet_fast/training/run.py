@@ -135,12 +135,17 @@ def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) 
 
 def _build_model(config: TrainConfig, classes: int, processes: Processes, device: torch.device) -> DetectionModel:
     torch.manual_seed(config.seed)
+    options = dict(config.model_options)
+    if model_config(config.model).frozen_batch_norm and not (config.backbone_checkpoint or config.checkpoint):
+        options.setdefault(
+            "frozen_batch_norm", False
+        )  # statistics of trained weights are worth keeping, others are none
     model = create_model(
         config.model,
         classes,
         image_size=config.image_size,
         backbone_checkpoint=config.backbone_checkpoint,
-        **config.model_options,
+        **options,
     )
     if config.checkpoint and not config.resume:
         _start_from(model, config.checkpoint, processes)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -103,6 +104,17 @@ def test_a_model_with_other_options_is_trained_resumed_and_read_back(data, tmp_p
     assert main(["train", "--resume", str(tmp_path / "run" / "last.pt"), "--epochs", "2"]) == 0
     config = effdet_fast.Detector.from_checkpoint(tmp_path / "run" / "best.pt").model.config
     assert (config.fusion, config.head_repeats, config.fpn_cells) == ("softmax", 1, 3)
+
+
+def test_a_retinanet_trains_from_scratch_with_batch_norms_that_learn(data, tmp_path):
+    arguments = train_arguments(data, tmp_path / "run", "--epochs", 1, "--model", "retinanet_resnet18_fpn")
+    assert main([*arguments, "--model-option", "fpn-channels=32"]) == 0
+    detector = effdet_fast.Detector.from_checkpoint(tmp_path / "run" / "best.pt")
+    config = detector.model.config
+    assert effdet_fast.models.model_config(config.name).frozen_batch_norm and not config.frozen_batch_norm
+    assert int(detector.model.backbone.bn1.num_batches_tracked) == 3
+    found = detector.predict(np.zeros((40, 60, 3), np.uint8), score_threshold=0.0, max_detections=5)
+    assert len(found) == 5
 
 
 @pytest.mark.parametrize(

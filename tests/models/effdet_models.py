@@ -54,8 +54,13 @@ def randomise(model: nn.Module, image_size: tuple[int, int], seed: int = 0) -> N
             norm.running_var.mul_(uniform(norm.running_var, 0.8, 1.25))
 
 
+def peer_name(name: str) -> str:
+    """effdet's name of one of our models."""
+    return name.removesuffix("_symmetric") if name.endswith("_symmetric") else f"tf_{name}"
+
+
 def peer_model(name: str, image_size: tuple[int, int] | None = None, num_classes: int = 90) -> Any:
-    config = effdet.get_efficientdet_config(f"tf_{name}")
+    config = effdet.get_efficientdet_config(peer_name(name))
     config.num_classes = num_classes
     if image_size is not None:
         config.image_size = image_size

@@ -15,11 +15,11 @@ from effdet_fast.models.anchors import AnchorCache, feature_sizes, generate_anch
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.ops import match_anchors
 from effdet_fast.ops._boxes import decode_boxes, encode_boxes
-from tests.models.effdet_models import effdet, random_objects
+from tests.models.effdet_models import effdet, peer_name, random_objects
 
 
 def peer_anchors(config: DetectorConfig) -> Anchors:
-    peer = effdet.get_efficientdet_config(f"tf_{config.name}")
+    peer = effdet.get_efficientdet_config(peer_name(config.name))
     peer.image_size = config.image_size
     return Anchors.from_config(peer)
 

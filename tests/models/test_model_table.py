@@ -23,6 +23,10 @@ SIZES = {
     "efficientdet_d6": (51_871_782, 306_900),
     "efficientdet_d7": (51_871_782, 441_936),
     "efficientdet_d7x": (77_147_166, 442_260),
+    "efficientdet_d0_symmetric": (3_877_763, 49_104),
+    "efficientdet_d1_symmetric": (6_622_026, 76_725),
+    "efficientdet_d2_symmetric": (8_091_215, 110_484),
+    "efficientdet_d3_symmetric": (12_022_376, 150_381),
     "efficientdet_lite0": (3_243_470, 19_206),
     "efficientdet_lite1": (4_248_318, 27_621),
     "efficientdet_lite2": (5_252_334, 37_629),
@@ -53,7 +57,16 @@ def test_parameters_and_anchors(name):
     assert model.anchors("cpu").shape == (anchors, 4)
 
 
-@pytest.mark.parametrize("name", ["efficientdet_d2", "efficientdet_d7x", "efficientdet_lite3x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientdet_d2",
+        "efficientdet_d7x",
+        "efficientdet_lite3x",
+        "efficientdet_d0_symmetric",
+        "efficientdet_d3_symmetric",
+    ],
+)
 def test_keys_shapes_and_settings_are_effdets(name):
     with torch.device("meta"):
         model = models.create_model(name)
@@ -65,9 +78,9 @@ def test_keys_shapes_and_settings_are_effdets(name):
     assert model.config.drop_path_rate == peer.config.backbone_args.drop_path_rate
 
 
-@pytest.mark.parametrize("name", ["efficientdet_d0", "efficientdet_lite0"])
+@pytest.mark.parametrize("name", ["efficientdet_d0", "efficientdet_lite0", "efficientdet_d0_symmetric"])
 def test_batch_norms_and_loss_constants_are_effdets(name):
-    pair = model_pair(name, (128, 128) if name.endswith("d0") else (136, 200))
+    pair = model_pair(name, (128, 128) if name == "efficientdet_d0" else (136, 200))
     peer_norms = {key: module for key, module in pair.peer.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
     norms = {key: module for key, module in pair.ours.named_modules() if isinstance(module, torch.nn.BatchNorm2d)}
     assert norms.keys() == peer_norms.keys()

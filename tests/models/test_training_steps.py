@@ -16,6 +16,7 @@ from tests.models.effdet_models import random_objects
 
 SIZE = (96, 128)
 SMALL = {"image_size": SIZE, "fpn_channels": 32, "fpn_cells": 1, "head_repeats": 1, "drop_path_rate": 0.0}
+KINDS = [("fpn", "separable"), ("panet", "conv"), ("nas_fpn", "separable"), ("bifpn", "conv")]
 HEADS = list(itertools.product(CHOICES["head"], CHOICES["head_norm"]))
 
 
@@ -63,18 +64,32 @@ def test_every_head_trains(head, norm):
     assert_falls(take_steps(small(head=head, head_norm=norm, head_repeats=2)))
 
 
-@pytest.mark.parametrize("head", CHOICES["head"])
-def test_channels_last_trains(head):
-    model = small(head=head)
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [("efficientdet_d0_symmetric", True), ("retinanet_resnet18_fpn", False), ("retinanet_resnet18_fpn_v2", True)],
+)
+def test_detectors_train_with_and_without_frozen_batch_norm(name, frozen):
+    model = small(name, frozen_batch_norm=frozen)
+    statistics = {key: value.clone() for key, value in model.backbone.named_buffers() if "running" in key}
+    assert statistics
+    assert_falls(take_steps(model))
+    for key, value in model.backbone.named_buffers():
+        if "running" in key:
+            assert torch.equal(value, statistics[key]) == frozen, key
+
+
+@pytest.mark.parametrize(("neck", "head"), KINDS)
+def test_channels_last_trains(neck, head):
+    model = small(neck=neck, head=head)
     expected = take_steps(copy.deepcopy(model))
     actual = take_steps(model.to(memory_format=torch.channels_last), layout=torch.channels_last)
     assert actual[0] == pytest.approx(expected[0], rel=1e-4)
     assert_falls(actual)
 
 
-@pytest.mark.parametrize(("head", "norm"), [("separable", "batch"), ("conv", "group")])
-def test_bf16_autocast_trains(head, norm):
-    model = small(head=head, head_norm=norm)
+@pytest.mark.parametrize(("neck", "head"), KINDS)
+def test_bf16_autocast_trains(neck, head):
+    model = small(neck=neck, head=head, head_norm="batch" if head == "separable" else "group")
 
     def forward(images, targets):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -84,11 +99,15 @@ def test_bf16_autocast_trains(head, norm):
 
 
 @pytest.mark.parametrize(
-    ("head", "norm"),
-    [pytest.param(*each, marks=() if each == ("conv", "group") else pytest.mark.slow) for each in HEADS],
+    ("neck", "head", "norm"),
+    [
+        pytest.param(neck, *kind, marks=() if (neck, *kind) == ("fpn", "conv", "group") else pytest.mark.slow)
+        for neck in NECKS
+        for kind in HEADS
+    ],
 )
-def test_compiled_trains_to_the_same_losses(head, norm):
-    model = small(backbone="resnet18", head=head, head_norm=norm)
+def test_compiled_trains_to_the_same_losses(neck, head, norm):
+    model = small("retinanet_resnet18_fpn_v2", neck=neck, head=head, head_norm=norm)
     expected = take_steps(copy.deepcopy(model))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
 
@@ -98,7 +117,7 @@ def test_compiled_trains_to_the_same_losses(head, norm):
     assert take_steps(model, forward) == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["efficientdet_d0", "efficientdet_lite0"])
+@pytest.mark.parametrize("name", ["efficientdet_d0", "retinanet_resnet18_fpn_v2"])
 def test_recomputed_blocks_change_no_gradient_and_no_statistic(name):
     """Also with random numbers in the blocks, and with part of the model in evaluation mode."""
     plain = small(name, fpn_cells=2, drop_path_rate=0.3)
@@ -108,7 +127,7 @@ def test_recomputed_blocks_change_no_gradient_and_no_statistic(name):
     images, targets = batch()
     results = []
     for model in (plain, recomputing):
-        model.backbone.blocks[3].eval()
+        getattr(model.backbone, "layer2" if name.startswith("retinanet") else "blocks")[1].eval()
         torch.manual_seed(2)
         model(images, targets).total.backward()
         results.append({key: parameter.grad for key, parameter in model.named_parameters()})

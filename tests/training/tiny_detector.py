@@ -19,6 +19,7 @@ class TinyConfig:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     num_classes: int = 3
+    frozen_batch_norm: bool = False
 
 
 class TinyLoss(NamedTuple):
