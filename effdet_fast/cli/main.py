@@ -59,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     """The parser; only the named command's module is imported, so that --help is instant."""
-    parser = _Parser(
-        prog="effdet-fast", description="Train, evaluate and run EfficientDet detectors on fast, exact operators."
-    )
+    parser = _Parser(prog="effdet-fast", description="Train, evaluate and run detectors on fast, exact operators.")
     parser.add_argument("--version", action="version", version=f"effdet-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():

@@ -8,7 +8,7 @@ from effdet_fast.cli.arguments import add_model_option, image_size, model_option
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="efficientdet_d0, efficientdet_lite0, ...")
+    parser.add_argument("model", metavar="MODEL", help="efficientdet_d0, retinanet_resnet50_fpn, ...")
     parser.add_argument("--num-classes", type=int, metavar="N", help="object classes (default: as released)")
     parser.add_argument(
         "--image-size",

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", metavar="NAME", help=f"efficientdet_d0, efficientdet_lite0, ... (default: {defaults.model})"
+        "--model", metavar="NAME", help=f"efficientdet_d0, retinanet_resnet50_fpn, ... (default: {defaults.model})"
     )
     add_model_option(model)
     model.add_argument(

@@ -123,6 +123,23 @@ def test_config_survives_json():
     assert dataclasses.asdict(config)["image_size"] == (96, 160)
 
 
+def test_a_first_version_config_is_understood():
+    values = models.model_config("efficientdet_lite0", pos_iou=0.6, neg_iou=0.6).to_dict()
+    old = {key: values[key] for key in ("name", "backbone", "image_size", "fpn_channels", "fpn_cells", "head_repeats")}
+    old |= {key: values[key] for key in ("fusion", "activation", "mean", "std", "anchor_scale", "drop_path_rate")}
+    old |= {"match_iou": 0.6, "huber_delta": 0.1}
+    assert models.DetectorConfig.from_dict(old).to_dict() == values
+
+
+def test_any_combination_is_one_call():
+    model = models.create_model(
+        "retinanet_resnet18_fpn", 3, image_size=64, neck="bifpn", fusion="softmax", head="separable", fpn_channels=32
+    )
+    assert model.config.num_classes == 3
+    assert [level.shape[1] for level in model.eval()(torch.zeros(1, 3, 64, 64))[0]] == [27] * 5
+    assert models.create_model("retinanet_resnet18_fpn", image_size=64).config.num_classes == 91
+
+
 def test_tf_prefix_and_overrides():
     model = models.create_model(
         "tf_efficientdet_lite0", 2, image_size=64, fpn_cells=1, fusion="softmax", aspect_ratios=[(1, 1)]
@@ -154,6 +171,18 @@ def test_feature_sizes_round_up():
         (dict(min_level=2), "min_level must be 3 and max_level >= 5, got 2 and 7"),
         (dict(aspect_ratios=[(1, 0)]), "aspect_ratios must be pairs of positive"),
         (dict(mean=(0.5,)), "mean must have 3 values"),
+        (dict(neck="pan"), r"neck must be one of \['fpn', 'panet', 'nas_fpn', 'bifpn'\], got 'pan'"),
+        (dict(backbone="vgg16"), "backbone must be one of .*'efficientnet_b0'.*'resnet50'.*, got 'vgg16'"),
+        (dict(head="mlp"), r"head must be one of \['separable', 'conv'\], got 'mlp'"),
+        (dict(head_norm="layer"), r"head_norm must be one of \['batch', 'group', None\], got 'layer'"),
+        (dict(head_norm="group", fpn_channels=88), "'group' needs fpn_channels divisible by 32, got 88"),
+        (dict(extra_levels="c4"), "extra_levels must be one of .*'p5'.*, got 'c4'"),
+        (dict(anchor_style="yolo"), r"anchor_style must be one of \['efficientdet', 'retinanet'\], got 'yolo'"),
+        (dict(box_coder="xywh"), r"box_coder must be one of \['effdet', 'torchvision'\], got 'xywh'"),
+        (dict(box_loss="l2"), "box_loss must be one of .*'giou'.*, got 'l2'"),
+        (dict(loss_normalizer="none"), r"loss_normalizer must be one of \['batch', 'per_image'\], got 'none'"),
+        (dict(allow_low_quality_matches=True), "force_match and allow_low_quality_matches exclude each other"),
+        (dict(name="retinanet_resnet51_fpn"), "unknown model .*retinanet_resnet50_fpn"),
         (dict(neg_iou=0.0), "must be 0 < neg_iou <= pos_iou <= 1, got 0.0 and 0.5"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\), got 1.0"),
         (dict(channels=64), r"unknown configuration field\(s\) \['channels'\]; known are .*fpn_channels"),
