@@ -1,4 +1,4 @@
-"""Depthwise convolutions of EfficientNet-B0 at 512 and of the detection heads, and one separable convolution."""
+"""Depthwise convolutions of EfficientNet-B0 at 512 and of the detection heads, over one level or all, and a separable one."""
 
 from functools import partial
 
@@ -36,6 +36,7 @@ BACKBONE = [
     (32, 3, 1, 256),
 ]
 ON_CPU = 4  # how many of them a run on a CPU measures
+PYRAMID = (64, 32, 16, 8, 4)  # sizes of EfficientDet-D0's levels at 512
 
 
 def cases(device_type: str) -> list[Case]:
@@ -55,6 +56,11 @@ def cases(device_type: str) -> list[Case]:
             layouts,
         ),
         Case(f"SiLU + separable 3x3, {batch} x 64 x 64^2", partial(separable, **head), layouts),
+        Case(
+            f"3x3 over all levels, {batch} x 64 x 64^2 to 4^2",
+            partial(levels, batch=batch, channels=64, sizes=PYRAMID),
+            (CHANNELS_LAST,),
+        ),
     ]
     return chosen
 
@@ -69,11 +75,34 @@ def depthwise(device, dtype, layout, *, batch: int, channels: int, kernel: int, 
     def ours():
         return ops.depthwise_conv2d(x, weight, None, stride, "same", prologue=prologue)
 
-    workload = all_implementations(ours, reference, (x, weight), batch * channels * (size // stride) ** 2)
+    workload = all_implementations(ours, reference, (x, weight), x.numel(), batch * channels * (size // stride) ** 2)
     if device.type == "cpu" and stride == 1 and prologue is None:  # eager does not always choose it
-        pads, ones = (kernel // 2, kernel // 2), (1, 1)
-        direct = partial(torch.mkldnn_convolution, x, weight, None, pads, ones, ones, channels)
-        workload.peers.append(Implementation("oneDNN", direct, (x, weight)))
+        workload.peers.append(Implementation("oneDNN", partial(onednn, x, weight), (x, weight)))
+    return workload
+
+
+def onednn(x, weight):
+    """Stride 1, as many rows and columns as before."""
+    pad = weight.shape[2] // 2
+    return torch.mkldnn_convolution(x, weight, None, (pad, pad), (1, 1), (1, 1), x.shape[1])
+
+
+def levels(device, dtype, layout, *, batch: int, channels: int, sizes: tuple[int, ...]) -> Workload:
+    """One filter over all levels; the peers convolve one after the other."""
+    xs = tuple(feature_map((batch, channels, size, size), device, dtype, layout) for size in sizes)
+    weight = filters((channels, 1, 3, 3), device, dtype)
+
+    def reference(weight, *xs):
+        return tuple(ops.depthwise_conv2d_levels_reference(xs, weight, padding="same"))
+
+    def ours():
+        return tuple(ops.depthwise_conv2d_levels(xs, weight, padding="same"))
+
+    elements = sum(x.numel() for x in xs)
+    workload = all_implementations(ours, reference, (weight, *xs), elements, elements)
+    if device.type == "cpu":
+        one_by_one = Implementation("oneDNN", lambda: tuple(onednn(x, weight) for x in xs), (weight, *xs))
+        workload.peers.append(one_by_one)
     return workload
 
 
@@ -90,14 +119,17 @@ def separable(device, dtype, layout, *, batch: int, channels: int, size: int) ->
     def ours():
         return ops.depthwise_separable_conv2d(x, *weights, bias, 1, "same", prologue="silu")
 
-    return all_implementations(ours, reference, (x, *weights, bias), x.numel())
+    return all_implementations(ours, reference, (x, *weights, bias), x.numel(), x.numel())
 
 
-def all_implementations(ours, reference, leaves, output_elements: int) -> Workload:
-    """The reference is also how one would write it in PyTorch: activation, padding where asymmetric, grouped convolution."""
+def all_implementations(ours, reference, leaves, read: int, written: int) -> Workload:
+    """The reference is also how one would write it in PyTorch: activation, padding where asymmetric, grouped convolution.
+
+    `read` and `written` are the elements of the inputs and of the outputs.
+    """
     exact = tuple(oracle_copy(leaf) for leaf in leaves)
-    x = leaves[0]
-    read, written = x.numel() * x.element_size(), output_elements * x.element_size()
+    size = leaves[0].element_size()
+    read, written = read * size, written * size
     return Workload(
         ours=Implementation(OURS, ours, leaves),
         oracle=Implementation("float64", lambda: reference(*exact), exact),

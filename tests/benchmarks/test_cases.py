@@ -88,6 +88,13 @@ def test_depthwise_conv(kernel, stride, prologue, layout):
     check(workload, torch.float32, {"eager", "torch.compile"} | ({"oneDNN"} if has_onednn else set()))
 
 
+def test_depthwise_conv_over_levels():
+    workload = bench_depthwise_conv.levels(CPU, torch.float32, CHANNELS_LAST, batch=2, channels=8, sizes=(6, 3, 1))
+    maps = 2 * 8 * (36 + 9 + 1) * 4
+    assert workload.bytes == {"forward": 2 * maps, "backward": 3 * maps, "both": 5 * maps}
+    check(workload, torch.float32, {"eager", "torch.compile", "oneDNN"})
+
+
 def test_separable_conv():
     check(
         bench_depthwise_conv.separable(CPU, torch.bfloat16, CHANNELS_LAST, batch=2, channels=8, size=12),
