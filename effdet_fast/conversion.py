@@ -46,13 +46,14 @@ def convert_checkpoint(
 ) -> Conversion:
     """Writes a checkpoint's weights under another project's names; values, types and shapes stay as they are.
 
-    Understood are effdet (either order of the heads' BatchNorms), zylo117's Yet-Another-EfficientDet-Pytorch, this
-    package's own files, and backbones of timm, torchvision and the EfficientNet naming with `_blocks`; in files of
-    `torch.save`, wrapped or not, or `.safetensors`. Averaged weights are taken where a file has both. Nothing in a file
-    is executed (`weights_only=True`).
+    Understood are effdet (either order of the heads' BatchNorms), zylo117's Yet-Another-EfficientDet-Pytorch,
+    torchvision's RetinaNets (new and old names), this package's own files, and backbones of timm, torchvision and the
+    EfficientNet naming with `_blocks`; in files of `torch.save`, wrapped or not, or `.safetensors`. Averaged weights are
+    taken where a file has both. Nothing in a file is executed (`weights_only=True`).
 
     A detector converted to "effdet_fast" in a `.pt` or `.pth` file can be evaluated and used for prediction at once, like
-    a run's `best.pt`. Class names are the category ids unless the source is such a file: label + 1, as effdet counts.
+    a run's `best.pt`. Class names are the category ids unless the source is such a file: label + 1 as effdet counts, or
+    the label as torchvision does.
 
     Args:
         source: The file to read.
@@ -65,8 +66,8 @@ def convert_checkpoint(
 
     Raises:
         FileNotFoundError, FileExistsError: `source` or `output`.
-        ImportError: A `.safetensors` file without the package safetensors.
-        ValueError: Names or weights that are not understood, do not fit (keys are listed) or that the target has not.
+        ValueError: Names or weights that are not understood, do not fit (keys are listed) or that the target has not; or a
+            `.safetensors` file without the package safetensors.
     """
     source, output = os.fspath(source), os.fspath(output)
     refuse_existing([output], overwrite)
@@ -98,7 +99,9 @@ def _description(converted: Converted, own: Mapping[str, Any] | None) -> dict[st
     assert config is not None
     if own is not None:
         return {key: own[key] for key in _DESCRIPTION}
-    ids = list(range(1, config.num_classes + 1))
+    # torchvision's labels are the ids themselves, effdet's count from 0.
+    first = 0 if config.box_coder == "torchvision" else 1
+    ids = list(range(first, first + config.num_classes))
     return {
         "format": FORMAT,
         "model": config.name,

@@ -20,7 +20,7 @@ COMMANDS = {
     "summary": "parameters, multiply-adds, activations and anchors of a model",
     "doctor": "what is installed, what was built, and whether each op works",
 }
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+USER_ERRORS = (ValueError, TypeError, OSError)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -25,8 +25,7 @@ def read_content(checkpoint: PathOrStateDict) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        ImportError: A `.safetensors` file, and the package safetensors is not installed.
-        ValueError: Not a checkpoint.
+        ValueError: Not a checkpoint; or a `.safetensors` file, and the package safetensors is not installed.
     """
     if isinstance(checkpoint, Mapping):
         return checkpoint
@@ -43,7 +42,7 @@ def read_tensors(checkpoint: PathOrStateDict, use_ema: bool = True) -> StateDict
     """The tensors of a file or mapping, out of their wrapper; averaged weights where it has both and `use_ema`.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: As `read_content`; ValueError too if there are no tensors.
+        FileNotFoundError, ValueError: As `read_content`; ValueError too if there are no tensors.
     """
     content: Any = read_content(checkpoint)
     names = (*_EMA_WRAPPERS, *_WRAPPERS) if use_ema else _WRAPPERS
@@ -99,5 +98,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("reading and writing .safetensors needs the package: pip install safetensors") from error
+        raise ValueError(f"{SAFETENSORS} files need `pip install safetensors`") from error
     return safetensors.torch

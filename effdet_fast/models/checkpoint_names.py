@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from effdet_fast.models import names_efficientnet, names_zylo117
+from effdet_fast.models import names_efficientnet, names_torchvision, names_zylo117
 
 StateDict = dict[str, torch.Tensor]
 
@@ -64,6 +64,7 @@ def _repeat_first(state_dict: StateDict) -> StateDict:
 
 NAMINGS = (
     Naming("zylo117's EfficientDet", r"backbone_net\.model\.", names_zylo117.our_names, True),
+    Naming("torchvision RetinaNet", r"head\.classification_head\.", names_torchvision.our_names, True),
     Naming("effdet, head BatchNorms level first", r"class_net\.bn_rep\.\d+\.\d+\.(?!bn\.)", _repeat_first, True),
     Naming("effdet and effdet_fast EfficientDet", r"class_net\.conv_rep\.0\.conv_dw\.", _same_names, True),
     Naming("effdet_fast", r"class_net\.", _same_names, True),

@@ -9,7 +9,9 @@ from effdet_fast.models.checkpoint_files import shorten
 from effdet_fast.models.checkpoint_names import NAMINGS, StateDict, backbone_of, recognise, strip_prefixes
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.models.identify import Identity, identify_backbone, identify_detector
+from effdet_fast.models.names_torchvision import torchvision_names
 from effdet_fast.models.registry import model_config
+from effdet_fast.models.resnet import VARIANTS
 
 
 class Converted(NamedTuple):
@@ -35,8 +37,8 @@ def convert_state_dict(state_dict: StateDict, to: str, *, model: str | DetectorC
 
     Args:
         state_dict: Under any of the names that `NAMINGS` lists, perhaps with "module." or "model." before every key.
-        to: One of `TARGETS`. "effdet" takes EfficientDets, "torchvision" ResNets, "timm" every backbone, alone or out
-            of a detector.
+        to: One of `TARGETS`. "effdet" takes EfficientDets, "torchvision" RetinaNets and ResNets, "timm" every backbone,
+            alone or out of a detector.
         model: What the weights belong to, a name of `list_models()` or a configuration. By default the released model
             that they fit; other numbers of classes fit too.
 
@@ -81,9 +83,19 @@ def _to_timm(found: Identity) -> StateDict:
 
 
 def _to_torchvision(found: Identity) -> StateDict:
-    if found.config is None and "layer1.0.conv1.weight" in found.state_dict:
+    config = found.config
+    if config is None and "layer1.0.conv1.weight" in found.state_dict:
         return found.state_dict
-    raise ValueError(f"convert: torchvision has no {found.names[0]} with weights like these")
+    if config is None or not _is_torchvisions(config):
+        raise ValueError(f"convert: torchvision has no {found.names[0]} with weights like these")
+    return torchvision_names(found.state_dict)
+
+
+def _is_torchvisions(config: DetectorConfig) -> bool:
+    """Whether torchvision's RetinaNet can be built with these layers."""
+    layers = (config.neck, config.fusion, config.head) == ("fpn", "sum", "conv")
+    options = config.head_norm in (None, "group") and config.extra_levels in ("c5", "p5")
+    return layers and options and config.backbone in VARIANTS
 
 
 TARGETS: dict[str, Callable[[Identity], StateDict]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -105,18 +106,23 @@ def in_order_of(own: Iterable[str], state_dict: StateDict) -> StateDict:
 def _may_fit(state_dict: StateDict, config: DetectorConfig) -> bool:
     """Looks at what can be seen without building the model."""
     widths = [value.shape[1] for key, value in state_dict.items() if is_class_layer(key) and value.dim() == 4]
-    is_efficientnet = "backbone.conv_stem.weight" in state_dict
-    return config.fpn_channels in widths and (config.backbone in efficientnet.VARIANTS) == is_efficientnet
+    return config.fpn_channels in widths and config.backbone in _backbones_like(backbone_of(state_dict))
 
 
 def _backbones_like(features: StateDict) -> list[str]:
-    """The backbones of the same kind, and with as many blocks if there are any."""
+    """The backbones with as many blocks and of the same kind; all of them if there are none."""
     if any(key.startswith("layer1.") for key in features):
-        return list(resnet.VARIANTS)
-    blocks = sum(key.endswith(".conv_dw.weight") for key in features)
-    variants = efficientnet.VARIANTS
-    alike = [name for name in variants if sum(s.repeats for s in efficientnet.scaled_stages(variants[name])) == blocks]
-    return alike or list(variants)
+        blocks = sum(re.fullmatch(r"layer\d\.\d+\.conv1\.weight", key) is not None for key in features)
+        kind = blocks, any(".conv3." in key for key in features)
+        kinds = {name: (sum(row.repeats), row.bottleneck) for name, row in resnet.VARIANTS.items()}
+    else:
+        blocks = sum(key.endswith(".conv_dw.weight") for key in features)
+        kind = blocks, not any(".se." in key for key in features)
+        kinds = {
+            name: (sum(stage.repeats for stage in efficientnet.scaled_stages(row)), row.lite)
+            for name, row in efficientnet.VARIANTS.items()
+        }
+    return [name for name in kinds if kinds[name] == kind] or list(kinds)
 
 
 def _with_classes_of(state_dict: StateDict, config: DetectorConfig) -> DetectorConfig:

@@ -26,8 +26,9 @@ class PartSummary:
         name: "backbone", "neck", "class head", "box head" or "total".
         parameters: Values that training may change; statistics and frozen BatchNorms are buffers and do not count.
         multiply_adds: Of all convolutions and matrix products, for one image; one multiplication with its addition is
-            one, as in the EfficientDet paper's FLOPs. BatchNorms, activations, fusions and poolings do not count.
-        activations: Values that those convolutions and products put out, for one image.
+            one. BatchNorms, activations, fusions and poolings do not count.
+        activations: Values that those convolutions and products put out, for one image. The EfficientDet paper's FLOPs are
+            `multiply_adds + activations`.
     """
 
     name: str

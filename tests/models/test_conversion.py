@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import sys
 
 import pytest
@@ -16,8 +17,10 @@ from effdet_fast.models import conversion, create_model, list_models, load_backb
 from effdet_fast.models.conversion import convert_state_dict
 from tests.models.effdet_models import model_pair
 from tests.models.foreign_weights import Zylo117, classifier, underscored, zylo117_d0
+from tests.models.torchvision_models import model_pair as torchvision_pair
 
 NAME, SIZE = "efficientdet_lite0", (136, 200)
+RETINANETS = ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,62 @@ def test_a_resnet_is_timms_torchvisions_and_ours():
         assert_identical(converted.state_dict, weights)
     timm = pytest.importorskip("timm")
     timm.create_model("resnet18", num_classes=3).load_state_dict(weights)
+
+
+def old_torchvision_names(state_dict):
+    """As torchvision's files were before 0.15: no blocks in the pyramid, the heads' convolutions at 0, 2, 4 and 6."""
+    renamed = {}
+    for key, value in state_dict.items():
+        key = re.sub(r"(inner_blocks|layer_blocks)\.(\d)\.0\.", r"\1.\2.", key)
+        key = re.sub(r"_head\.conv\.(\d)\.0\.", lambda match: f"_head.conv.{2 * int(match[1])}.", key)
+        renamed[key] = value
+    assert renamed.keys() != state_dict.keys()
+    return renamed
+
+
+@pytest.mark.parametrize("name", RETINANETS)
+def test_a_retinanet_there_and_back(name, tmp_path):
+    peer = torchvision_pair(name, (128, 160)).peer
+    torch.save(peer.state_dict(), tmp_path / "torchvision.pth")
+    effdet_fast.convert_checkpoint(tmp_path / "torchvision.pth", tmp_path / "ours.safetensors", "effdet_fast")
+    done = effdet_fast.convert_checkpoint(tmp_path / "ours.safetensors", tmp_path / "back.pth", "torchvision")
+    assert (done.names, done.num_classes, done.left_out) == ([name], 91, [])
+    assert_identical(load(tmp_path / "back.pth"), peer.state_dict())
+    effdet_fast.convert_checkpoint(tmp_path / "torchvision.pth", tmp_path / "ours.pt", "effdet_fast")
+    detector = effdet_fast.Detector.from_checkpoint(tmp_path / "ours.pt", device="cpu")
+    assert detector.category_ids == list(range(91))
+    backbone = convert_state_dict(peer.state_dict(), "timm").state_dict
+    assert_identical(backbone, peer.backbone.body.state_dict())
+
+
+@pytest.mark.parametrize("name", RETINANETS)
+def test_torchvisions_weights_give_its_outputs(name):
+    peer = torchvision_pair(name, (128, 160)).peer
+    weights = peer.state_dict() if name.endswith("v2") else old_torchvision_names(peer.state_dict())
+    model = create_model(name, image_size=(128, 160)).eval()
+    assert not load_checkpoint(model, {f"module.{key}": value for key, value in weights.items()})
+    x = torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(x)
+        expected = peer.head(list(peer.backbone(x).values()))
+    for ours, key in zip(found, ("cls_logits", "bbox_regression"), strict=True):
+        values = expected[key].shape[2]
+        joined = torch.cat([level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, values)) for level in ours], 1)
+        torch.testing.assert_close(joined, expected[key], rtol=1e-4, atol=1e-4)
+
+
+def test_old_and_new_names_of_torchvision_become_the_same():
+    weights = torchvision_pair(RETINANETS[0], (128, 160)).peer.state_dict()
+    assert_identical(convert_state_dict(old_torchvision_names(weights), "torchvision").state_dict, weights)
+    # Its detectors for training from scratch count batches, where the released weights are frozen.
+    counting = {}
+    for key, value in weights.items():
+        counting[key] = value
+        if key.endswith("running_var"):
+            counting[key.replace("running_var", "num_batches_tracked")] = torch.tensor(3)
+    there = convert_state_dict(counting, "effdet_fast").state_dict
+    assert_identical(convert_state_dict(there, "torchvision").state_dict, counting)
+    assert not load_checkpoint(create_model(RETINANETS[0], image_size=64), counting)
 
 
 def test_timm_gets_the_backbone_out_of_a_detector(effdet_weights):

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from effdet_fast.models import create_model
+from effdet_fast.models import create_model, list_models
 from tests.models.effdet_models import random_objects
 from tests.models.torchvision_models import model_pair, peer_key, peer_model
 
 SIZE = (96, 128)
 NAMES = ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"]
-FULL = ["retinanet_resnet34_fpn", "retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "retinanet_resnet101_fpn_v2"]
+FULL = [name for name in list_models() if name.startswith("retinanet")]
 
 
 def images(batch: int, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
