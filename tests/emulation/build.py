@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,10 +31,25 @@ def sources(csrc: Path) -> list[Path]:
     return sorted([*csrc.glob("*/*_cuda.cu"), *boundaries]) + [ROOT / "tests/emulation/controls.cpp"]
 
 
+def included(source: Path) -> set[Path]:
+    """The file and all of ours that it includes: what its object depends on."""
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        file = left.pop().resolve()
+        if file in found:
+            continue
+        found.add(file)
+        for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+            beside = file.parent / name
+            left.append(beside if beside.exists() else ROOT / "tests/emulation" / name)
+    return found
+
+
 def build(
     csrc: Path = ROOT / "csrc", defines: tuple[str, ...] = (), sanitize: bool = False, only: str | None = None
 ) -> Path:
-    """Path of the library; rebuilt only where a source or header has changed.
+    """Path of the library; an object is rebuilt only where its source or a header that it includes has changed.
 
     Args:
         csrc: the sources; a test may hand in a damaged copy.
@@ -47,38 +63,32 @@ def build(
         if sanitize
         else ["-O2"]
     )
-    headers = sorted(
-        p for folder in (csrc, ROOT / "tests/emulation") for p in folder.rglob("*") if p.suffix in (".h", ".cuh")
-    )
-    common = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for header in headers:
-        common.update(header.read_bytes())
     folder = ROOT / "build/emulated"
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        key = common.copy()
-        key.update(
-            str(source.relative_to(csrc.parent if csrc in source.parents else ROOT)).encode() + source.read_bytes()
-        )
+        key = hashlib.sha256(repr((flags, torch.__version__, source.name)).encode())
+        for file in sorted(included(source), key=lambda file: file.parts[-2:]):  # a copy has the order of the original
+            key.update(file.name.encode() + file.read_bytes())
         target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
-        if not target.exists():
-            command = ["g++", *flags, "-x", "c++", "-c", str(source), "-o", f"{target}.tmp"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{source.name} does not compile for the emulation:\n{done.stderr[-6000:]}")
-            os.replace(f"{target}.tmp", target)
+        make(target, "-x", "c++", "-c", str(source))
         return target
 
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        chosen = [s for s in sources(csrc) if only is None or s.parent.name in (only, "emulation")]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, chosen))
-        name = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
-        library = folder / f"emulated-{name}.so"
-        if not library.exists():
-            link = ["g++", "-shared", *flags, *map(str, objects), "-o", f"{library}.tmp"]
-            subprocess.run([*link, f"-L{INCLUDE.parent / 'lib'}", "-ltorch_cpu", "-lc10"], check=True)
-            os.replace(f"{library}.tmp", library)
+    def make(target: Path, *arguments: str) -> None:
+        with open(target.with_suffix(".lock"), "w") as lock:  # other processes wait for this file only
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return
+            command = ["g++", *flags, *arguments, "-o", f"{target}.tmp"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{target.name} cannot be built for the emulation:\n{done.stderr[-6000:]}")
+            os.replace(f"{target}.tmp", target)
+
+    chosen = [s for s in sources(csrc) if only is None or s.parent.name in (only, "emulation")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, chosen))
+    name = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
+    library = folder / f"emulated-{name}.so"
+    make(library, "-shared", *map(str, objects), f"-L{INCLUDE.parent / 'lib'}", "-ltorch_cpu", "-lc10")
     return library

@@ -1,0 +1,25 @@
+"""What the negative controls share: the self-tests of a library, and whether they notice damage to a kernel."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.emulation.build import ROOT, build
+
+
+def check(library: Path, *names: str) -> subprocess.CompletedProcess:
+    """Runs the self-tests of the ops named, or of all, on the emulated library."""
+    command = [sys.executable, "-m", "tests.emulation.check", str(library), *names]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def assert_noticed(folder: Path, op: str, self_test: str, file: str, sound: str, damaged: str) -> None:
+    """Replaces `sound` by `damaged` in a copy of the kernel's file, in `folder`; the op's self-test must then fail."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = folder / "csrc" / op / file
+    text = source.read_text()
+    assert sound in text, "the control no longer fits the kernel"
+    source.write_text(text.replace(sound, damaged))
+    done = check(build(folder / "csrc", only=op), self_test)
+    assert done.returncode == 1, done.stdout + done.stderr
