@@ -44,12 +44,14 @@ def randomise(model: nn.Module, image_size: tuple[int, int], seed: int = 0) -> N
         for norm in norms:
             norm.momentum = 1.0
         model.train()
-        model(torch.randn(4, 3, *image_size, generator=generator))
+        # The coarsest level of small images may be one pixel.
+        batch = 4 if max(image_size) < 256 else 1
+        model(torch.randn(batch, 3, *image_size, generator=generator))
         model.eval()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.running_mean.add_(uniform(norm.running_mean, -0.1, 0.1))
-            # The coarsest levels may be one pixel, so four samples a channel; none may look constant.
+            # Four samples a channel are few; none may look constant.
             norm.running_var.clamp_(min=float(norm.running_var.mean()))
             norm.running_var.mul_(uniform(norm.running_var, 0.8, 1.25))
 
