@@ -83,9 +83,9 @@ def load_checkpoint(
 def load_backbone_checkpoint(model: nn.Module, checkpoint: PathOrStateDict, strict: bool = True) -> Mismatch:
     """Loads ImageNet weights into a detector's backbone.
 
-    Understood are timm's `tf_efficientnet_*` (whole or features only), the EfficientNet naming with
-    `_blocks.0._depthwise_conv.weight`, and the backbone of a detector's checkpoint. Classifier and head convolution are
-    left out.
+    Understood are timm's EfficientNets and ResNets (whole or features only), torchvision's ResNets, the EfficientNet naming
+    with `_blocks.0._depthwise_conv.weight`, and the backbone of a detector's checkpoint, `.safetensors` files included.
+    Classifier and head convolution are left out.
 
     Args:
         model: A `DetectionModel`.
