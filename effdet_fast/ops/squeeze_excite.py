@@ -51,10 +51,12 @@ def squeeze_excite_reference(
     return (wide * gate.sigmoid()[:, :, None, None]).to(x.dtype)
 
 
-def _to(dtype, reduce_weight, reduce_bias, expand_weight, expand_bias) -> Weights:
-    reduce_bias = None if reduce_bias is None else reduce_bias.to(dtype)
-    expand_bias = None if expand_bias is None else expand_bias.to(dtype)
-    return reduce_weight.to(dtype), reduce_bias, expand_weight.to(dtype), expand_bias
+def _to(dtype, *weights) -> Weights:
+    # One that has the dtype is asked nothing more: this runs in every call.
+    reduce_weight, reduce_bias, expand_weight, expand_bias = [
+        t if t is None or t.dtype == dtype else t.to(dtype) for t in weights
+    ]
+    return reduce_weight, reduce_bias, expand_weight, expand_bias
 
 
 def _gate(mean: Tensor, weights: Weights, activation: str) -> tuple[Tensor, Tensor]:
@@ -195,6 +197,7 @@ def squeeze_excite(
 def _check_weights(x: Tensor, reduce_weight, reduce_bias, expand_weight, expand_bias, any_dtype: bool) -> None:
     check_floating(_OP, "reduce_weight", reduce_weight)
     channels, squeezed = x.shape[1], reduce_weight.shape[0] if reduce_weight.dim() else 0
+    dtype, device = x.dtype, x.device
     expected = (
         ("reduce_weight", reduce_weight, (squeezed, channels, 1, 1)),
         ("reduce_bias", reduce_bias, (squeezed,)),
@@ -205,6 +208,8 @@ def _check_weights(x: Tensor, reduce_weight, reduce_bias, expand_weight, expand_
         if values is None and name.endswith("bias"):
             continue
         check_floating(_OP, name, values)
+        if values.dtype == dtype and values.device == device and values.shape == shape:
+            continue
         check_same_device(_OP, name, values, "x", x)
         if not any_dtype and values.dtype != x.dtype and values.dtype != arithmetic_dtype(x):
             wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(arithmetic_dtype(x)))))
