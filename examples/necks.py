@@ -1,8 +1,8 @@
 """Compares six necks on one backbone and one head: size, speed, and AP after equally many steps on the data of `neon_data.py`.
 
-All are EfficientDet-Lite0 at 320 x 320 with another neck, three repeats of 64 channels each. Forward passes (evaluation mode,
-batch 4) and training steps (forward, labels, loss and gradients, batch 4) are timed in turn in one process; the AP is of one run
-of each, with the recipe of `neon_trees.py` in fewer epochs, so that small differences mean nothing.
+All are EfficientDet-Lite0 at 320 x 320 with another neck of 64 channels, NAS-FPN and BiFPN repeated three times. Forward passes
+(evaluation mode, batch 4) and training steps (forward, labels, loss and gradients, batch 4) are timed in turn in one process; the
+AP is of one run of each, with the recipe of `neon_trees.py` in fewer epochs.
 
     python examples/necks.py [--epochs 10] [--output runs/necks] [--docs docs] [--data examples/data]
 
@@ -109,12 +109,13 @@ def table(rows: list[Row], epochs: int, threads: int) -> str:
     lines = [
         "# Necks compared",
         "",
-        "EfficientDet-Lite0 at 320 x 320 with six necks of three repeats and 64 channels. Written by",
+        "EfficientDet-Lite0 at 320 x 320 with six necks of 64 channels, NAS-FPN and BiFPN repeated three times. Written by",
         f"`python examples/necks.py --epochs {epochs}` on a CPU with {threads} threads.",
         "",
         "Parameters and multiply-adds are the neck's, of one image. Times are the whole detector's, batch "
-        f"{BATCH}, channels_last, float32. AP is of one training run each on the tree photographs, so small differences "
-        "mean nothing.",
+        f"{BATCH}, channels_last, float32; a tenth either way is noise. AP is of one training run each of {epochs} epochs on "
+        "the tree photographs: it says how fast a neck starts to learn, which favours those with few layers, and not what it "
+        "comes to.",
         "",
         "| neck | parameters | multiply-adds | forward | training step | AP | AP50 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
