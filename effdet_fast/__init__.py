@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from effdet_fast.version import __version__
 
 if TYPE_CHECKING:
+    from effdet_fast.acceleration import accelerate, restore
     from effdet_fast.conversion import convert_checkpoint
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "Detector": "effdet_fast.detector",
     "TrainConfig": "effdet_fast.training",
+    "accelerate": "effdet_fast.acceleration",
     "convert_checkpoint": "effdet_fast.conversion",
     "create_model": "effdet_fast.models",
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
     "list_models": "effdet_fast.models",
     "predict": "effdet_fast.prediction",
+    "restore": "effdet_fast.acceleration",
     "set_debug": "effdet_fast.ops",
     "train": "effdet_fast.training",
 }
@@ -33,11 +36,13 @@ __all__ = [
     "Detector",
     "TrainConfig",
     "__version__",
+    "accelerate",
     "convert_checkpoint",
     "create_model",
     "evaluate",
     "list_models",
     "predict",
+    "restore",
     "set_debug",
     "train",
 ]

@@ -21,7 +21,13 @@ ROOM = [
     "tests/ops/test_{op}.py",
     "benchmarks/bench_{op}.py",
 ]
-LAYERS = [{"cli"}, {"conversion", "detector", "training", "evaluation", "data"}, {"models"}, {"nn"}, {"ops"}]
+LAYERS = [
+    {"cli"},
+    {"conversion", "detector", "training", "evaluation", "data", "acceleration"},
+    {"models"},
+    {"nn"},
+    {"ops"},
+]
 
 
 @pytest.mark.parametrize("op", OPS)

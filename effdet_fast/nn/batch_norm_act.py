@@ -49,26 +49,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.process_group: dist.ProcessGroup | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats
-        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean over all batches; a tensor, as reading it would wait for a GPU
-                momentum = 1.0 / self.num_batches_tracked
-        reads = tracks or not self.training
-        return batch_norm_act(
-            input,
-            self.running_mean if reads else None,
-            self.running_var if reads else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
-            self.eps,
-            activation=self.activation,
-            group=self._group() if self.training and self.synchronized else None,
-        )
+        group = self._group() if self.training and self.synchronized else None
+        return normalise(self, input, self.activation, group)
 
     def _group(self) -> dist.ProcessGroup | None:
         """The processes to share statistics with, if there are any others."""
@@ -91,6 +73,32 @@ class BatchNormAct2d(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         shared = ", synchronized=True" if self.synchronized else ""
         return f"{super().extra_repr()}, activation={self.activation!r}{shared}"
+
+
+def normalise(
+    norm: nn.BatchNorm2d, input: Tensor, activation: str | None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """What a BatchNorm does to its input and to its own buffers, and an activation after it, in one op."""
+    norm._check_input_dim(input)
+    tracks = norm.training and norm.track_running_stats
+    momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
+    if tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:  # the mean over all batches; a tensor, as reading it would wait for a GPU
+            momentum = 1.0 / norm.num_batches_tracked
+    reads = tracks or not norm.training
+    return batch_norm_act(
+        input,
+        norm.running_mean if reads else None,
+        norm.running_var if reads else None,
+        norm.weight,
+        norm.bias,
+        norm.training or (norm.running_mean is None and norm.running_var is None),
+        momentum,
+        norm.eps,
+        activation=activation,
+        group=group,
+    )
 
 
 class FrozenBatchNormAct2d(nn.Module):

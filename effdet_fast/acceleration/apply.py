@@ -1,0 +1,88 @@
+"""`accelerate(model)`: puts our ops under a model of effdet, timm or torchvision that is there already, and `restore(model)`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from effdet_fast.acceleration.chains import ActivationBeforeConv, NormBeforeActivation
+from effdet_fast.acceleration.depthwise_conv import DepthwiseConv
+from effdet_fast.acceleration.norms import NormAct
+from effdet_fast.acceleration.report import Report, Row
+from effdet_fast.acceleration.squeeze_excite import SqueezeExcite
+from effdet_fast.acceleration.swap import Swap, exchange_class, parts_of_class
+
+SWAPS: tuple[type[Swap], ...] = (DepthwiseConv, NormAct, NormBeforeActivation, ActivationBeforeConv, SqueezeExcite)
+FAMILIES = tuple(dict.fromkeys(swap.family for swap in SWAPS))
+
+
+def accelerate(model: nn.Module, *, only: Sequence[str] | None = None) -> Report:
+    """Makes the modules of a model that are known run on this package's ops, in place.
+
+    Parameters, buffers, state-dict keys and their order, hooks, `isinstance` and references to modules stay as they are, so
+    optimisers, checkpoints, DDP, EMA copies, pickles, AMP and `torch.compile` go on working. Results are the same up to the
+    round-off of float32. A second call adds to the first.
+
+    Args:
+        model: Any module, also one inside a bench, DDP or `torch.compile`'s wrapper.
+        only: Families to swap, of `FAMILIES`; None swaps all.
+
+    Returns:
+        The report; print it. Candidates left alone are in it with the reason.
+
+    Raises:
+        TypeError: `model` is not a module, or `only` is a string.
+        ValueError: An unknown family in `only`.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(only, str):
+        raise TypeError(f"accelerate: only must be a sequence of families, got the string {only!r}")
+    if unknown := sorted(set(only or ()) - set(FAMILIES)):
+        raise ValueError(f"accelerate: only must name families of {list(FAMILIES)}, got {unknown}")
+    rows = []
+    for path, obj in _objects(model):
+        original, done = parts_of_class(type(obj))
+        wanted = [s for s in SWAPS if (only is None or s.family in only) and s not in done and s.fits(obj)]
+        found = [(swap, _reason_against(swap, obj)) for swap in wanted]
+        rows += [
+            Row(path, original.__name__, swap.family, None if reason else swap.replacement, reason)
+            for swap, reason in found
+        ]
+        if new := tuple(swap for swap, reason in found if reason is None):
+            exchange_class(obj, tuple(swap for swap in SWAPS if swap in (*done, *new)))
+    return Report(tuple(rows))
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undoes `accelerate` exactly; returns the model. A model that was never accelerated stays as it is.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore: model must be an nn.Module, got {type(model).__name__}")
+    for _, obj in _objects(model):
+        if parts_of_class(type(obj))[1]:
+            exchange_class(obj, ())
+    return model
+
+
+def _objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All modules with their paths, and effdet's labelers, which are none."""
+    for path, module in model.named_modules():
+        yield path, module
+        labeler = module.__dict__.get("anchor_labeler")
+        if labeler is not None and not isinstance(labeler, nn.Module):
+            yield f"{path}.anchor_labeler".lstrip("."), labeler
+
+
+def _reason_against(swap: type[Swap], obj: Any) -> str | None:
+    if isinstance(obj, torch.jit.ScriptModule):
+        return "compiled by TorchScript"
+    if isinstance(obj, nn.Module) and "forward" in obj.__dict__:
+        return "its forward was replaced"
+    return swap.reason_against(obj)

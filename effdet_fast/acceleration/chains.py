@@ -1,0 +1,109 @@
+"""Modules that only call their parts one after the other: neighbours among the parts become one op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from effdet_fast.acceleration.depthwise_conv import DepthwiseConv, convolve, is_depthwise
+from effdet_fast.acceleration.swap import Swap, activation_name, has_hooks, is_exactly, is_one_of, parts_of_class
+from effdet_fast.nn.batch_norm_act import normalise
+
+# The parts, in the order in which `forward` calls them, of chains that are no `nn.Sequential`.
+PARTS = {
+    "effdet.ConvBnAct2d": ("conv", "bn", "act"),
+    "effdet.SeparableConv2d": ("conv_dw", "conv_pw", "bn", "act"),
+    "effdet.Fnode": ("combine", "after_combine"),
+}
+
+
+def parts_of(obj: Any) -> list[nn.Module] | None:
+    """The modules that a chain calls one after the other; None of what is no chain."""
+    original, _ = parts_of_class(type(obj))
+    if issubclass(original, nn.Sequential) and original.forward is nn.Sequential.forward:
+        return list(obj._modules.values())
+    for name, attributes in PARTS.items():
+        if is_one_of(obj, name):
+            parts = [getattr(obj, attribute) for attribute in attributes]
+            return [part for part in parts if part is not None]
+    return None
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """The module, or for a chain all that it calls; a chain with hooks is called as a whole."""
+    parts = None if has_hooks(module) else parts_of(module)
+    return [module] if parts is None else leaves_of(parts)
+
+
+def leaves_of(parts: list[nn.Module]) -> list[nn.Module]:
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def norm_then_activation(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    activation = activation_name(second)
+    if activation is None or not is_exactly(first, nn.BatchNorm2d) or has_hooks(first):
+        return None
+    return lambda x: normalise(first, x, activation)  # type: ignore[arg-type]
+
+
+def activation_then_conv(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    activation = activation_name(first)
+    if activation is None or not is_depthwise(second) or has_hooks(second) or DepthwiseConv.reason_against(second):  # type: ignore[arg-type]
+        return None
+    return lambda x: convolve(second, x, activation)  # type: ignore[arg-type]
+
+
+class Chain(Swap):
+    """Runs a chain's parts, two neighbours as one wherever `fuse` knows how."""
+
+    @staticmethod
+    def fuse(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor] | None:
+        """What two neighbours do, as one op; None if it cannot be one."""
+        raise NotImplementedError
+
+    @classmethod
+    def fits(cls, obj: Any) -> bool:
+        """Neighbours can be one op that are not already neighbours in one of its parts."""
+        parts = parts_of(obj)
+        return parts is not None and cls._gains(leaves_of(parts)) > sum(cls._gains(leaves(part)) for part in parts)
+
+    @classmethod
+    def _gains(cls, modules: list[nn.Module]) -> int:
+        return sum(operation is not None for operation, _ in operations(modules, (cls.fuse,)))
+
+    def forward(self, x: Any) -> Any:
+        _, swaps = parts_of_class(type(self))
+        fusions = tuple(swap.fuse for swap in swaps if issubclass(swap, Chain))
+        for fused, module in operations(leaves_of(parts_of(self) or []), fusions):
+            x = module(x) if fused is None else fused(x)
+        return x
+
+
+def operations(
+    modules: list[nn.Module], fusions: tuple[Callable, ...]
+) -> Iterator[tuple[Callable[[Tensor], Tensor] | None, nn.Module]]:
+    """What to call, in order: a fused operation, or the module beside it."""
+    place = 0
+    while place < len(modules):
+        first, fused = modules[place], None
+        # An in-place activation of the chain's own input is seen by whoever gave it.
+        if place + 1 < len(modules) and not (place == 0 and getattr(first, "inplace", False)):
+            fused = next(filter(None, (fuse(first, modules[place + 1]) for fuse in fusions)), None)
+        yield fused, first
+        place += 1 if fused is None else 2
+
+
+class NormBeforeActivation(Chain):
+    """BatchNorm and activation in one op that keeps nothing but its input."""
+
+    family, replacement = "batch_norm_act", "batch_norm_act"
+    fuse = staticmethod(norm_then_activation)
+
+
+class ActivationBeforeConv(Chain):
+    """An activation as the depthwise convolution loads its input."""
+
+    family, replacement = "depthwise_conv", "depthwise_conv2d(prologue=)"
+    fuse = staticmethod(activation_then_conv)

@@ -1,0 +1,96 @@
+"""How an object takes on a faster method and stays itself: its class is exchanged for a subclass of that class.
+
+Nothing else of the object changes: parameters, buffers, hooks, references to it and `isinstance` tests all hold, and giving the
+class back undoes it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+from torch import nn
+
+ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6"}
+
+
+class Swap:
+    """Base of the mixins that override a method of one or more known classes.
+
+    A subclass says which objects it is for (`fits`), which of those it leaves alone and why (`reason_against`), and overrides the
+    method. It must not rely on attributes of its own, and goes on to `super()` whenever what it relied on no longer holds, for
+    instance after a hook was added to a part it would skip.
+
+    Attributes:
+        family: What `accelerate(only=...)` calls it.
+        replacement: What the report calls the op.
+    """
+
+    family: ClassVar[str]
+    replacement: ClassVar[str]
+
+    @classmethod
+    def fits(cls, obj: Any) -> bool:
+        """Whether the object is a candidate: one that a reader of the report would ask about."""
+        raise NotImplementedError
+
+    @classmethod
+    def reason_against(cls, obj: Any) -> str | None:
+        """Why a candidate must stay as it is; None if it need not."""
+        return None
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Pickles and copies by what the class is made of, as nobody could import it by name."""
+        original, swaps = parts_of_class(type(self))
+        return _new, (original, swaps), self.__dict__
+
+
+def _new(original: type, swaps: tuple[type[Swap], ...]) -> Any:
+    cls = accelerated_class(original, swaps)
+    return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+@functools.cache
+def accelerated_class(original: type, swaps: tuple[type[Swap], ...]) -> type:
+    """The subclass of `original` with the methods of the swaps; always the same one."""
+    # The module's name stays: tools decide by it what is one of PyTorch's own modules.
+    names = {"__module__": original.__module__, "_parts": (original, swaps)}
+    return type(f"Accelerated{original.__name__}", (*swaps, original), names)
+
+
+def parts_of_class(cls: type) -> tuple[type, tuple[type[Swap], ...]]:
+    """The class before acceleration, and the swaps made."""
+    return cls.__dict__.get("_parts", (cls, ()))
+
+
+def exchange_class(obj: Any, swaps: tuple[type[Swap], ...]) -> None:
+    """Gives an object exactly these swaps; none restores it."""
+    original, _ = parts_of_class(type(obj))
+    object.__setattr__(obj, "__class__", accelerated_class(original, swaps) if swaps else original)
+
+
+def is_one_of(obj: Any, *names: str) -> bool:
+    """Whether the class, before acceleration, is one of "package.Class". Modules move between versions of a package."""
+    original, _ = parts_of_class(type(obj))
+    return f"{original.__module__.partition('.')[0]}.{original.__name__}" in names
+
+
+def is_exactly(obj: Any, *classes: type) -> bool:
+    """Whether the class, before acceleration, is one of these and no subclass."""
+    return parts_of_class(type(obj))[0] in classes
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something would notice if the module's `forward` were called otherwise, or not at all."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """ "silu", "relu" or "relu6" of an activation that the ops can take over; None of anything else."""
+    return None if has_hooks(module) else ACTIVATIONS.get(type(module))
