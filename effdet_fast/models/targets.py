@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from effdet_fast.ops._arguments import may_read_values
+
 Targets: TypeAlias = tuple[Tensor, Tensor] | Sequence[Mapping[str, Tensor]]
 
 
@@ -43,7 +45,7 @@ def check_objects(gt_boxes: Tensor, gt_labels: Tensor, batch: int, num_classes: 
         raise TypeError(f"DetectionModel.loss: gt_labels must be int64, got {gt_labels.dtype}")
     if not gt_boxes.is_floating_point():
         raise TypeError(f"DetectionModel.loss: gt_boxes must be floating point, got {gt_boxes.dtype}")
-    if gt_labels.device.type == "cpu" and gt_labels.numel():
+    if gt_labels.numel() and may_read_values(gt_labels):
         highest = int(gt_labels.max())
         if highest >= num_classes:
             raise ValueError(f"DetectionModel.loss: gt_labels must be below num_classes = {num_classes}, got {highest}")

@@ -32,8 +32,13 @@ class BlockSequence(nn.Sequential):
         if not (self.recompute and torch.is_grad_enabled()):
             return super().forward(input)
         for block in self:
-            contexts = functools.partial(_contexts, block)
-            input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)
+            if (
+                torch.compiler.is_compiling()
+            ):  # a compiled block changes its buffers only once, whatever is computed again
+                input = checkpoint(block, input, use_reentrant=False)
+            else:
+                contexts = functools.partial(_contexts, block)
+                input = checkpoint(block, input, use_reentrant=False, context_fn=contexts)
         return input
 
 

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from effdet_fast.models import create_model
 from effdet_fast.models.bifpn import bifpn_nodes
 from effdet_fast.models.extra_levels import max_pool
+from effdet_fast.nn import BatchNormAct2d, BlockSequence, SeparableConv2d
 from effdet_fast.ops.anchor_matching import pairwise_iou
 from effdet_fast.ops.detection_loss import per_anchor_view
 from tests.models.effdet_models import random_objects
@@ -219,3 +221,20 @@ def test_a_few_steps_learn_two_boxes():
     assert detections.labels[:, 0].tolist() == [3, 1]
     overlaps = pairwise_iou(detections.boxes[:, 0], gt_boxes[:, 0]).diagonal()
     assert (overlaps > 0.6).all(), overlaps
+
+
+def test_blocks_computed_twice_compile_to_the_same_step():
+    """Gradients and running statistics, without a graph break."""
+
+    def block():
+        return nn.Sequential(SeparableConv2d(4, 4), BatchNormAct2d(4, activation="silu"))
+
+    plain = BlockSequence(block(), block(), recompute=True)
+    compiled = copy.deepcopy(plain)
+    x = torch.randn(2, 4, 6, 6)
+    for model, run in ((plain, plain), (compiled, torch.compile(compiled, fullgraph=True, backend="aot_eager"))):
+        run(x).square().mean().backward()
+        assert model[0][1].num_batches_tracked == 1
+    for parameter, expected in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad)
+    torch.testing.assert_close(compiled.state_dict(), plain.state_dict())
