@@ -1,41 +1,56 @@
-"""A training step of EfficientDet-D0: forward, labels, loss and the gradients of all parameters."""
+"""A training step of a whole detector: forward, labels, loss, backward, optimiser; peers with and without `accelerate`."""
 
+import contextlib
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import effdet_fast
-from benchmarks.workload import BOTH, CHANNELS_LAST, OURS, Case, Implementation, Workload, optional
+from benchmarks.step_profile import LABELS, LOSS, scopes
+from benchmarks.workload import CHANNELS_LAST, OURS, STEP, Case, Implementation, Workload, compiled, optional
 from effdet_fast import ops
-from effdet_fast.models import DetectionModel
+from effdet_fast.models.conversion import convert_state_dict
 
 OP = "training_step"
-MODEL, SIZE, OBJECTS = "efficientdet_d0", 512, 20
+SIZE, OBJECTS = 512, 20
+LEARNING_RATE = 1e-4
 
 
 def cases(device_type: str) -> list[Case]:
-    batch = 16 if device_type == "cuda" else 4
-    build = partial(step, name=MODEL, batch=batch, size=SIZE)
-    # In half precision the gradients of a new model are mostly round-off, so that nothing could tell right from wrong.
-    return [Case(f"{MODEL}, {batch} x {SIZE}^2", build, layouts=(CHANNELS_LAST,), dtypes=(torch.float32,))]
+    gpu = device_type == "cuda"
+    # bfloat16 is autocast's, and in the timed step only: the gradients of a new model would be mostly round-off in it.
+    dtypes = (torch.float32, torch.bfloat16) if gpu else (torch.float32,)
+    shapes = (
+        (efficientdet, "efficientdet_d0", 16 if gpu else 4),
+        (retinanet, f"retinanet_resnet{50 if gpu else 18}_fpn", 8 if gpu else 2),
+    )
+    return [
+        Case(
+            f"{name}, {batch} x {SIZE}^2",
+            partial(build, name=name, batch=batch, size=SIZE),
+            layouts=(CHANNELS_LAST,),
+            dtypes=dtypes,
+        )
+        for build, name, batch in shapes
+    ]
 
 
-def step(device: torch.device, dtype: torch.dtype, layout: str, *, name: str, batch: int, size: int) -> Workload:
-    """A new model. Drop-path is off: it is random."""
-    memory_format = torch.channels_last if layout == CHANNELS_LAST else torch.contiguous_format
+def efficientdet(
+    device: torch.device, dtype: torch.dtype, layout: str, *, name: str, batch: int, size: int
+) -> Workload:
+    """Beside effdet's model in its own bench. Drop-path is off: it is random."""
     model = effdet_fast.create_model(name, 90, image_size=(size, size), drop_path_rate=0.0)
-    model = model.to(device).to(memory_format=memory_format).train()
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=memory_format)
-    corners = 0.75 * size * torch.rand(batch, OBJECTS, 2, device=device)
-    boxes = torch.cat([corners, corners + size * (0.03 + 0.2 * torch.rand_like(corners))], dim=2)
-    labels = torch.randint(90, (batch, OBJECTS), device=device)
-
-    def loss(model: DetectionModel) -> torch.Tensor:
-        return model.loss(model(images), boxes, labels).total
-
-    def peer_loss(bench: nn.Module) -> torch.Tensor:
+    images, boxes, labels = data(model, batch, size, device)
+    absent: dict[str, str] = {}
+    peers = []
+    if effdet := optional("effdet", absent):
+        config = effdet.get_efficientdet_config(f"tf_{name}")
+        config.image_size = (size, size)
+        config.backbone_args = {"drop_path_rate": 0.0}
         sizes = torch.full((batch, 2), float(size), device=device)
         target = {
             "bbox": boxes[..., [1, 0, 3, 2]],
@@ -43,35 +58,149 @@ def step(device: torch.device, dtype: torch.dtype, layout: str, *, name: str, ba
             "img_scale": sizes[:, 0] / size,
             "img_size": sizes,
         }
-        return bench(images, target)["loss"]
 
-    exact = copy.deepcopy(model).double()
+        def bench() -> nn.Module:
+            peer = effdet.EfficientDet(config, pretrained_backbone=False)
+            peer.load_state_dict(model.state_dict())
+            return effdet.DetBenchTrain(peer)
 
-    def exact_loss() -> torch.Tensor:
-        with ops.use_reference():
-            return exact.loss(exact(images.double()), boxes.double(), labels).total
+        def labeler(bench: Any) -> tuple[Any, str, str]:
+            return bench.anchor_labeler, "batch_label_anchors", LABELS
 
+        def loss(bench: nn.Module) -> Tensor:
+            return bench(images, target)["loss"]
+
+        peers = variants("effdet", bench, loss, images.device, dtype, compile=True, method=labeler)
+    return workload(model, images, boxes, labels, dtype, peers, absent)
+
+
+def retinanet(device: torch.device, dtype: torch.dtype, layout: str, *, name: str, batch: int, size: int) -> Workload:
+    """Beside torchvision's model, which is given images that its transform leaves as they are."""
+    model = effdet_fast.create_model(name, 91, image_size=(size, size))
+    images, boxes, labels = data(model, batch, size, device)
     absent: dict[str, str] = {}
     peers = []
-    if effdet := optional("effdet", absent):
-        config = effdet.get_efficientdet_config(f"tf_{name}")
-        config.image_size = (size, size)
-        config.backbone_args = {"drop_path_rate": 0.0}
-        peer = effdet.EfficientDet(config, pretrained_backbone=False)
-        peer.load_state_dict(model.state_dict())
-        peer = peer.to(device).to(memory_format=memory_format).train()
-        bench = effdet.DetBenchTrain(peer).train().to(device)
-        peers.append(Implementation("effdet", partial(peer_loss, bench), tuple(peer.parameters())))
-    parameters = tuple(model.parameters())
-    floats = images.numel() + 2 * sum(parameter.numel() for parameter in parameters)
+    if optional("torchvision", absent):
+        from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+        from torchvision.models.detection.retinanet import RetinaNet
+        from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+        weights = convert_state_dict(model.state_dict(), "torchvision", model=model.config).state_dict
+        targets = [{"boxes": b, "labels": c} for b, c in zip(boxes, labels, strict=True)]
+
+        def peer() -> nn.Module:
+            backbone = resnet_fpn_backbone(
+                backbone_name=name.split("_")[1],
+                weights=None,
+                trainable_layers=5,
+                returned_layers=[2, 3, 4],
+                extra_blocks=LastLevelP6P7(256, 256),
+            )
+            made = RetinaNet(backbone, 91, min_size=size, max_size=size, image_mean=[0.0] * 3, image_std=[1.0] * 3)
+            made.load_state_dict(weights)
+            return made
+
+        def loss(peer: nn.Module) -> Tensor:
+            return sum(peer(list(images), targets).values())
+
+        peers = variants(
+            "torchvision",
+            peer,
+            loss,
+            images.device,
+            dtype,
+            compile=False,
+            method=lambda peer: (peer, "compute_loss", LOSS),
+        )
+    return workload(model, images, boxes, labels, dtype, peers, absent)
+
+
+def data(model: nn.Module, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Random images and objects; the model is brought to the device and into channels_last."""
+    model.to(device).to(memory_format=torch.channels_last).train()
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    corners = 0.75 * size * torch.rand(batch, OBJECTS, 2, device=device)
+    boxes = torch.cat([corners, corners + size * (0.03 + 0.2 * torch.rand_like(corners))], dim=2)
+    return images, boxes, torch.randint(90, (batch, OBJECTS), device=device)
+
+
+def variants(
+    name: str,
+    make: Callable[[], nn.Module],
+    loss: Callable[[nn.Module], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    compile: bool,
+    method: Callable[[Any], tuple[Any, str, str]],
+) -> list[Implementation]:
+    """The peer as it is and accelerated, each also compiled; `method` names the one for `scopes`."""
+    found = []
+    for accelerated in (False, True):
+        for compiles in (False, True) if compile else (False,):
+            model = make().to(device).to(memory_format=torch.channels_last).train()
+            if accelerated:
+                effdet_fast.accelerate(model)
+            label = (f"{OURS} on {name}" if accelerated else name) + (", compiled" if compiles else "")
+            run = partial(loss, model)
+            plain = not (accelerated or compiles)  # hooks would keep modules from being fused
+            told_apart = partial(scopes, model, (method(model),)) if plain else contextlib.nullcontext
+            found.append(trained(label, compiled(run) if compiles else run, model, dtype, told_apart))
+    return found
+
+
+def workload(
+    model: nn.Module,
+    images: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    dtype: torch.dtype,
+    peers: list[Implementation],
+    absent: dict[str, str],
+) -> Workload:
+    exact = copy.deepcopy(model).double()
+
+    def exact_loss() -> Tensor:
+        with ops.use_reference():
+            return exact(images.double(), (boxes.double(), labels)).total
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(images, (boxes, labels)).total
+
+    compiled_model = copy.deepcopy(model)
+    peers = [trained(f"{OURS}, compiled", compiled(partial(loss, compiled_model)), compiled_model, dtype), *peers]
     return Workload(
-        ours=Implementation(OURS, partial(loss, model), parameters),
+        ours=trained(OURS, partial(loss, model), model, dtype),
         oracle=Implementation("float64", exact_loss, tuple(exact.parameters())),
-        bytes={BOTH: 4 * floats},
+        # Images and parameters are read, gradients written, and the optimiser reads and writes parameters, gradients, momenta.
+        bytes={STEP: 4 * (images.numel() + 7 * sum(parameter.numel() for parameter in model.parameters()))},
         joined=True,  # the biases before a BatchNorm have no gradient but round-off
         # PyTorch's BatchNorm in channels_last sums a batch in plain float32: its statistics have five digits, and gradients on
         # top of them two, at 512 pixels. The tests compare those of a smaller one.
         results_of_peers=1,
         peers=peers,
         absent=absent,
+        images=len(images),
     )
+
+
+def trained(
+    name: str,
+    loss: Callable[[], Tensor],
+    model: nn.Module,
+    dtype: torch.dtype,
+    told_apart: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Implementation:
+    """The loss and the model's gradients, and a step of SGD with momentum."""
+    parameters = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9)
+    autocast = torch.autocast(parameters[0].device.type, dtype, enabled=dtype != torch.float32)
+
+    def step() -> None:
+        with autocast:
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Implementation(name, loss, parameters, step, told_apart)

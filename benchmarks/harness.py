@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 
 from benchmarks.correctness import WrongResultError, as_tuple, check, evaluate, upstream_gradients
-from benchmarks.records import Row, Timing
+from benchmarks.records import Profile, Row, Timing
+from benchmarks.step_profile import profile_step
 from benchmarks.timing import Task, clock_for, copy_task, interleaved
-from benchmarks.workload import BACKWARD, FORWARD, OURS, Case, Implementation, Workload
+from benchmarks.workload import BACKWARD, FORWARD, OURS, STEP, Case, Implementation, Workload
 
 COPY = "copy"
 
@@ -45,14 +46,30 @@ def measure(
     for phase in workload.phases:
         if phases is None or phase in phases:
             dtype_name = str(dtype).removeprefix("torch.")
-            row = Row(op, case.name, dtype_name, layout, phase, workload.bytes[phase], problems=problems)
+            row = Row(
+                op,
+                case.name,
+                dtype_name,
+                layout,
+                phase,
+                workload.bytes[phase],
+                problems=problems,
+                images=workload.images,
+            )
             if OURS not in errors:
                 yield row
                 continue
             tasks = {i.name: task_of(i, phase, upstream) for i in right}
             samples = interleaved({**tasks, COPY: copy_task(row.bytes, device)}, clock, seconds, min_rounds)
             timings = {name: Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name])) for name in tasks}
-            yield replace(row, copy=Timing.of(samples[COPY]), timings=timings)
+            profiles = {i.name: _profile(i, device) for i in right} if phase == STEP else {}
+            yield replace(row, copy=Timing.of(samples[COPY]), timings=timings, profiles=profiles)
+
+
+def _profile(implementation: Implementation, device: torch.device) -> Profile:
+    assert implementation.step is not None
+    with implementation.scopes():
+        return profile_step(implementation.step, device)
 
 
 def passing(
@@ -98,6 +115,10 @@ def task_of(implementation: Implementation, phase: str, upstream: tuple[torch.Te
     def backward(prepared):
         return torch.autograd.grad(prepared[0], implementation.leaves, prepared[1])
 
+    if phase == STEP:
+        step = implementation.step
+        assert step is not None, f"{implementation.name} has no step"
+        return Task(lambda _: step())
     if phase == FORWARD:
         return Task(forward_only)
     if phase == BACKWARD:

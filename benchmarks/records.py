@@ -31,8 +31,20 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Profile:
+    """What the profiler saw of one step: see `step_profile`."""
+
+    peak_bytes: int  # most held at once, beyond what was held before
+    launches: int  # of kernels on a GPU, operator calls on a CPU
+    seconds: dict[str, float]  # by family of operations
+
+
+@dataclass(frozen=True)
 class Row:
-    """One phase of one case: who took how long, and who could not take part."""
+    """One phase of one case: who took how long, and who could not take part.
+
+    Names that begin with `OURS` run on this package's operators; all others are peers.
+    """
 
     op: str
     case: str
@@ -43,6 +55,8 @@ class Row:
     copy: Timing | None = None  # a copy of as many bytes, in the same rounds
     timings: dict[str, Timing] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # implementation -> wrong result, error, or why it is absent
+    images: int | None = None  # in a training step
+    profiles: dict[str, Profile] = field(default_factory=dict)
 
     @property
     def is_large(self) -> bool:
@@ -55,7 +69,7 @@ class Row:
 
     @property
     def best_peer(self) -> tuple[str, Timing] | None:
-        peers = [(name, timing) for name, timing in self.timings.items() if name != OURS]
+        peers = [(name, timing) for name, timing in self.timings.items() if not name.startswith(OURS)]
         return min(peers, key=lambda peer: peer[1].median, default=None)
 
     @property
@@ -112,7 +126,8 @@ def from_json(text: str) -> Record:
     for row in data["rows"]:
         copy = Timing(**row.pop("copy")) if row["copy"] else row.pop("copy")
         timings = {name: Timing(**timing) for name, timing in row.pop("timings").items()}
-        rows.append(Row(**row, copy=copy, timings=timings))
+        profiles = {name: Profile(**profile) for name, profile in row.pop("profiles", {}).items()}
+        rows.append(Row(**row, copy=copy, timings=timings, profiles=profiles))
     return Record(data["environment"], rows)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -10,19 +11,25 @@ import torch
 from torch import Tensor
 
 OURS = "effdet_fast"
-FORWARD, BACKWARD, BOTH = "forward", "backward", "both"
-PHASES = (FORWARD, BACKWARD, BOTH)
+FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "both", "step"
+PHASES = (FORWARD, BACKWARD, BOTH, STEP)
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 Outputs = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute a case. `leaves` get gradients; they are listed in the same order by all that share a case."""
+    """One way to compute a case. `leaves` get gradients; they are listed in the same order by all that share a case.
+
+    `step` is a whole training step on the same data, for the phase of that name; inside `scopes()` the profiler can tell the
+    operators of a peer apart by the module they run in.
+    """
 
     name: str
     forward: Callable[[], Outputs]
     leaves: tuple[Tensor, ...] = ()
+    step: Callable[[], object] | None = None
+    scopes: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Workload:
     absent: dict[str, str] = field(default_factory=dict)  # peers that cannot run here, and why
     results_of_peers: int | None = None  # how many of the results a peer must get right; None for all
     joined: bool = False  # all results are compared as one vector, as some are zero but for round-off
+    images: int | None = None  # in a training step
 
     @property
     def phases(self) -> tuple[str, ...]:

@@ -163,10 +163,25 @@ def test_candidates_overlap_and_have_scores_of_their_own():
 
 
 @pytest.mark.slow  # the oracle of a whole model
-def test_training_step():
-    workload = bench_training_step.step(CPU, torch.float32, CHANNELS_LAST, name="efficientdet_d0", batch=2, size=128)
-    assert len(workload.ours.leaves) == len(list(create_model("efficientdet_d0").parameters()))
-    check(workload, torch.float32, {"effdet"})
+@pytest.mark.parametrize(
+    "build, name, peer",
+    [
+        (bench_training_step.efficientdet, "efficientdet_d0", "effdet"),
+        (bench_training_step.retinanet, "retinanet_resnet18_fpn", "torchvision"),
+    ],
+)
+def test_training_step(build, name, peer, one_thread):
+    workload = build(CPU, torch.float32, CHANNELS_LAST, name=name, batch=2, size=128)
+    trained = [parameter for parameter in create_model(name).parameters() if parameter.requires_grad]
+    assert workload.phases == ("step",) and workload.images == 2
+    assert len(workload.ours.leaves) == len(trained)
+    check(workload, torch.float32, {peer, f"effdet_fast on {peer}"})
+    for implementation in (workload.ours, *workload.peers):
+        if "compiled" not in implementation.name:
+            before = [parameter.detach().clone() for parameter in implementation.leaves]
+            implementation.step()
+            changed = [not torch.equal(a, b) for a, b in zip(before, implementation.leaves, strict=True)]
+            assert sum(changed) > 0.9 * len(changed)
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])

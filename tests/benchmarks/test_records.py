@@ -5,7 +5,18 @@ import torch
 
 from benchmarks import environment
 from benchmarks.__main__ import save
-from benchmarks.records import Record, Row, Timing, from_json, load_all, new_file, newest_rows, quantile, to_json
+from benchmarks.records import (
+    Profile,
+    Record,
+    Row,
+    Timing,
+    from_json,
+    load_all,
+    new_file,
+    newest_rows,
+    quantile,
+    to_json,
+)
 
 
 def some_record(date="2026-01-02T03:04:05Z", device_type="cpu", ours=2e-3, ops=("focal_loss",)) -> Record:
@@ -59,11 +70,19 @@ def test_figures_of_a_row():
     assert row.gigabytes_per_second(row.ours) == pytest.approx(2.0)
 
 
+def test_what_runs_on_our_operators_is_no_peer():
+    row = some_record().rows[0]
+    row.timings["effdet_fast on effdet"] = Timing(1e-3, 1e-3, 1e-3, 7)
+    assert row.best_peer[0] == "torch.compile"
+
+
 def test_json_brings_everything_back():
     record = some_record()
     record.rows.append(
         Row("nms", "empty", "float32", "contiguous", "forward", 1, problems={"effdet_fast": "wrong result"})
     )
+    profiles = {"effdet": Profile(4096, 7, {"loss": 0.5})}
+    record.rows.append(Row("training_step", "a", "float32", "contiguous", "step", 1, images=4, profiles=profiles))
     assert from_json(to_json(record)) == record
 
 

@@ -3,12 +3,13 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import records, report
+from benchmarks.records import Timing
 from tests.benchmarks.test_records import some_record
 
 
 def test_the_readme_shows_the_committed_records():
     text = report.README.read_text()
-    assert text == report.with_table(text, report.generate(records.load_all())), "run `python -m benchmarks.report`"
+    assert text == report.updated(text, records.load_all()), "run `python -m benchmarks.report`"
 
 
 def test_a_table_per_device():
@@ -37,6 +38,35 @@ def test_what_was_not_measured_is_said():
     assert report.NO_GPU in text
 
 
+def some_step(device_type="cpu"):
+    record = some_record(device_type=device_type, ops=("training_step",))
+    timings = {"effdet_fast": Timing(0.5, 0.5, 0.5, 3), "effdet": Timing(2.0, 2.0, 2.0, 3)}
+    profiles = {
+        "effdet_fast": records.Profile(3_000_000, 70, {"loss": 0.001, "rest": 0.002}),
+        "effdet": records.Profile(9_000_000, 800, {"fusion": 0.004, "loss": 0.010}),
+    }
+    step = replace(
+        record.rows[0], phase="step", images=4, timings=timings, profiles=profiles, problems={"gone": "not installed"}
+    )
+    return replace(record, rows=[step])
+
+
+def test_a_table_of_training_steps_and_of_where_their_time_goes():
+    text = report.generate_steps([some_step()])
+    assert report.NO_GPU in text
+    assert "| | images/s | step | against effdet | peak memory | operator calls |" in text
+    assert "| effdet | 2.00 | 2000 ms | 1.00x | 9 MB | 800 |" in text
+    assert "| effdet_fast | 8.00 | 500 ms | 4.00x | 3 MB | 70 |" in text
+    assert "| gone | not installed | | | | |" in text
+    assert "| loss | 1 | 10 |\n| rest | 2 |  |\n| fusion |  | 4 |" in text
+    assert "training_step" not in report.generate([some_step()])
+
+
+def test_on_a_gpu_kernel_launches_are_counted():
+    text = report.generate_steps([some_step("cuda")])
+    assert "kernel launches" in text and report.NO_GPU not in text
+
+
 @pytest.mark.parametrize(
     "readme", ["no markers", f"{report.BEGIN}", f"{report.BEGIN}{report.END}{report.BEGIN}{report.END}"]
 )
@@ -47,7 +77,7 @@ def test_a_readme_without_the_markers_is_refused(readme):
 
 def test_check_tells_a_difference_and_writing_mends_it(tmp_path, capsys):
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    readme.write_text(f"before\n{report.STEP_BEGIN}{report.STEP_END}\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     path = records.new_file(results, some_record())
     path.write_text(records.to_json(some_record()))
     options = ["--readme", str(readme), "--results", str(results)]

@@ -1,0 +1,81 @@
+"""Operators fall into the right families, forward and backward, and memory and calls are counted."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import step_profile
+from benchmarks.step_profile import profile_step, scopes
+from effdet_fast.nn import BatchNormAct2d, DepthwiseConv2d
+
+CPU = torch.device("cpu")
+
+
+class SqueezeExcite(nn.Module):
+    """Named as timm's."""
+
+    def forward(self, x):
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
+class Labeler:
+    def label(self, x):
+        return x.detach().exp()
+
+
+def step_of(model):
+    x = torch.randn(2, 8, 32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, foreach=True)
+
+    def step():
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def test_families_of_our_operators_by_their_names():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), BatchNormAct2d(8, activation="silu"), DepthwiseConv2d(8, 3, padding=1))
+    profile = profile_step(step_of(model), CPU)
+    expected = {"depthwise convolution", "other convolutions", "batch norm, activation", "optimizer", "rest"}
+    assert set(profile.seconds) == expected and min(profile.seconds.values()) > 0
+    assert profile.launches >= 3
+    assert profile.peak_bytes >= 3 * 4 * 2 * 8 * 32 * 32  # what backward needs of three layers
+
+
+def test_families_of_a_peer_by_its_modules():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), SqueezeExcite())
+    step = step_of(model)
+    assert "squeeze-excite" not in profile_step(step, CPU).seconds
+    with scopes(model):
+        seconds = profile_step(step, CPU).seconds
+    assert {"depthwise convolution", "batch norm, activation", "squeeze-excite", "optimizer"} <= set(seconds)
+    assert "other convolutions" not in seconds
+    assert not model[2]._forward_hooks and not model[2]._forward_pre_hooks
+
+
+def test_the_backward_counts_with_its_forward(monkeypatch):
+    model = nn.Sequential(nn.Identity(), SqueezeExcite())
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    seen = []
+    family = step_profile._family
+    monkeypatch.setattr(step_profile, "_family", lambda e, n: seen.append((e.name, family(e, n))) or seen[-1][1])
+    with scopes(model):
+        profile_step(lambda: model(x).sum().backward(), CPU)
+    assert ("SigmoidBackward0", "squeeze-excite") in seen and ("SumBackward0", "rest") in seen
+
+
+def test_methods_are_told_apart_and_given_back():
+    labeler, x = Labeler(), torch.randn(10)
+    with scopes(nn.Identity(), ((labeler, "label", "labels"),)):
+        assert "labels" in profile_step(lambda: labeler.label(x), CPU).seconds
+    assert "label" not in vars(labeler) and torch.equal(labeler.label(x), x.exp())
+
+
+@pytest.mark.cuda
+def test_kernels_and_their_time_on_a_gpu():
+    x = torch.randn(1 << 20, device="cuda")
+    profile = profile_step(lambda: (x + 1).relu_(), torch.device("cuda"))
+    assert profile.launches == 2 and profile.seconds.keys() == {"batch norm, activation", "rest"}
+    assert profile.peak_bytes == x.nbytes
