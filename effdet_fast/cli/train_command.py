@@ -116,6 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed.add_argument(
         "--amp", choices=AMP_MODES, help=f"mixed precision; fp16 scales the loss (default: {defaults.amp})"
     )
+    speed.add_argument(
+        "--cuda-graph",
+        action=switch,
+        help="replay each step from one CUDA graph; same steps, less work for the host; one GPU (default: no)",
+    )
     speed.add_argument("--channels-last", action=switch, help="images and weights in channels_last (default: yes)")
     speed.add_argument(
         "--deterministic", action=switch, help="deterministic algorithms where there is a choice (default: yes)"

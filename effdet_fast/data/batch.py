@@ -36,6 +36,14 @@ class Batch(NamedTuple):
         return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
 
 
+def object_rows(objects: int) -> int:
+    """Rows that `objects` of an image are padded to: a power of two, at least 8."""
+    rows = 8
+    while rows < objects:
+        rows *= 2
+    return rows
+
+
 def normalize(
     images: Tensor,
     mean: Sequence[float],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from effdet_fast.data.batch import Batch
+from effdet_fast.data.batch import Batch, object_rows
 from effdet_fast.data.coco import CocoDetection
 from effdet_fast.data.placement import EXACT_GAP, TRAINING_GAP, Size, blank_input
 from effdet_fast.data.sampler import EvaluationBatches, Key, TrainingBatches
@@ -171,9 +171,7 @@ class _BatchSource(Dataset):
 
 
 def _pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = 8
-    while rows < max(len(b) for b in boxes):
-        rows *= 2
+    rows = object_rows(max(len(b) for b in boxes))
     gt_boxes = torch.zeros((len(boxes), rows, 4))
     gt_labels = torch.full((len(boxes), rows), -1, dtype=torch.int64)
     for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):

@@ -10,17 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effdet_fast.training.config import TrainConfig
+    from effdet_fast.training.ema import ModelEma
+    from effdet_fast.training.graphed_step import GraphedStep
     from effdet_fast.training.monitor import NonFiniteLoss
     from effdet_fast.training.run import TrainResult, train
+    from effdet_fast.training.step import StepLosses, TrainingStep
 
 _HOMES = {
+    "GraphedStep": "graphed_step",
+    "ModelEma": "ema",
     "TrainConfig": "config",
     "NonFiniteLoss": "monitor",
+    "StepLosses": "step",
     "TrainResult": "run",
+    "TrainingStep": "step",
     "train": "run",
 }
 
-__all__ = ["NonFiniteLoss", "TrainConfig", "TrainResult", "train"]
+__all__ = [
+    "GraphedStep",
+    "ModelEma",
+    "NonFiniteLoss",
+    "StepLosses",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingStep",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -64,6 +64,8 @@ class TrainConfig:
         ema_decay: Decay of the exponential moving average of the weights; 0 switches it off.
         clip_grad_norm: Largest norm of the gradient over all parameters; 0 switches clipping off.
         amp: "none" (float32), "bf16" or "fp16" (with a gradient scaler).
+        cuda_graph: Replay each step from one CUDA graph (`effdet_fast.training.GraphedStep`) on one GPU; elsewhere a warning
+            says why not. The steps are the same ones, so a resumed run may change it. Not yet run on a GPU.
         channels_last: Keep images and weights in channels_last.
         deterministic: Choose deterministic algorithms where PyTorch has both kinds.
         workers: Data-loading processes per training process; 0 loads in the training process. The default is 4, or the
@@ -105,6 +107,7 @@ class TrainConfig:
     ema_decay: float = 0.9998
     clip_grad_norm: float = 10.0
     amp: Literal["none", "bf16", "fp16"] = "none"
+    cuda_graph: bool = False
     channels_last: bool = True
     deterministic: bool = True
     workers: int = dataclasses.field(default_factory=default_workers)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,8 +45,68 @@ def create_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all groups the learning rate, rounded to float32: what a tensor of it holds, so that both give the same bits."""
+    rounded = float(np.float32(lr))
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = rounded
+
+
+class DeviceLearningRates:
+    """The learning rates of an optimiser's groups as float32 scalars on a device, where a CUDA graph reads them.
+
+    Args:
+        optimizer: A fused or capturable one. Its groups hold these tensors from now on; schedulers of PyTorch write into
+            them. A float32 tensor on the device that a group already holds stays.
+        device: Of its parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer, self._device = optimizer, device
+        self._rates: list[Tensor] = []
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Bring what was put into the groups since then (``group["lr"] = x``, ``load_state_dict``) to the device."""
+        for i, group in enumerate(self._optimizer.param_groups):
+            given = group["lr"]
+            if i == len(self._rates):
+                fits = isinstance(given, Tensor) and (given.device, given.dtype) == (self._device, torch.float32)
+                self._rates.append(given if fits else torch.zeros((), device=self._device))
+            if given is not self._rates[i]:
+                self._rates[i].fill_(given)
+                group["lr"] = self._rates[i]
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimiser takes a skip flag: the fused ones do, as ``torch.amp.GradScaler`` asks them to."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def why_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a CUDA graph cannot hold the steps of an optimiser; None if it can."""
+    for group in optimizer.param_groups:
+        if not (group.get("fused") or group.get("capturable")):
+            ways = " or ".join(f"{flag}=True" for flag in ("fused", "capturable") if flag in group)
+            name = type(optimizer).__name__
+            return f"{name} reads its learning rate on the host" + (f" unless made with {ways}" if ways else "")
+    return None
+
+
+@contextlib.contextmanager
+def marked_capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Tell a fused Adam or AdamW that it is being captured, which it refuses otherwise; its step is the same.
+
+    Not said for good, as it would then warn at each step that is not captured.
+    """
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    before = [group["capturable"] for group in groups]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group["capturable"] = value
 
 
 def set_skip_flag(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:

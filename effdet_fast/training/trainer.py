@@ -10,21 +10,23 @@ from typing import Any
 import torch
 
 from effdet_fast.data import BatchLoader, CocoDetection, normalize
-from effdet_fast.evaluation import autocast, evaluate_model
+from effdet_fast.evaluation import evaluate_model
 from effdet_fast.evaluation.trained_model import FORMAT
 from effdet_fast.training.checkpoint import save_atomically
 from effdet_fast.training.config import TrainConfig
 from effdet_fast.training.distributed import Agreement, Processes, wrap_model
 from effdet_fast.training.ema import ModelEma
+from effdet_fast.training.graphed_step import GraphedStep
 from effdet_fast.training.interrupt import Interrupt
 from effdet_fast.training.model_options import enter_training
 from effdet_fast.training.monitor import LossMonitor, LossSums, NonFiniteLoss
-from effdet_fast.training.optimizer import clip_gradients, create_optimizer, set_learning_rate, set_skip_flag
+from effdet_fast.training.optimizer import create_optimizer, set_learning_rate
 from effdet_fast.training.reporter import Reporter
 from effdet_fast.training.run_data import RunData
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.schedule import WarmupCosine
 from effdet_fast.training.seeding import seed_step
+from effdet_fast.training.step import TrainingStep
 
 
 class Trainer:
@@ -64,13 +66,17 @@ class Trainer:
             round(config.warmup() * self._steps_per_epoch),
             config.epochs * self._steps_per_epoch,
         )
-        self._forward = wrap_model(model, processes, device)
         self._optimizer = create_optimizer(
             model, name=config.optimizer, lr=self._schedule(0), weight_decay=config.decay(), momentum=config.momentum
         )
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self._ema = ModelEma(model, config.ema_decay) if config.ema_decay > 0 else None
+        self._take_step = (GraphedStep if config.cuda_graph else TrainingStep)(
+            wrap_model(model, processes, device),
+            self._optimizer,
+            clip_grad_norm=config.clip_grad_norm,
+            ema=self._ema,
+            amp=config.amp,
+        )
         self._monitor = LossMonitor(device, processes, scaled=config.amp == "fp16")
         self._reporter = Reporter(config, folder, enabled=processes.is_main)
 
@@ -127,23 +133,8 @@ class Trainer:
         images = normalize(
             batch.images, self.model.config.mean, self.model.config.std, channels_last=config.channels_last
         )
-        with autocast(self.device, config.amp):
-            outputs = self._forward(images)
-            losses = self.model.loss(outputs, batch.gt_boxes, batch.gt_labels)
-        # A non-finite loss turns every gradient into NaN, on every process once they are averaged, so that all of
-        # them skip this step; decided on the device, without waiting for it.
-        poison = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
-        self._scaler.scale(losses.total * poison).backward()
-        self._scaler.unscale_(self._optimizer)
-        norm = clip_gradients(self._trained, config.clip_grad_norm)
-        if not self._scaler.is_enabled():  # the scaler sets the same flag by itself
-            set_skip_flag(self._optimizer, (~norm.isfinite()).float())
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._ema is not None:
-            self._ema.update()
-        self._monitor.record(self.step, (losses.total, losses.cls, losses.box), norm, image_ids)
+        losses = self._take_step(images, batch.gt_boxes, batch.gt_labels)
+        self._monitor.record(self.step, losses[:3], losses.grad_norm, image_ids)
         self.step += 1
         self.batch += 1
 
@@ -235,7 +226,7 @@ class Trainer:
             "data": self.data.fingerprint,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._take_step.scaler.state_dict(),
             "ema_updates": self._ema.updates if self._ema is not None else 0,
             "sums": dataclasses.asdict(self._monitor.sums),
             "rows": self.rows,
@@ -251,8 +242,8 @@ class Trainer:
         self.rows, self.best, self.metrics = training["rows"], training["best"], training["metrics"]
         self.model.load_state_dict(training["model"])
         self._optimizer.load_state_dict(training["optimizer"])
-        if self._scaler.is_enabled():
-            self._scaler.load_state_dict(training["scaler"])
+        if self._take_step.scaler.is_enabled():
+            self._take_step.scaler.load_state_dict(training["scaler"])
         if self._ema is not None:
             self._ema.load(content["state_dict"], training["ema_updates"])
         self._monitor.start_epoch(LossSums(**training["sums"]))

@@ -9,11 +9,11 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from effdet_fast.training import NonFiniteLoss, run, run_data, train
 from effdet_fast.training.trainer import Trainer
 from tests.generated_data import make_dataset
+from tests.training.host_reads import NoHostRead
 from tests.training.tiny_detector import create_tiny, tiny_config
 
 IMAGES, BATCH = 10, 3
@@ -248,31 +248,28 @@ def test_bn_momentum_reaches_every_layer(start, tmp_path):
     assert models[0].backbone[1].momentum == 0.3
 
 
-class _NoHostRead(TorchDispatchMode):
-    """Fails on what makes the host wait for a GPU's result."""
-
-    forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in self.forbidden, f"{function} makes the host wait"
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_step_never_reads_from_the_device(start, tmp_path, monkeypatch, amp, optimizer):
     step, seen = Trainer._train_step, []
 
     def watched(self, batch):
-        with _NoHostRead():
+        with NoHostRead():
             step(self, batch)
         seen.append(1)
 
     monkeypatch.setattr(Trainer, "_train_step", watched)
     start(tmp_path / "run", epochs=1, amp=amp, optimizer=optimizer, val_images=None, val_annotations=None)
     assert len(seen) == STEPS
-    with pytest.raises(AssertionError, match="makes the host wait"), _NoHostRead():
+    with pytest.raises(AssertionError, match="makes the host wait"), NoHostRead():
         torch.ones(1).item()
+
+
+def test_a_cuda_graph_that_cannot_be_is_named_and_changes_nothing(start, tmp_path):
+    plain = start(tmp_path / "plain", epochs=1)
+    with pytest.warns(UserWarning, match="run without a CUDA graph: "):
+        asked = start(tmp_path / "asked", epochs=1, cuda_graph=True)
+    _same(_load(plain.last), _load(asked.last))
 
 
 def test_options_as_a_config_and_both_at_once(start, data, tmp_path):

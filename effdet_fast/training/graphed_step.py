@@ -1,0 +1,263 @@
+"""A training step replayed from a CUDA graph: one launch for the whole of it, where the host would make thousands."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from effdet_fast.data.batch import object_rows
+from effdet_fast.training.ema import ModelEma
+from effdet_fast.training.optimizer import (
+    DeviceLearningRates,
+    marked_capturable,
+    skips_on_device,
+    why_not_capturable,
+)
+from effdet_fast.training.static_batch import StaticBatch, check_shapes
+from effdet_fast.training.step import StepLosses, TrainingStep
+
+WARMUP_STEPS = 3
+MOST_CHANGES = 10  # of what a graph takes as constant, without a replay between them
+
+
+class GraphedStep(TrainingStep):
+    """A `TrainingStep` that runs as one CUDA graph: same arguments, same weights after it, no work for the host.
+
+    ::
+
+        model = effdet_fast.create_model("efficientdet_d0").cuda().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        step = GraphedStep(model, optimizer, clip_grad_norm=10.0, ema=ModelEma(model, 0.9998), amp="bf16")
+        for images, gt_boxes, gt_labels in batches:  # on the GPU
+            losses = step(images, gt_boxes, gt_labels)
+            scheduler.step()
+
+    The first three steps run eagerly, on a stream of their own: they are steps like any other, and make what is made once. The
+    next is captured and replayed, and so are all after it. Losses are copies: the next step leaves them alone.
+
+    - Learning rates live on the GPU; ``group["lr"] = x`` and PyTorch's schedulers go on working.
+    - Batches with fewer objects are padded. One with more than ever before takes three eager steps and a new capture.
+    - Random numbers are those of the eager step: each replay reads the state of PyTorch's generator, so ``torch.manual_seed``
+      before a step means the same as ever.
+    - Loading an optimiser's state, thawing or moving parameters, switching modes and other options of the optimiser lead to a
+      new capture by themselves. After any other change that Python would see, call `reset`.
+    - Hooks, prints and all else that is no launch happen in eager steps only.
+
+    Where capture is impossible, steps run eagerly, and one warning names the reason, which is `fallback_reason` from then on: no
+    GPU, several processes, an optimiser that is neither fused nor capturable, a step that waits for the GPU, a failed capture. A
+    batch of another image shape or dtype than the captured one runs eagerly too, with one warning for the first of them.
+
+    Not yet run on a GPU.
+
+    Args:
+        model, optimizer, clip_grad_norm, ema, amp: As for `TrainingStep`.
+
+    Raises:
+        TypeError, ValueError: As `TrainingStep`; also, when called, objects of the wrong shape.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad_norm: float = 0.0,
+        ema: ModelEma | None = None,
+        amp: str = "none",
+    ) -> None:
+        super().__init__(model, optimizer, clip_grad_norm=clip_grad_norm, ema=ema, amp=amp)
+        self.fallback_reason: str | None = None
+        self._captured: _Captured | None = None
+        self._constants: Any = None
+        self._modules = list(model.modules())
+        self._rows = self._warm = self._changes = 0
+        self._mismatch_told = False
+        if reason := self._why_not():
+            self._give_up(reason)
+        else:
+            self._rates = DeviceLearningRates(optimizer, self.device)
+
+    def __call__(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> StepLosses:
+        if self.fallback_reason is not None:
+            return super().__call__(images, gt_boxes, gt_labels)
+        check_shapes(type(self).__name__, images, gt_boxes, gt_labels)
+        self._rates.take_over()
+        self.prepare()
+        self._drop_outdated(gt_labels.shape[1])
+        if self._changes > MOST_CHANGES:
+            self._give_up("an option of the optimiser, or a parameter, changes again and again")
+            return self.compute(images, gt_boxes, gt_labels)
+        if self._captured is None and self._warm < WARMUP_STEPS:
+            return self._warm_up(images, gt_boxes, gt_labels)
+        if self._captured is None:
+            self._captured = self._try_capture(images, gt_boxes, gt_labels)
+        if self._captured is None or self._differs(images, gt_boxes):
+            return self.compute(images, gt_boxes, gt_labels)
+        self._changes = 0
+        return self._captured.replay(images, gt_boxes, gt_labels)
+
+    def reset(self) -> None:
+        """Forget the captured step; the next steps warm up and capture anew."""
+        self._captured = None
+        self._warm = 0
+
+    def _why_not(self) -> str | None:
+        if not torch.cuda.is_available():
+            return f"PyTorch {torch.__version__} sees no GPU"
+        if self.device.type != "cuda":
+            return f"the model is on {self.device}"
+        if any(parameter.device != self.device for parameter in self.parameters):
+            return "the model's parameters are on several devices"
+        if self.model is not self.detector or (
+            dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        ):
+            return "a step that averages gradients over several processes is not captured"
+        if self.scaler.is_enabled() and not skips_on_device(self.optimizer):
+            return f"with fp16, {type(self.optimizer).__name__} skips steps on the host unless made with fused=True"
+        return why_not_capturable(self.optimizer)
+
+    def _give_up(self, reason: str) -> None:
+        self.fallback_reason = reason
+        self.reset()
+        warnings.warn(f"{type(self).__name__}: steps run without a CUDA graph: {reason}", stacklevel=3)
+
+    def _drop_outdated(self, objects: int) -> None:
+        """Forget a captured step that has no room for so many objects, or that took for constant what has changed."""
+        constants = self._take_constants()
+        rows = max(self._rows, object_rows(objects))
+        if rows != self._rows or constants != self._constants:
+            self._changes += 1
+            self._rows, self._constants = rows, constants
+            self.reset()
+
+    def _take_constants(self) -> tuple:
+        optimizer = self.optimizer
+        groups = [[(k, v) for k, v in group.items() if k not in ("params", "lr")] for group in optimizer.param_groups]
+        return (
+            _Same(optimizer.state),  # load_state_dict puts another one there
+            [[(k, _Same(v) if isinstance(v, Tensor) else v) for k, v in group] for group in groups],
+            [(parameter.requires_grad, parameter.data_ptr()) for parameter in self.parameters],
+            [module.training for module in self._modules],
+        )
+
+    def _warm_up(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> StepLosses:
+        """An eager step on the stream that will be captured; the last one is watched."""
+        self._warm += 1
+        with self._on_stream(), self._watch() as waits:
+            losses = self.compute(images, gt_boxes, gt_labels)
+        if waits:
+            self._give_up(f"the step waits for the GPU ({waits[0]})")
+        return losses
+
+    def _watch(self) -> contextlib.AbstractContextManager[list[str]]:
+        return _waits_noted() if self._warm == WARMUP_STEPS else contextlib.nullcontext([])
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Launch on the side stream, between what was launched before and what will be launched after."""
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
+
+    def _try_capture(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> _Captured | None:
+        if torch.is_autocast_enabled(self.device.type):
+            self._give_up(
+                "it is called inside torch.autocast, which keeps cast weights from step to step; give amp instead"
+            )
+            return None
+        try:
+            return self._capture(images, gt_boxes, gt_labels)
+        except RuntimeError as error:  # torch.AcceleratorError and torch.OutOfMemoryError are such
+            self.drop_gradients()
+            self._renew_scaler()
+            # Ending a broken capture raises too, and says less than what broke it.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            message = str(cause).strip().partition("\n")[0]
+            self._give_up(f"its capture failed ({type(cause).__name__}: {message})")
+            return None
+
+    def _capture(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> _Captured:
+        """Record the launches of a step without any of them being done."""
+        with self._on_stream():
+            batch = StaticBatch(images, gt_boxes, gt_labels, self._rows)
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local", as a data loader's thread pins memory meanwhile, which "global" takes for a mistake.
+            recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+            with marked_capturable(self.optimizer), recording:
+                losses = torch.stack(self.compute(batch.images, batch.gt_boxes, batch.gt_labels))
+        return _Captured(graph, batch, losses)
+
+    def _renew_scaler(self) -> None:
+        """Another scaler in the same state: one that was interrupted half-way refuses the next step."""
+        state = self.scaler.state_dict()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.scaler.load_state_dict(state)
+
+    def _differs(self, images: Tensor, gt_boxes: Tensor) -> bool:
+        assert self._captured is not None
+        mismatch = self._captured.batch.mismatch(images, gt_boxes)
+        if mismatch is not None and not self._mismatch_told:
+            self._mismatch_told = True
+            warnings.warn(
+                f"{type(self).__name__}: batches like this run without a CUDA graph: {mismatch}", stacklevel=3
+            )
+        return mismatch is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A recorded step, the batch it reads and the losses it writes, float32 [4]."""
+
+    graph: torch.cuda.CUDAGraph
+    batch: StaticBatch
+    losses: Tensor
+
+    def replay(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> StepLosses:
+        self.batch.fill(images, gt_boxes, gt_labels)
+        self.graph.replay()
+        return StepLosses(*self.losses.clone().unbind())
+
+
+@dataclasses.dataclass(eq=False)
+class _Same:
+    """Equal to another only if both hold the very same object; tensors cannot be compared without reading them."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+@contextlib.contextmanager
+def _waits_noted() -> Iterator[list[str]]:
+    """Collects where the host waits for the GPU meanwhile, which a capture would not survive."""
+    waits: list[str] = []
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for each in caught:
+        if "synchronizing CUDA operation" in str(each.message):
+            waits.append(f"{each.filename}:{each.lineno}")
+        elif "Synchronization debug mode" not in str(each.message):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)

@@ -1,0 +1,118 @@
+"""One training step, from a batch on the device to moved weights, in which the host reads nothing back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from effdet_fast.evaluation import autocast
+from effdet_fast.training.config import AMP_MODES
+from effdet_fast.training.ema import ModelEma
+from effdet_fast.training.optimizer import clip_gradients, set_skip_flag, skips_on_device
+
+
+class StepLosses(NamedTuple):
+    """What a step measured: float32 scalars on the device, without a gradient.
+
+    Attributes:
+        total, cls, box: The losses.
+        grad_norm: Norm of the gradient over all parameters, before clipping.
+    """
+
+    total: Tensor
+    cls: Tensor
+    box: Tensor
+    grad_norm: Tensor
+
+
+class TrainingStep:
+    """Forward, labels, loss, backward, clipping, optimiser and moving average of one batch, called with that batch.
+
+    A non-finite loss or gradient leaves the weights as they were, decided on the device, where the optimiser can: those with
+    ``fused=True``, and with "fp16" all.
+
+    Args:
+        model: On its device, in training mode: `model(images)` gives outputs, ``model.loss(outputs, gt_boxes, gt_labels)``
+            something with `total`, `cls` and `box`. May be wrapped in ``DistributedDataParallel``.
+        optimizer: Of parameters of `model`.
+        clip_grad_norm: Largest norm of the gradient over all trained parameters; 0 switches clipping off.
+        ema: Moving average to bring up to date after each step.
+        amp: "none" (float32), "bf16" or "fp16" (with a gradient scaler, which is `scaler`).
+
+    Raises:
+        TypeError: `model` has no loss, or `ema` is no ModelEma.
+        ValueError: Another argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_grad_norm: float = 0.0,
+        ema: ModelEma | None = None,
+        amp: str = "none",
+    ) -> None:
+        name = type(self).__name__
+        self.detector: Any = model.module if isinstance(model, DistributedDataParallel) else model
+        if not callable(getattr(self.detector, "loss", None)):
+            raise TypeError(
+                f"{name}: model must have a method loss(outputs, gt_boxes, gt_labels), got {type(model).__name__}"
+            )
+        if not (ema is None or isinstance(ema, ModelEma)):
+            raise TypeError(f"{name}: ema must be a ModelEma or None, got {type(ema).__name__}")
+        if not clip_grad_norm >= 0:
+            raise ValueError(f"{name}: clip_grad_norm must be at least 0, got {clip_grad_norm}")
+        if amp not in AMP_MODES:
+            raise ValueError(f"{name}: amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
+        self.model, self.optimizer, self.clip_grad_norm, self.ema, self.amp = model, optimizer, clip_grad_norm, ema, amp
+        self.parameters = list(model.parameters())
+        if not any(parameter.requires_grad for parameter in self.parameters):
+            raise ValueError(f"{name}: model must have a parameter that requires a gradient")
+        self.device = self.parameters[0].device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+
+    def __call__(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> StepLosses:
+        """Take one step; the host does not wait for it.
+
+        Args:
+            images: What the model takes, for instance float [B, 3, H, W].
+            gt_boxes: float [B, M, 4] xyxy in input pixels.
+            gt_labels: int64 [B, M]; -1 in padding rows.
+        """
+        self.prepare()
+        return self.compute(images, gt_boxes, gt_labels)
+
+    def prepare(self) -> None:
+        """The part of a step that depends on how many there have been."""
+        if self.ema is not None:
+            self.ema.count_update()
+
+    def compute(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> StepLosses:
+        """The rest: launches on the device only, and the same ones for each batch of these shapes."""
+        self.drop_gradients()
+        # Entered here, so that the weights it casts and keeps are those of this step and of nothing before it.
+        with autocast(self.device, self.amp):
+            losses = self.detector.loss(self.model(images), gt_boxes, gt_labels)
+        # A non-finite loss turns every gradient into NaN, on every process once they are averaged, so that all of
+        # them skip this step; decided on the device, without waiting for it.
+        poison = torch.where(losses.total.detach().isfinite(), 1.0, math.nan)
+        self.scaler.scale(losses.total * poison).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.parameters, self.clip_grad_norm)
+        if not self.scaler.is_enabled() and skips_on_device(self.optimizer):  # the scaler sets the flag by itself
+            set_skip_flag(self.optimizer, (~norm.isfinite()).float())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.drop_gradients()
+        if self.ema is not None:
+            self.ema.move()
+        return StepLosses(*(value.detach().float() for value in (losses.total, losses.cls, losses.box, norm)))
+
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None

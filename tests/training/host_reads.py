@@ -1,0 +1,23 @@
+"""What a step must not do on a GPU, found on any machine: read a result back, or bring a new constant to the device."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NoHostRead(TorchDispatchMode):
+    """Fails on what makes the host wait for a GPU, and on ``torch.tensor``, whose values a GPU would have to be sent."""
+
+    waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique_dim", "_unique2", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(x is not None and x.dtype == torch.bool for x in _indices(args))
+        assert name not in self.waits and not by_mask, f"{function} makes the host wait"
+        assert name != "lift_fresh", f"{function} brings a constant from the host"
+        return function(*args, **(kwargs or {}))
+
+
+def _indices(args):
+    return args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else []
