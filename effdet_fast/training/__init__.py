@@ -1,4 +1,4 @@
-"""Training: the function behind `effdet-fast train`, its options and what can come of it.
+"""Training: the function behind `effdet-fast train`, its options, the steps it takes and what can come of it.
 
 Everything is imported on first use, so that the command line can read `TrainConfig` without waiting for PyTorch.
 """

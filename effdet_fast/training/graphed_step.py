@@ -35,10 +35,10 @@ class GraphedStep(TrainingStep):
 
         model = effdet_fast.create_model("efficientdet_d0").cuda().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        step = GraphedStep(model, optimizer, clip_grad_norm=10.0, ema=ModelEma(model, 0.9998), amp="bf16")
+        ema = ModelEma(model, 0.9998)
+        step = GraphedStep(model, optimizer, clip_grad_norm=10.0, ema=ema, amp="bf16")
         for images, gt_boxes, gt_labels in batches:  # on the GPU
             losses = step(images, gt_boxes, gt_labels)
-            scheduler.step()
 
     The first three steps run eagerly, on a stream of their own: they are steps like any other, and make what is made once. The
     next is captured and replayed, and so are all after it. Losses are copies: the next step leaves them alone.

@@ -1,10 +1,19 @@
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from effdet_fast.training.optimizer import clip_gradients, create_optimizer, parameter_groups, set_skip_flag
+from effdet_fast.training.optimizer import (
+    DeviceLearningRates,
+    clip_gradients,
+    create_optimizer,
+    marked_capturable,
+    parameter_groups,
+    set_learning_rate,
+    set_skip_flag,
+)
 
 
 class Small(nn.Module):
@@ -90,3 +99,57 @@ def test_clipping_returns_the_norm_before():
     assert clip_gradients([parameter], 0.0).item() == pytest.approx(5.0)
     assert clip_gradients([parameter], 1.0).item() == pytest.approx(5.0)
     torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_learning_rate_on_the_device_gives_the_same_bits(name):
+    torch.manual_seed(0)
+    plain, held = Small(), Small()
+    held.load_state_dict(plain.state_dict())
+    optimizers = [create_optimizer(model, name=name, lr=0.1, weight_decay=0.01) for model in (plain, held)]
+    rates = DeviceLearningRates(optimizers[1], torch.device("cpu"))
+    for step in range(3):
+        x = torch.randn(2, 3, 5, 5)
+        for model, optimizer in zip((plain, held), optimizers, strict=True):
+            set_learning_rate(optimizer, 0.1 / (step + 1))
+            if model is held:
+                rates.take_over()
+                assert all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+            optimizer.zero_grad()
+            model(x).backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), held.parameters(), strict=True))
+
+
+def test_learning_rates_stay_where_they_are_whatever_is_put_in_their_place():
+    optimizer = create_optimizer(Small(), name="sgd", lr=0.1, weight_decay=0.01)
+    own = torch.tensor(0.3)
+    optimizer.param_groups[1]["lr"] = own
+    rates = DeviceLearningRates(optimizer, torch.device("cpu"))
+    first = optimizer.param_groups[0]["lr"]
+    assert optimizer.param_groups[1]["lr"] is own and first == torch.tensor(0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step()
+    scheduler.step()
+    assert own == torch.tensor(0.15)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.7
+    rates.take_over()
+    assert optimizer.param_groups[0]["lr"] is first and first == torch.tensor(0.7)
+    optimizer.load_state_dict(saved)
+    rates.take_over()
+    assert optimizer.param_groups[0]["lr"] is first and optimizer.param_groups[1]["lr"] is own
+    assert first == torch.tensor(0.05) and own == torch.tensor(0.15)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.9})
+    rates.take_over()
+    assert optimizer.param_groups[2]["lr"] == torch.tensor(0.9)
+
+
+def test_the_mark_of_capture_is_taken_off_again():
+    optimizer = create_optimizer(Small(), name="adamw", lr=0.1, weight_decay=0.01)
+    with pytest.raises(RuntimeError, match="broken off"), marked_capturable(optimizer):
+        assert all(group["capturable"] for group in optimizer.param_groups)
+        raise RuntimeError("broken off")
+    assert not any(group["capturable"] for group in optimizer.param_groups)
+    with marked_capturable(sgd := create_optimizer(Small(), name="sgd", lr=0.1, weight_decay=0.01)):
+        assert "capturable" not in sgd.param_groups[0]

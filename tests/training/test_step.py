@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from effdet_fast.models import create_model
 from effdet_fast.training import ModelEma, TrainingStep
-from effdet_fast.training.optimizer import create_optimizer
+from effdet_fast.training.optimizer import DeviceLearningRates, create_optimizer
 from tests.models.effdet_models import random_objects
-from tests.training.host_reads import NoHostRead
+from tests.training.host_reads import NoHostRead, NoHostTensor
 from tests.training.tiny_detector import TinyConfig, TinyDetector
 
 SIZE = (64, 96)
@@ -99,12 +101,46 @@ def test_reads_nothing_back_and_sends_no_constant(monkeypatch, model, name, amp)
         step.compute(*second)
 
 
+@pytest.mark.parametrize(("model", "name"), [("efficientdet_lite0", "sgd"), ("retinanet_resnet18_fpn", "adamw")])
+def test_all_of_a_step_but_backward_stays_on_the_gpu(monkeypatch, model, name):
+    """On fake tensors, which know shapes and devices only; backward would want a GPU, and the fused kernels know no fakes."""
+    updates = []
+
+    def update(*args, **kwargs):
+        updates.append(all(x.device.type == "cuda" for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)))
+
+    monkeypatch.setattr(torch, f"_fused_{name}_", update)
+    with FakeTensorMode(), torch.device("cuda"):
+        detector = real(model)
+
+        def backward(loss):
+            for parameter in detector.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        optimizer = create_optimizer(detector, name=name, lr=0.01, weight_decay=1e-4)
+        rates = DeviceLearningRates(optimizer, torch.device("cuda", 0))
+        step = TrainingStep(detector, optimizer, clip_grad_norm=10.0)
+        assert step.device.type == "cuda"
+        batch = torch.zeros(2, 3, *SIZE), torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64)
+        detector.anchors()  # made once, and sent
+        optimizer.param_groups[0]["lr"] = 0.02
+        rates.take_over()
+        step.prepare()
+        with NoHostTensor():
+            losses = step.compute(*batch)
+    assert all(loss.device.type == "cuda" and loss.shape == () for loss in losses)
+    assert updates == [True, True]  # two groups of parameters
+
+
 def test_a_host_read_and_a_new_constant_are_found():
     for bad in (lambda: torch.ones(1).item(), lambda: torch.ones(3)[torch.ones(3) > 0]):
         with pytest.raises(AssertionError, match="makes the host wait"), NoHostRead():
             bad()
     with pytest.raises(AssertionError, match="brings a constant"), NoHostRead():
         torch.tensor([1.0, 2.0])
+    with FakeTensorMode(), pytest.raises(AssertionError, match="has a tensor of the host"), NoHostTensor():
+        torch.zeros(2).to("cuda")
 
 
 @pytest.mark.parametrize(("name", "amp"), [("sgd", "none"), ("adamw", "none"), ("sgd", "fp16")])
