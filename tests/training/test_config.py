@@ -53,8 +53,8 @@ def test_the_file_of_options_reads_back(tmp_path):
 
 def test_resuming_keeps_the_runs_options_and_takes_what_may_change():
     saved = TrainConfig(train_images="a", lr=0.1, epochs=5, overwrite=True).to_dict()
-    config = config_for_resume(saved, {"resume": "last.pt", "epochs": 8, "workers": 0})
-    assert (config.lr, config.epochs, config.workers, config.overwrite) == (0.1, 8, 0, False)
+    config = config_for_resume(saved, {"resume": "last.pt", "epochs": 8, "workers": 0, "cuda_graph": True})
+    assert (config.lr, config.epochs, config.workers, config.overwrite, config.cuda_graph) == (0.1, 8, 0, False, True)
 
 
 def test_resuming_refuses_what_would_make_it_another_run():

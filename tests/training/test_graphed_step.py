@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import textwrap
 import warnings
 
 import pytest
 import torch
 from torch import nn
 
+import effdet_fast
 from effdet_fast.training import GraphedStep, ModelEma, TrainingStep, graphed_step
 from effdet_fast.training.graphed_step import MOST_CHANGES, WARMUP_STEPS
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate, why_not_capturable
@@ -267,3 +269,18 @@ def test_objects_of_the_wrong_shape_are_named():
 def test_which_optimisers_can_be_captured(make, reason):
     found = why_not_capturable(make(nn.Linear(2, 2).parameters()))
     assert found == reason if reason is None else re.match(reason, found)
+
+
+def test_the_example_of_the_docstring_runs():
+    """On the CPU and on a small model: what it says of the GPU is left out."""
+    example = re.search(r"::\n\n(.*?)\n\n    The first", GraphedStep.__doc__, re.DOTALL)[1]
+    small = (
+        textwrap.dedent(example)
+        .replace(".cuda()", "")
+        .replace('"efficientdet_d0"', '"efficientdet_lite0", 5, image_size=64')
+    )
+    names = {"effdet_fast": effdet_fast, "torch": torch, "ModelEma": ModelEma, "GraphedStep": GraphedStep}
+    names["batches"] = list(batches((64, 64), 5, (2, 3)))
+    with pytest.warns(UserWarning, match="without a CUDA graph"):
+        exec(small, names)
+    assert names["losses"].total.isfinite() and names["ema"].updates == 2
