@@ -14,10 +14,12 @@ from benchmarks.step_profile import LABELS, LOSS, scopes
 from benchmarks.workload import CHANNELS_LAST, OURS, STEP, Case, Implementation, Workload, compiled, optional
 from effdet_fast import ops
 from effdet_fast.models.conversion import convert_state_dict
+from effdet_fast.training import GraphedStep
 
 OP = "training_step"
 SIZE, OBJECTS = 512, 20
 LEARNING_RATE = 1e-4
+GRAPHED = f"{OURS}, graphed"
 
 
 def cases(device_type: str) -> list[Case]:
@@ -169,6 +171,15 @@ def workload(
 
     compiled_model = copy.deepcopy(model)
     peers = [trained(f"{OURS}, compiled", compiled(partial(loss, compiled_model)), compiled_model, dtype), *peers]
+    if images.is_cuda:
+        graphed_model = copy.deepcopy(model)
+        parameters = tuple(parameter for parameter in graphed_model.parameters() if parameter.requires_grad)
+        optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9, fused=True)
+        step = GraphedStep(graphed_model, optimizer, amp="bf16" if dtype == torch.bfloat16 else "none")
+        replay = partial(step, images, boxes, labels)
+        peers.append(Implementation(GRAPHED, partial(loss, graphed_model), parameters, replay))
+    else:
+        absent[GRAPHED] = "needs a GPU"
     return Workload(
         ours=trained(OURS, partial(loss, model), model, dtype),
         oracle=Implementation("float64", exact_loss, tuple(exact.parameters())),

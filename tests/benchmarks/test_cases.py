@@ -174,6 +174,7 @@ def test_training_step(build, name, peer, one_thread):
     workload = build(CPU, torch.float32, CHANNELS_LAST, name=name, batch=2, size=128)
     trained = [parameter for parameter in create_model(name).parameters() if parameter.requires_grad]
     assert workload.phases == ("step",) and workload.images == 2
+    assert workload.absent.pop("effdet_fast, graphed") == "needs a GPU"
     assert len(workload.ours.leaves) == len(trained)
     check(workload, torch.float32, {peer, f"effdet_fast on {peer}"})
     for implementation in (workload.ours, *workload.peers):
