@@ -69,7 +69,7 @@ def peer_model(name: str, image_size: tuple[int, int] | None = None, num_classes
     return effdet.EfficientDet(config, pretrained_backbone=False)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def model_pair(name: str, image_size: tuple[int, int], num_classes: int = 90) -> Pair:
     """Cached between tests: leave weights and statistics as they are, or work on a deepcopy."""
     peer = peer_model(name, image_size, num_classes)

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import copy
 
+import effdet
 import pytest
 import torch
 from effdet.anchors import AnchorLabeler, Anchors
 from effdet.bench import DetBenchPredict, _batch_detection, _post_process
 from effdet.loss import DetectionLoss
 
-from effdet_fast.models import create_model, list_models
-from tests.models.effdet_models import model_pair, peer_model, random_objects, randomise
+from effdet_fast.models import list_models, model_config
+from tests.models.effdet_models import Pair, model_pair, peer_name, random_objects
 
-# The second size has odd feature maps on every level (17x25, 9x13, 5x7, 3x4, 2x2) and strides that are not whole.
-CASES = [("efficientdet_d0", (128, 128)), ("efficientdet_lite0", (136, 200))]
-NAMES = ["efficientdet_d0", "efficientdet_lite0"]
-SYMMETRIC = ("efficientdet_d0_symmetric", (136, 200))
+NAMES = [name for name in list_models() if name.startswith("efficientdet")]
+QUICK = ("efficientdet_d0", "efficientdet_lite0", "efficientdet_d0_symmetric")
+# Odd feature maps on every level (17x25, 9x13, 5x7, 3x4, 2x2), and strides that are not whole.
+ODD = (136, 200)
+SIZES = {name: (128, 128) if name == "efficientdet_d0" else ODD for name in NAMES}
+
+
+def slow_unless(quick) -> list:
+    """All names, those not in `quick` left to make test-full."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.fixture(scope="module", params=slow_unless(QUICK))
+def pair(request) -> Pair:
+    """effdet's model and ours for small images, equal weights; leave them as they are."""
+    return model_pair(request.param, SIZES[request.param])
 
 
 def images(batch: int, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
@@ -42,58 +55,61 @@ def peer_loss(peer, outputs, gt_boxes, gt_labels):
     return DetectionLoss(peer.config)(*outputs, *labeler.batch_label_anchors(boxes, labels))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_state_dict_keys_and_their_order_are_effdets(name):
-    pair = model_pair(name, dict(CASES)[name])
+def test_state_dict_keys_and_their_order_are_effdets(pair):
     assert list(pair.ours.state_dict()) == list(pair.peer.state_dict())
 
 
-@pytest.mark.parametrize(("name", "size"), [*CASES, SYMMETRIC])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_head_outputs(name, size, layout):
-    pair = model_pair(name, size)
-    x = images(2, size)
+def test_head_outputs(pair, layout):
+    x = images(2, pair.ours.config.image_size)
     ours = copy.deepcopy(pair.ours).to(memory_format=layout)
     with torch.no_grad():
         assert_outputs_close(ours(x.to(memory_format=layout)), pair.peer(x))
 
 
-RELEASED = [name for name in list_models() if name.startswith("efficientdet")]
-
-
-@pytest.mark.parametrize(
-    "name", [*NAMES, *(pytest.param(name, marks=pytest.mark.slow) for name in RELEASED if name not in NAMES)]
-)
-def test_head_outputs_at_released_size(name):
-    peer = peer_model(name)
-    size = tuple(peer.config.image_size)
-    randomise(peer, size)
-    ours = create_model(name)
-    assert ours.config.image_size == size
-    ours.load_state_dict(peer.state_dict())
+def check_head_outputs(name, size) -> None:
+    peer, ours = model_pair.__wrapped__(name, size)
     x = images(1, size)
     with torch.no_grad():
-        assert_outputs_close(ours.eval()(x), peer.eval()(x))
+        assert_outputs_close(ours(x), peer(x))
 
 
-@pytest.mark.parametrize(("name", "size"), [*CASES, SYMMETRIC])
-def test_losses_and_gradients_in_eval_mode(name, size):
-    peer, ours = copy.deepcopy(model_pair(name, size))
-    check_losses_and_gradients(peer, ours, images(3, size), *random_objects(3, 12, size, 90))
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*QUICK, "efficientdet_d7")])
+def test_head_outputs_of_every_model(name):
+    """Feature maps of 9x13, 5x7, 3x4, 2x2 and 1x1. The layers of D7 are those of D6."""
+    check_head_outputs(name, (72, 104))
 
 
-@pytest.mark.parametrize(("name", "size"), CASES)
-def test_training_mode(name, size):
+@pytest.mark.parametrize("name", slow_unless(QUICK[:2]))
+def test_head_outputs_at_released_size(name):
+    size = model_config(name).image_size
+    assert size == tuple(effdet.get_efficientdet_config(peer_name(name)).image_size)
+    check_head_outputs(name, size)
+
+
+def test_losses_and_gradients_in_eval_mode(pair):
+    peer, ours = copy.deepcopy(pair)
+    size = ours.config.image_size
+    check_losses_and_gradients(peer, ours, images(3, size), *random_objects(3, 12, size, 90), loss_rtol=1e-5)
+
+
+def test_training_mode(pair):
     """Batch statistics, drop path under one seed, and the running statistics and counters left behind."""
-    peer, ours = copy.deepcopy(model_pair(name, size))
+    peer, ours = copy.deepcopy(pair)
+    size = ours.config.image_size
     peer.train()
     ours.train()
-    check_losses_and_gradients(peer, ours, images(3, size), *random_objects(3, 12, size, 90))
+    # The coarsest levels take statistics of a few values: rounding moves effdet's own losses by 3e-5, and the gradients of
+    # its deeper models, which float64 confirms to 1e-6, by up to half a percent.
+    problem = images(3, size), *random_objects(3, 12, size, 90)
+    check_losses_and_gradients(peer, ours, *problem, loss_rtol=1e-4, float32_gradients=ours.config.name in QUICK)
     for (key, our_value), peer_value in zip(ours.state_dict().items(), peer.state_dict().values(), strict=True):
         torch.testing.assert_close(our_value, peer_value, atol=1e-4, rtol=1e-4, msg=lambda text, key=key: key + text)
 
 
-def check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels) -> None:
+def check_losses_and_gradients(
+    peer, ours, x, gt_boxes, gt_labels, loss_rtol: float, float32_gradients: bool = True
+) -> None:
     """Equal in float64. In float32 ours are as near to those: within 1e-3 of each gradient, or no further off than effdet's own.
 
     Some gradients are small differences of large sums, which float32 does not give to 1e-3 in either model.
@@ -102,7 +118,7 @@ def check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels) -> None:
     expected, exact = losses_and_gradients(exact_peer, peer_losses_of, x.double(), gt_boxes, gt_labels)
     actual, gradients = losses_and_gradients(exact_ours, losses_of, x.double(), gt_boxes, gt_labels)
     assert expected[1] > 0.1 and expected[2] > 1e-3
-    assert_losses_close(actual, expected)
+    assert_losses_close(actual, expected, 1e-6)
     assert gradients.keys() == exact.keys()
     # Before a BatchNorm on batch statistics, a bias has no gradient but rounding noise of what flows past it.
     noise = 1e-7 * torch.stack([gradient.norm() for gradient in exact.values()]).norm()
@@ -112,9 +128,9 @@ def check_losses_and_gradients(peer, ours, x, gt_boxes, gt_labels) -> None:
 
     expected, peer_gradients = losses_and_gradients(peer, peer_losses_of, x, gt_boxes, gt_labels)
     actual, gradients = losses_and_gradients(ours, losses_of, x, gt_boxes, gt_labels)
-    assert_losses_close(actual, expected)
-    if ours.config.activation == "relu6":
-        return  # rounding decides on which side of its kinks some values fall, and with them their whole gradients
+    assert_losses_close(actual, expected, loss_rtol)
+    if not float32_gradients or ours.config.activation == "relu6":
+        return  # in relu6, rounding decides on which side of its kinks some values fall, and with them their whole gradients
     for key, gradient in gradients.items():
         error, of_peer = (gradient - exact[key]).norm(), (peer_gradients[key] - exact[key]).norm()
         bound = max(1e-3 * exact[key].norm() + noise, of_peer)
@@ -136,18 +152,17 @@ def losses_and_gradients(model, losses_of, x, gt_boxes, gt_labels):
     return losses, {key: value.grad for key, value in model.named_parameters()}
 
 
-def assert_losses_close(actual, expected) -> None:
+def assert_losses_close(actual, expected, rtol: float) -> None:
     for our_value, peer_value in zip(actual, expected, strict=True):
-        torch.testing.assert_close(our_value, peer_value, rtol=1e-5, atol=0, check_dtype=False)
+        torch.testing.assert_close(our_value, peer_value, rtol=rtol, atol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("what", ["padding only", "no rows"])
 def test_loss_of_a_batch_without_objects(what):
-    name, size = CASES[1]
-    pair = model_pair(name, size)
+    pair = model_pair("efficientdet_lite0", ODD)
     rows = 4 if what == "padding only" else 0
     gt_boxes, gt_labels = torch.full((2, rows, 4), -1.0), torch.full((2, rows), -1)
-    outputs = pair.ours(images(2, size))
+    outputs = pair.ours(images(2, ODD))
     loss = pair.ours.loss(outputs, gt_boxes, gt_labels)
     expected = peer_loss(pair.peer, outputs, gt_boxes, gt_labels)
     assert loss.box == 0.0
@@ -156,15 +171,14 @@ def test_loss_of_a_batch_without_objects(what):
     assert all(torch.isfinite(p.grad).all() for p in pair.ours.parameters())
 
 
-@pytest.mark.parametrize(("name", "size"), CASES)
 @pytest.mark.parametrize("clip", [False, True])
-def test_post_processing_of_equal_outputs(name, size, clip):
-    pair = model_pair(name, size)
+def test_post_processing_of_equal_outputs(pair, clip):
+    config = pair.ours.config
     with torch.no_grad():
-        outputs = pair.ours(images(2, size))
+        outputs = pair.ours(images(2, config.image_size))
     # effdet takes (width, height) of the original image and scales back; a scale of 1 leaves pixels of the input.
     sizes = torch.tensor([[100.0, 128.0], [70.0, 55.0]]) if clip else None
-    selected = _post_process(*outputs, num_levels=5, num_classes=90)
+    selected = _post_process(*outputs, num_levels=config.num_levels, num_classes=90)
     expected = _batch_detection(
         2,
         *selected[:2],
@@ -181,25 +195,25 @@ def test_post_processing_of_equal_outputs(name, size, clip):
     assert torch.equal(actual.labels + 1, expected[..., 5].long())
 
 
-@pytest.mark.parametrize(("name", "size"), CASES)
-def test_detections_from_images(name, size):
-    pair = model_pair(name, size)
-    x = images(2, size)
+def test_detections_from_images(pair):
+    """In float64, where rounding swaps no detections of nearly equal score."""
+    peer, ours = (model.double() for model in copy.deepcopy(pair))
+    x = images(2, ours.config.image_size).double()
+    found = ours.predict(x)
     with torch.no_grad():
-        actual = pair.ours.detect(pair.ours(x))
-        expected = DetBenchPredict(pair.peer)(x)
-    torch.testing.assert_close(actual.scores, expected[..., 4], atol=1e-4, rtol=0)
-    # Head outputs differ in the last bits, so detections of nearly equal score may change places.
-    same_box = (actual.boxes.unsqueeze(2) - expected[:, None, :, :4]).abs().amax(-1) < 1e-2
-    same_label = actual.labels.unsqueeze(2) + 1 == expected[:, None, :, 5]
-    assert (same_box & same_label).any(2).float().mean() >= 0.98
+        height, width = ours.config.image_size
+        info = {"img_scale": torch.ones(2), "img_size": torch.tensor([[width, height]] * 2)}
+        expected = DetBenchPredict(peer)(x, info)
+    assert found.counts.tolist() == [100, 100]
+    assert torch.equal(found.labels + 1, expected[..., 5].long())
+    torch.testing.assert_close(found.boxes, expected[..., :4], rtol=0, atol=1e-4, check_dtype=False)
+    torch.testing.assert_close(found.scores, expected[..., 4], rtol=0, atol=1e-6, check_dtype=False)
 
 
 def test_detect_thresholds_and_padding():
-    name, size = CASES[1]
-    ours = model_pair(name, size).ours
+    ours = model_pair("efficientdet_lite0", ODD).ours
     with torch.no_grad():
-        outputs = ours(images(2, size))
+        outputs = ours(images(2, ODD))
     every = ours.detect(outputs, max_detections=20)
     threshold = float(every.scores[0, 7] + every.scores[0, 8]) / 2
     few = ours.detect(outputs, max_detections=20, score_threshold=threshold)

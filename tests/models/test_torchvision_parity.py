@@ -12,8 +12,9 @@ from tests.models.effdet_models import random_objects
 from tests.models.torchvision_models import model_pair, peer_key, peer_model
 
 SIZE = (96, 128)
-NAMES = ["retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"]
-FULL = [name for name in list_models() if name.startswith("retinanet")]
+NAMES = [name for name in list_models() if name.startswith("retinanet")]
+QUICK = ("retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2")
+MOSTLY_SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 
 
 def images(batch: int, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
@@ -39,25 +40,31 @@ def assert_outputs_close(pair, x) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_head_outputs(name, layout):
+def test_head_outputs(name):
+    assert_outputs_close(model_pair(name, SIZE), images(2, SIZE))
+
+
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
+def test_head_outputs_in_channels_last(name):
     pair = model_pair(name, SIZE)
-    ours = copy.deepcopy(pair.ours).to(memory_format=layout)
-    assert_outputs_close(pair._replace(ours=ours), images(2, SIZE).to(memory_format=layout))
+    ours = copy.deepcopy(pair.ours).to(memory_format=torch.channels_last)
+    assert_outputs_close(pair._replace(ours=ours), images(2, SIZE).to(memory_format=torch.channels_last))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", NAMES)
 def test_head_outputs_at_full_size(name):
     size = create_model(name).config.image_size
     assert size == (800, 800)
     assert_outputs_close(model_pair(name, size), images(1, size))
-    model_pair.cache_clear()
 
 
-def losses_and_gradients(model, losses_of, dtype, x, gt_boxes, gt_labels):
-    """(class loss, box loss), and the gradients of their sum by torchvision's names; in training mode."""
+def losses_and_gradients(model, losses_of, dtype, x, gt_boxes, gt_labels, fixed_statistics: bool = False):
+    """(class loss, box loss), the gradients of their sum, and the model afterwards; in training mode."""
     model = copy.deepcopy(model).to(dtype).train()
+    for module in model.modules():
+        if fixed_statistics and isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
     cls, box = losses_of(model, x.to(dtype), gt_boxes, gt_labels)
     (cls + box).backward()
     gradients = {key: parameter.grad.double() for key, parameter in model.named_parameters()}
@@ -76,12 +83,9 @@ def our_losses(model, x, gt_boxes, gt_labels):
     return loss.cls, loss.box
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_losses_gradients_and_statistics_in_training_mode(name):
-    """Every gradient is the peer's in float64, and all together are within 1e-3 of those in float32.
-
-    With ignored anchors, and an image without objects.
-    """
+    """Every gradient is the peer's in float64; with ignored anchors, and an image without objects."""
     peer, ours = model_pair(name, SIZE, 5)
     problem = images(2, SIZE), *random_objects(2, 12, SIZE, 5)
     assert (ours.assign(*problem[1:]).labels == -2).any()
@@ -99,10 +103,16 @@ def test_losses_gradients_and_statistics_in_training_mode(name):
             torch.testing.assert_close(value, statistics.pop(peer_key(key)), rtol=1e-6, atol=1e-9)
     assert not statistics
 
-    expected, _, _ = losses_and_gradients(peer, peer_losses, torch.float32, *problem)
-    actual, gradients, _ = losses_and_gradients(ours, our_losses, torch.float32, *problem)
+
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
+def test_losses_and_gradients_in_float32(name):
+    """With fixed statistics: those of a few values turn rounding into gradients that are off by a percent, torchvision's too."""
+    peer, ours = model_pair(name, SIZE, 5)
+    problem = images(2, SIZE), *random_objects(2, 12, SIZE, 5)
+    expected, wanted, _ = losses_and_gradients(peer, peer_losses, torch.float32, *problem, fixed_statistics=True)
+    actual, gradients, _ = losses_and_gradients(ours, our_losses, torch.float32, *problem, fixed_statistics=True)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
-    assert distance(gradients.values(), [exact[peer_key(key)] for key in gradients]) <= 1e-3
+    assert distance(gradients.values(), [wanted[peer_key(key)] for key in gradients]) <= 1e-3
 
 
 def distance(gradients, expected) -> float:
@@ -112,7 +122,7 @@ def distance(gradients, expected) -> float:
     return float((pairs[0] - pairs[1]).norm() / pairs[1].norm())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_post_processing_of_equal_outputs(name):
     peer, ours = model_pair(name, SIZE)
     x = images(2, SIZE)
@@ -132,7 +142,7 @@ def test_post_processing_of_equal_outputs(name):
         torch.testing.assert_close(found.boxes[image], wanted["boxes"], rtol=1e-6, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_detections_from_images(name):
     """In float64, where rounding swaps no detections of nearly equal score."""
     peer, ours = (copy.deepcopy(model).double() for model in model_pair(name, SIZE, 5))

@@ -87,7 +87,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
         uniform(model.state_dict()["head.classification_head.cls_logits.bias"], -3.0, -1.0)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def model_pair(name: str, image_size: tuple[int, int], num_classes: int = 91) -> Pair:
     """Cached between tests: leave weights and statistics as they are, or work on a deepcopy."""
     peer = peer_model(name, image_size, num_classes)
