@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from effdet_fast.models import create_model, list_models, summary
+from effdet_fast.models import (
+    compound_scaling,
+    create_model,
+    list_models,
+    model_config,
+    scaled_efficientnet,
+    summary,
+)
+from effdet_fast.models.efficientnet import VARIANTS, variant_of
 from effdet_fast.models.model_summary import ModelSummary
 
 # Billions of FLOPs in the EfficientDet paper (arXiv:1911.09070), and of operations that torchvision states.
@@ -21,18 +29,10 @@ PUBLISHED = {
     "retinanet_resnet50_fpn": 151.54,
     "retinanet_resnet50_fpn_v2": 152.24,
 }
-# The project that the models of a prefix are compared with, the tests that do it, and the models with every comparison.
+# The project that the models of a prefix are compared with, and the tests that do it.
 PEERS = {
-    "efficientdet_": (
-        "effdet 0.4",
-        "tests/models/test_effdet_parity.py",
-        ("efficientdet_d0", "efficientdet_lite0"),
-    ),
-    "retinanet_": (
-        "torchvision",
-        "tests/models/test_torchvision_parity.py",
-        ("retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"),
-    ),
+    "efficientdet_": ("effdet 0.4", "tests/models/test_effdet_parity.py"),
+    "retinanet_": ("torchvision", "tests/models/test_torchvision_parity.py"),
 }
 HEADER = ["model", "parameters", "multiply-adds", "published", "activations", "classes", "image", "anchors", "parity"]
 
@@ -56,9 +56,30 @@ AFTER = """
 
 Both models get the same random weights under the same names, so that a checkpoint of one loads in the other.
 
+- **Outputs** of the heads are within 1e-4 in float32: on small images in `make test`, at the released size in `make test-full`.
+- **Losses** are within 1e-6 in float64, in training mode too. In float32 they are within 1e-4.
+- **Gradients** are within 1e-5 in float64 for every parameter, in training mode too. In float32, with fixed BatchNorm
+  statistics, they are within 1e-3 or, where effdet's own are further off than that from those in float64, no further than effdet's.
+  RetinaNet's are taken together, and those of the Lite models not compared: rounding moves values across the kinks of ReLUs.
+- **Detections** are the same boxes and classes in the same order, from equal outputs in float32 and from images in float64.
+
+Losses, gradients and detections are compared on small images: of D0, D0 symmetric, Lite0 and both ResNet-18 forms in
+`make test`, of all others in `make test-full`. Backbones are compared with timm's EfficientNets, of either padding, in
+[tests/models/test_efficientnet.py](../tests/models/test_efficientnet.py), and with torchvision's ResNets in
+[tests/models/test_resnet.py](../tests/models/test_resnet.py).
+
 | | compared with | tests |
 | --- | --- | --- |
 """
+
+SCALING = """## Compound scaling
+
+`compound_scaling(phi)` and `scaled_efficientnet(phi)` give the papers' rules, for any real phi >= 0. The released models follow
+them only in part: widths were rounded by hand, cells and resolution stop growing at the top. Where two values stand, the first is
+the rule's and the second the released one, of EfficientDet-D0 to D7 and EfficientNet-B0 to B7.
+"""
+# Image sides that EfficientNet-B0 to B7 were released with (arXiv:1905.11946); no detector uses them.
+EFFICIENTNET_SIDES = (224, 240, 260, 300, 380, 456, 528, 600)
 
 
 def summaries() -> list[ModelSummary]:
@@ -87,16 +108,44 @@ def row(found: ModelSummary) -> str:
 
 def parity(name: str) -> str:
     """What is compared for a model, and with whom."""
-    peer, _, whole = next(entry for prefix, entry in PEERS.items() if name.startswith(prefix))
-    compared = "outputs, losses, gradients, detections" if name in whole else "keys, outputs"
-    return f"{peer.partition(' ')[0]}: {compared}"
+    peer, _ = next(entry for prefix, entry in PEERS.items() if name.startswith(prefix))
+    return f"{peer.partition(' ')[0]}: outputs, losses, gradients, detections"
+
+
+def scaling_tables() -> list[str]:
+    """What the rules of compound scaling give beside the released models, for EfficientDet and EfficientNet."""
+    detectors = ["| phi | channels | cells | head layers | image |", "|" + " --- |" * 5]
+    backbones = ["| phi | width | depth | image |", "|" + " --- |" * 4]
+    for phi, side in enumerate(EFFICIENTNET_SIDES):
+        released = model_config(f"efficientdet_d{phi}")
+        rule = compound_scaling(phi)
+        pairs = [
+            (rule["fpn_channels"], released.fpn_channels),
+            (rule["fpn_cells"], released.fpn_cells),
+            (rule["head_repeats"], released.head_repeats),
+            (rule["image_size"], released.image_size[0]),
+        ]
+        detectors.append(f"| {phi} | {' | '.join(either(*pair) for pair in pairs)} |")
+        scaled = scaled_efficientnet(phi)
+        ruled, variant = variant_of(scaled["backbone"]), VARIANTS[f"efficientnet_b{phi}"]
+        pairs = [
+            (round(ruled.width, 2), variant.width),
+            (round(ruled.depth, 2), variant.depth),
+            (scaled["image_size"], side),
+        ]
+        backbones.append(f"| {phi} | {' | '.join(either(*pair) for pair in pairs)} |")
+    return [*detectors, "", *backbones]
+
+
+def either(rule: float, released: float) -> str:
+    return f"{rule}" if rule == released else f"{rule}, {released}"
 
 
 def page() -> str:
     """All of docs/models.md."""
     table = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER), *map(row, summaries())]
-    peers = [f"| `{prefix}*` | {peer} | [{tests}](../{tests}) |" for prefix, (peer, tests, _) in PEERS.items()]
-    return "\n".join([BEFORE, *table, AFTER.rstrip("\n"), *peers]) + "\n"
+    peers = [f"| `{prefix}*` | {peer} | [{tests}](../{tests}) |" for prefix, (peer, tests) in PEERS.items()]
+    return "\n".join([BEFORE, *table, AFTER.rstrip("\n"), *peers, "", SCALING, *scaling_tables()]) + "\n"
 
 
 if __name__ == "__main__":

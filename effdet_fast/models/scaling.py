@@ -1,18 +1,7 @@
 """Compound scaling: how EfficientNet and EfficientDet grow with one coefficient, for any real one.
 
 Between whole coefficients, numbers of layers and image sizes are rounded to the nearest (halves up). The released models follow
-these rules only in part: widths were rounded by hand, and layers and resolution stop growing at the top.
-
-| phi | channels: rule, released | cells: rule, released | image: rule, released |
-| --- | --- | --- | --- |
-| 2 | 120, 112 | 5, 5 | 768, 768 |
-| 4 | 216, 224 | 7, 7 | 1024, 1024 |
-| 5 | 288, 288 | 8, 7 | 1152, 1280 |
-| 6 | 384, 384 | 9, 8 | 1280, 1280 |
-| 7 | 520, 384 | 10, 8 | 1408, 1536 |
-
-EfficientNet-B1 to B7 likewise were released with (width, depth, image) (1.0, 1.1, 240), (1.1, 1.2, 260), (1.2, 1.4, 300),
-(1.4, 1.8, 380), (1.6, 2.2, 456), (1.8, 2.6, 528) and (2.0, 3.1, 600).
+these rules only in part; docs/models.md sets both side by side.
 """
 
 from __future__ import annotations
