@@ -59,8 +59,9 @@ Both models get the same random weights under the same names, so that a checkpoi
 - **Outputs** of the heads are within 1e-4 in float32: on small images in `make test`, at the released size in `make test-full`.
 - **Losses** are within 1e-6 in float64, in training mode too. In float32 they are within 1e-4.
 - **Gradients** are within 1e-5 in float64 for every parameter, in training mode too. In float32, with fixed BatchNorm
-  statistics, they are within 1e-3 or, where effdet's own are further off than that from those in float64, no further than effdet's.
-  RetinaNet's are taken together, and those of the Lite models not compared: rounding moves values across the kinks of ReLUs.
+  statistics, they are within 1e-3: each one of D0 (or, where effdet's own is further off than that from the one in float64, no
+  further), those of other models taken together. Rounding moves values across the kinks of ReLU6, so that the Lite models'
+  are not compared in float32.
 - **Detections** are the same boxes and classes in the same order, from equal outputs in float32 and from images in float64.
 
 Losses, gradients and detections are compared on small images: of D0, D0 symmetric, Lite0 and both ResNet-18 forms in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -72,6 +73,7 @@ def peer_model(name: str, image_size: tuple[int, int] | None = None, num_classes
 @functools.lru_cache(maxsize=4)
 def model_pair(name: str, image_size: tuple[int, int], num_classes: int = 90) -> Pair:
     """Cached between tests: leave weights and statistics as they are, or work on a deepcopy."""
+    torch.manual_seed(0)
     peer = peer_model(name, image_size, num_classes)
     randomise(peer, image_size)
     ours = create_model(name, num_classes, image_size=image_size)
@@ -95,3 +97,9 @@ def random_objects(
         labels[image, rows - image :] = -1
     boxes[labels < 0] = -1.0
     return boxes, labels
+
+
+def distance(gradients: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """Of all gradients together, relative."""
+    pair = [torch.cat([gradient.flatten().double() for gradient in each]) for each in (gradients, expected)]
+    return float((pair[0] - pair[1]).norm() / pair[1].norm())

@@ -235,8 +235,9 @@ def test_recomputing_cells_changes_no_gradient(neck):
         assert torch.equal(parameter.grad, other.grad), name
 
 
-def test_compiled_neck_is_the_eager_one():
-    module = make_neck("panet", "fast")
+@pytest.mark.parametrize("neck", ["panet", "nas_fpn"])
+def test_compiled_neck_is_the_eager_one(neck):
+    module = make_neck(neck, "fast", fpn_cells=1)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     results = []
     for run in (module, compiled):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from effdet_fast.models import create_model, list_models
-from tests.models.effdet_models import random_objects
+from tests.models.effdet_models import distance, random_objects
 from tests.models.torchvision_models import model_pair, peer_key, peer_model
 
 SIZE = (96, 128)
@@ -106,20 +106,17 @@ def test_losses_gradients_and_statistics_in_training_mode(name):
 
 @pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_losses_and_gradients_in_float32(name):
-    """With fixed statistics: those of a few values turn rounding into gradients that are off by a percent, torchvision's too."""
+    """With fixed statistics: those of a few values turn rounding into gradients that are off by a percent, torchvision's too.
+
+    Gradients are taken together: rounding decides on which side of a ReLU's kink a value falls, and one that changes sides
+    changes the gradient of its own layer most.
+    """
     peer, ours = model_pair(name, SIZE, 5)
     problem = images(2, SIZE), *random_objects(2, 12, SIZE, 5)
     expected, wanted, _ = losses_and_gradients(peer, peer_losses, torch.float32, *problem, fixed_statistics=True)
     actual, gradients, _ = losses_and_gradients(ours, our_losses, torch.float32, *problem, fixed_statistics=True)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=0)
     assert distance(gradients.values(), [wanted[peer_key(key)] for key in gradients]) <= 1e-3
-
-
-def distance(gradients, expected) -> float:
-    """Of all gradients together, relative: rounding decides on which side of a ReLU's kink a value falls, and one that
-    changes sides changes the gradient of its own layer most."""
-    pairs = [torch.cat([gradient.flatten() for gradient in each]) for each in (gradients, expected)]
-    return float((pairs[0] - pairs[1]).norm() / pairs[1].norm())
 
 
 @pytest.mark.parametrize("name", MOSTLY_SLOW)

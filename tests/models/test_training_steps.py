@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from effdet_fast.models import DetectionModel, create_model
+from effdet_fast.models import DetectionModel, create_model, list_models
 from effdet_fast.models.config import CHOICES
 from effdet_fast.models.necks import NECKS
 from effdet_fast.nn import BlockSequence
@@ -17,6 +17,7 @@ from tests.models.effdet_models import random_objects
 SIZE = (96, 128)
 SMALL = {"image_size": SIZE, "fpn_channels": 32, "fpn_cells": 1, "head_repeats": 1, "drop_path_rate": 0.0}
 KINDS = [("fpn", "separable"), ("panet", "conv"), ("nas_fpn", "separable"), ("bifpn", "conv")]
+QUICK = ("efficientdet_d0", "efficientdet_lite0", "retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2")
 HEADS = list(itertools.product(CHOICES["head"], CHOICES["head_norm"]))
 
 
@@ -30,9 +31,9 @@ def batch(size: tuple[int, int] = SIZE) -> tuple[torch.Tensor, tuple[torch.Tenso
     return images, random_objects(3, 6, size, 5)
 
 
-def take_steps(model: DetectionModel, forward=None, layout=torch.contiguous_format) -> list[float]:
+def take_steps(model: DetectionModel, forward=None, layout=torch.contiguous_format, lr: float = 1e-3) -> list[float]:
     """Losses before, between and after three optimiser steps; asserts that every parameter has a finite gradient."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     images, targets = batch(model.config.image_size)
     images = images.to(memory_format=layout)
     losses = []
@@ -62,6 +63,15 @@ def test_every_neck_and_fusion_trains(neck, fusion):
 @pytest.mark.parametrize(("head", "norm"), HEADS)
 def test_every_head_trains(head, norm):
     assert_falls(take_steps(small(head=head, head_norm=norm, head_repeats=2)))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in list_models()])
+def test_every_detector_trains(name):
+    """Backbone, neck and heads as released, on small images; BatchNorms not frozen, as nothing was trained before."""
+    torch.manual_seed(0)
+    model = create_model(name, 5, image_size=SIZE, drop_path_rate=0.0, frozen_batch_norm=False)
+    # RetinaNet's wide heads have no BatchNorm that would forgive large steps.
+    assert_falls(take_steps(model.train(), lr=1e-4 if name.startswith("retinanet") else 1e-3))
 
 
 @pytest.mark.parametrize(

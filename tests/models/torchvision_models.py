@@ -90,6 +90,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
 @functools.lru_cache(maxsize=4)
 def model_pair(name: str, image_size: tuple[int, int], num_classes: int = 91) -> Pair:
     """Cached between tests: leave weights and statistics as they are, or work on a deepcopy."""
+    torch.manual_seed(0)
     peer = peer_model(name, image_size, num_classes)
     randomise(peer)
     ours = create_model(name, num_classes, image_size=image_size)
