@@ -27,18 +27,20 @@ def create_backbone(config: DetectorConfig) -> nn.Module:
     Raises:
         ValueError: Unknown backbone, or timm is needed and not installed.
     """
-    name, eps, recompute = config.backbone, config.backbone_bn_eps, config.gradient_checkpointing
+    name, eps, recompute = str(config.backbone), config.backbone_bn_eps, config.gradient_checkpointing
     backbone: nn.Module
-    if str(name).startswith(PREFIX):
+    if name.startswith(PREFIX):
         backbone = timm_backbone(name.removeprefix(PREFIX), config.image_size, eps, config.frozen_batch_norm)
         if recompute:
             backbone.set_grad_checkpointing()  # type: ignore[operator]
         return backbone
     if name in resnet.VARIANTS:
         backbone = ResNet(name, batch_norm_eps=1e-5 if eps is None else eps, recompute=recompute)
-    elif name in efficientnet.VARIANTS or str(name).startswith(efficientnet.SCALED_PREFIX):
+    elif name in efficientnet.VARIANTS or name.startswith(efficientnet.SCALED_PREFIX):
         backbone = EfficientNet(name, config.drop_path_rate, config.padding, eps, recompute)
     else:
         more = f"{efficientnet.SCALED_PREFIX}WIDTH,DEPTH or {PREFIX}NAME"
-        raise ValueError(f"create_backbone: backbone must be one of {list_backbones()}, {more}, got {name!r}")
+        raise ValueError(
+            f"create_backbone: backbone must be one of {list_backbones()}, {more}, got {config.backbone!r}"
+        )
     return freeze_batch_norm(backbone) if config.frozen_batch_norm else backbone

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,22 @@ POSITIVE_INTEGERS = (
     "max_candidates",
     "max_detections",
 )
+# What each number must be, in words and as a test.
+NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "drop_path_rate": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "anchor_scale": ("> 0", lambda x: x > 0),
+    "pos_iou": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "neg_iou": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "focal_alpha": ("in [0, 1], or -1 for no weighting", lambda x: x == -1 or 0 <= x <= 1),
+    "focal_gamma": (">= 0", lambda x: x >= 0),
+    "label_smoothing": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "box_loss_delta": ("> 0", lambda x: x > 0),
+    "box_loss_weight": (">= 0", lambda x: x >= 0),
+    "nms_iou": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "backbone_bn_eps": (">= 0 or None", lambda x: x >= 0),
+    "score_threshold": ("a number or None", lambda x: True),
+}
+NONE_ALLOWED = ("backbone_bn_eps", "score_threshold")
 
 
 @dataclass(frozen=True)
@@ -136,9 +154,9 @@ class DetectorConfig:
     def __post_init__(self) -> None:
         # A configuration read back from JSON has lists where this one has tuples.
         object.__setattr__(self, "image_size", _image_size(self.image_size))
-        object.__setattr__(self, "aspect_ratios", tuple(tuple(ratio) for ratio in self.aspect_ratios))
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
+        object.__setattr__(self, "aspect_ratios", _tuples(self.aspect_ratios))
+        object.__setattr__(self, "mean", _tuples(self.mean))
+        object.__setattr__(self, "std", _tuples(self.std))
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(
@@ -146,31 +164,36 @@ class DetectorConfig:
                 )
         for field in POSITIVE_INTEGERS:
             value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ValueError(f"DetectorConfig: {field} must be an integer >= 1, got {value!r}")
-        if self.min_level != 3 or self.max_level < 5:
+        if self.min_level != 3 or not _is_integer(self.max_level) or self.max_level < 5:
             raise ValueError(
                 "DetectorConfig: the backbone gives levels 3 to 5, so min_level must be 3 and max_level >= 5, "
-                f"got {self.min_level} and {self.max_level}"
+                f"got {self.min_level} and {self.max_level!r}"
             )
-        if not self.aspect_ratios or any(
-            len(ratio) != 2 or not all(side > 0 for side in ratio) for ratio in self.aspect_ratios
+        for field, (what, holds) in NUMBERS.items():
+            value = getattr(self, field)
+            if not (field in NONE_ALLOWED and value is None) and not (_is_number(value) and holds(value)):
+                raise ValueError(f"DetectorConfig: {field} must be {what}, got {value!r}")
+        if self.neg_iou > self.pos_iou:
+            raise ValueError(f"DetectorConfig: neg_iou must be <= pos_iou, got {self.neg_iou} and {self.pos_iou}")
+        ratios = self.aspect_ratios
+        if (
+            not _is_tuple(ratios)
+            or not ratios
+            or not all(_is_tuple(r) and len(r) == 2 and _positive(r) for r in ratios)
         ):
             raise ValueError(
-                "DetectorConfig: aspect_ratios must be pairs of positive (width, height) factors, "
-                f"got {self.aspect_ratios}"
+                f"DetectorConfig: aspect_ratios must be pairs of positive (width, height) factors, got {ratios!r}"
             )
         for field in ("mean", "std"):
-            if len(getattr(self, field)) != 3:
-                raise ValueError(f"DetectorConfig: {field} must have 3 values, got {getattr(self, field)}")
-        if not 0.0 < self.neg_iou <= self.pos_iou <= 1.0:
-            raise ValueError(
-                f"DetectorConfig: must be 0 < neg_iou <= pos_iou <= 1, got {self.neg_iou} and {self.pos_iou}"
-            )
+            value = getattr(self, field)
+            if not _is_tuple(value) or len(value) != 3 or not all(map(_is_number, value)):
+                raise ValueError(f"DetectorConfig: {field} must have 3 values, got {value!r}")
+        if not _positive(self.std):
+            raise ValueError(f"DetectorConfig: std must be positive, got {self.std}")
         if self.force_match and self.allow_low_quality_matches:
             raise ValueError("DetectorConfig: force_match and allow_low_quality_matches exclude each other, got both")
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"DetectorConfig: drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
 
     @property
     def num_levels(self) -> int:
@@ -207,10 +230,31 @@ def check_fields(values: dict[str, Any], caller: str) -> None:
         raise ValueError(f"{caller}: unknown configuration field(s) {unknown}; known are {known}")
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple)
+
+
+def _positive(values: Iterable[Any]) -> bool:
+    return all(_is_number(value) and value > 0 for value in values)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, also inside of lists, as tuples; anything else as it is."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
 def _image_size(size: Any) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not is_pair or not all(isinstance(side, int) and not isinstance(side, bool) and side >= 1 for side in pair):
+    if not is_pair or not all(_is_integer(side) and side >= 1 for side in pair):
         raise ValueError(
             f"DetectorConfig: image_size must be a positive integer or a pair (height, width), got {size!r}"
         )

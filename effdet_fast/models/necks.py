@@ -35,6 +35,6 @@ def create_neck(in_channels: tuple[int, ...], config: DetectorConfig) -> nn.Modu
     Raises:
         ValueError: Unknown neck, or levels it does not make.
     """
-    if config.neck not in NECKS:
+    if config.neck not in list_necks():
         raise ValueError(f"create_neck: neck must be one of {list_necks()}, got {config.neck!r}")
     return NECKS[config.neck](in_channels, config)

@@ -75,5 +75,5 @@ def _nearest(value: float) -> int:
 
 
 def _check_phi(caller: str, phi: float) -> None:
-    if not 0 <= phi < math.inf:
-        raise ValueError(f"{caller}: phi must be >= 0 and finite, got {phi}")
+    if not isinstance(phi, (int, float)) or not 0 <= phi < math.inf:
+        raise ValueError(f"{caller}: phi must be >= 0 and finite, got {phi!r}")

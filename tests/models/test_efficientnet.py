@@ -159,9 +159,9 @@ def test_scaled_network_in_a_detector():
 
 
 @pytest.mark.parametrize("rule", [compound_scaling, scaled_efficientnet])
-@pytest.mark.parametrize("phi", [-1, float("nan"), float("inf")])
+@pytest.mark.parametrize("phi", [-1, float("nan"), float("inf"), "2", None])
 def test_bad_coefficient(rule, phi):
-    with pytest.raises(ValueError, match=f"{rule.__name__}: phi must be >= 0 and finite, got {phi}"):
+    with pytest.raises(ValueError, match=f"{rule.__name__}: phi must be >= 0 and finite, got {phi!r}"):
         rule(phi)
 
 
