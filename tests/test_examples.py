@@ -13,6 +13,7 @@ from effdet_fast.data import CocoDetection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import focal_loss
+import necks
 import neon_data
 import neon_trees
 
@@ -89,3 +90,24 @@ def test_the_focal_loss_curves_are_the_papers():
     p = torch.tensor([0.1, 0.6, 0.9], dtype=torch.float64)
     for gamma, loss in focal_loss.loss_curves(p).items():
         torch.testing.assert_close(loss, -((1 - p) ** gamma) * p.log())
+
+
+@pytest.mark.slow
+def test_the_comparison_of_necks_writes_table_and_picture(tmp_path, monkeypatch):
+    """With small images, and runs that are finished already."""
+    monkeypatch.setattr(necks, "SIZE", 64)
+    for score, options in enumerate(necks.NECKS.values()):
+        run = tmp_path / "runs" / f"{'_'.join(options.values())}_10"
+        run.mkdir(parents=True)
+        (run / "metrics.json").write_text(json.dumps({"AP": score / 100, "AP50": score / 10}))
+    folders = ["--output", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs")]
+    monkeypatch.setattr(sys, "argv", ["necks.py", "--rounds", "1", *folders])
+    necks.main()
+    rows = [line.split(" | ") for line in (tmp_path / "docs" / "necks.md").read_text().splitlines() if " ms " in line]
+    assert [row[0].removeprefix("| ") for row in rows] == list(necks.NECKS)
+    page = Path(necks.__file__).parents[1] / "docs" / "necks.md"
+    published = [line.split(" | ") for line in page.read_text().splitlines() if " ms " in line]
+    assert [row[1] for row in rows] == [row[1] for row in published], "parameters do not depend on the image"
+    assert [row[5] for row in rows] == ["0.000", "0.010", "0.020", "0.030", "0.040", "0.050"]
+    assert all(float(time.removesuffix(" ms")) > 0 for row in rows for time in row[3:5])
+    assert Image.open(tmp_path / "docs" / "necks.png").size == (840, 540)

@@ -54,7 +54,7 @@ def _feature_maps(timm: Any, name: str, image_size: tuple[int, int]) -> tuple[tu
     with torch.device("meta"):
         try:
             model = timm.create_model(name, features_only=True).eval()
-            strides = model.feature_info.reduction()
+            strides, numbers = model.feature_info.reduction(), model.feature_info.out_indices
             maps = model(torch.zeros(1, 3, *image_size))
         except Exception as error:  # each of timm's models says in its own way what it cannot do
             raise ValueError(f"timm_backbone: {name} gives no feature maps of {image_size} images: {error}") from error
@@ -65,5 +65,6 @@ def _feature_maps(timm: Any, name: str, image_size: tuple[int, int]) -> tuple[tu
         raise ValueError(
             f"timm_backbone: {name} must have maps of strides and sizes {expected} for {image_size} images, got {sizes}"
         )
-    chosen = tuple(indices[stride] for stride in STRIDES)
-    return tuple(maps[index].shape[1] for index in chosen), chosen
+    chosen = [indices[stride] for stride in STRIDES]
+    # timm's numbers need not begin at 0: DLA leaves out its map of stride 1.
+    return tuple(maps[index].shape[1] for index in chosen), tuple(numbers[index] for index in chosen)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from effdet_fast.models import compound_scaling, create_model, model_config, scaled_efficientnet
+from effdet_fast.models.anchors import feature_sizes
 from effdet_fast.models.backbones import create_backbone, list_backbones
 from effdet_fast.models.efficientnet import VARIANTS, EfficientNet, scale_channels
 from effdet_fast.nn import FrozenBatchNormAct2d
@@ -198,15 +199,25 @@ def test_unknown_padding():
         EfficientNet("efficientnet_b0", padding="")
 
 
-def test_timm_model_as_backbone():
-    model = create_model("efficientdet_d0", 2, image_size=(67, 98), backbone="timm:resnet10t", fpn_cells=1)
-    assert model.backbone.feature_channels == (128, 256, 512)
-    peer = timm.create_model("resnet10t", features_only=True, out_indices=(2, 3, 4)).eval()
+@pytest.mark.parametrize(
+    ("name", "indices", "channels", "size"),
+    [
+        ("resnet10t", (2, 3, 4), (128, 256, 512), SIZE),
+        ("mobilenetv3_small_100", (2, 3, 4), (24, 48, 576), SIZE),
+        ("convnext_atto", (1, 2, 3), (80, 160, 320), (64, 96)),
+        ("dla46x_c", (3, 4, 5), (64, 128, 256), (64, 96)),
+    ],
+)
+def test_timm_model_as_backbone(name, indices, channels, size):
+    model = create_model("efficientdet_d0", 2, image_size=size, backbone=f"timm:{name}", fpn_cells=1).eval()
+    assert model.backbone.feature_channels == channels
+    peer = timm.create_model(name, features_only=True, out_indices=indices).eval()
     peer.load_state_dict(model.backbone.state_dict())
-    x = images()
-    for mine, theirs in zip(model.backbone.eval()(x), peer(x), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    assert [tuple(level.shape[2:]) for level in model(x)[0]] == [(9, 13), (5, 7), (3, 4), (2, 2), (1, 1)]
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        for mine, theirs in zip(model.backbone(x), peer(x), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert [tuple(level.shape[2:]) for level in model(x)[0]] == feature_sizes(size, 3, 7)
 
 
 def test_timm_options():
