@@ -172,8 +172,11 @@ def test_loss_of_a_batch_without_objects(what):
     assert all(torch.isfinite(p.grad).all() for p in pair.ours.parameters())
 
 
+@pytest.mark.parametrize("name", QUICK)
 @pytest.mark.parametrize("clip", [False, True])
-def test_post_processing_of_equal_outputs(pair, clip):
+def test_post_processing_of_equal_outputs(name, clip):
+    """In float32, where other weights may give equal scores, whose order effdet leaves open."""
+    pair = model_pair(name, SIZES[name])
     config = pair.ours.config
     with torch.no_grad():
         outputs = pair.ours(images(2, config.image_size))
