@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from effdet_fast.conversion import convert_checkpoint
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
+    from effdet_fast.export import export_model
     from effdet_fast.models import create_model, list_models
     from effdet_fast.ops import set_debug
     from effdet_fast.prediction import predict
@@ -25,6 +26,7 @@ _HOMES = {
     "convert_checkpoint": "effdet_fast.conversion",
     "create_model": "effdet_fast.models",
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
+    "export_model": "effdet_fast.export",
     "list_models": "effdet_fast.models",
     "predict": "effdet_fast.prediction",
     "restore": "effdet_fast.acceleration",
@@ -40,6 +42,7 @@ __all__ = [
     "convert_checkpoint",
     "create_model",
     "evaluate",
+    "export_model",
     "list_models",
     "predict",
     "restore",

@@ -23,7 +23,7 @@ ROOM = [
 ]
 LAYERS = [
     {"cli"},
-    {"conversion", "detector", "training", "evaluation", "data", "acceleration"},
+    {"conversion", "detector", "export", "training", "evaluation", "data", "acceleration"},
     {"models"},
     {"nn"},
     {"ops"},

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "COCO metrics of a checkpoint on COCO-format data",
     "predict": "detections and pictures with boxes for images",
     "convert": "a checkpoint under another project's names",
+    "export": "a checkpoint as an ONNX file or a program of torch.export",
     "summary": "parameters, multiply-adds, activations and anchors of a model",
     "doctor": "what is installed, what was built, and whether each op works",
 }
