@@ -6,7 +6,7 @@ import argparse
 
 from effdet_fast.cli.arguments import image_size
 
-# As `effdet_fast.export.export_model.FORMATS`, which --help need not import torch for.
+# As `effdet_fast.export.to_file.FORMATS`, which --help need not import torch for.
 FORMATS = ("onnx", "torch_export")
 
 

@@ -45,6 +45,9 @@ class ExportedGraph(nn.Module):
         finish: What follows the heads.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, detector: Detector, finish: Finish) -> None:
         super().__init__()
         model = copy.deepcopy(detector.model).to(device="cpu", dtype=torch.float32)

@@ -33,6 +33,7 @@ def translated(program: ExportedProgram, inputs: Sequence[str], outputs: Sequenc
         input_names=inputs,
         output_names=outputs,
         opset_version=OPSET,
+        dynamic_shapes=[{0: "batch" if name == inputs[0] else None} for name in inputs],  # the name of all their axes 0
         custom_translation_table=onnx_translations(),
         verbose=False,
     )

@@ -34,7 +34,9 @@ class OnnxOperators:
         self.max_detections, self.num_classes = max_detections, num_classes
         # The largest float32 that is not above the threshold: a float32 is above the one exactly if it is above the other.
         rounded = np.float32(iou_threshold)
-        self.iou_threshold = float(rounded if rounded <= iou_threshold else np.nextafter(rounded, np.float32(-math.inf)))
+        self.iou_threshold = float(
+            rounded if rounded <= iou_threshold else np.nextafter(rounded, np.float32(-math.inf))
+        )
 
     def largest(self, values: Tensor, count: int) -> Tensor:
         return values.topk(count, dim=1).indices  # ONNX's TopK puts the first of equal values first
@@ -49,7 +51,9 @@ class OnnxOperators:
 
 def onnx_translations() -> dict[Callable, Callable]:
     """What `torch.onnx.export` has to be told to write a graph with `OnnxOperators`."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18
 
     def kept_by_nms(boxes: Any, scores: Any, iou_threshold: float, most_per_class: int) -> Any:
         # Rows (image, class, box); as a box has one class, image and box say it all.

@@ -1,5 +1,6 @@
 """Detectors to export, and exported files run on batches of pictures."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import nn
 
 from effdet_fast import Detector, create_model
 from effdet_fast.data import normalize
+from effdet_fast.evaluation.trained_model import TrainedModel
 from effdet_fast.models import DetectionModel
 
 Run = Callable[[torch.Tensor], dict[str, np.ndarray]]
 # As few layers as an EfficientDet can have.
 TINY = {"backbone": "efficientnet:0.2,0.1", "max_level": 5, "fpn_cells": 1, "head_repeats": 1, "fpn_channels": 16}
-CLASS_NAMES = ["cat", "dog", "a \"quoted\" bird", "été", "tree"]
+CLASS_NAMES = ["cat", "dog", 'a "quoted" bird', "été", "tree"]
 CATEGORY_IDS = [3, 7, 40, 41, 90]
 
 
@@ -34,15 +36,37 @@ def lively_model(name: str, size: tuple[int, int], **options) -> DetectionModel:
         norm.momentum = None  # the mean of all batches
     model.train()
     with torch.no_grad():
-        for _ in range(4):
-            model(normalize(pictures(4, size), model.config.mean, model.config.std))
-        model.eval()
-        classes, _ = model(normalize(pictures(4, size), model.config.mean, model.config.std))
-        last = [p for p in model.class_net.predict.parameters() if p.dim() == 4][-1]
-        bias = next(p for p in model.class_net.predict.parameters() if p.dim() == 1)
-        last.mul_(2 / torch.cat([x.flatten() for x in classes]).std())
-        bias.fill_(-3)
+        for _ in range(8):
+            model(normalize(pictures(8, size), model.config.mean, model.config.std))
+        outputs = model.eval()(normalize(pictures(8, size), model.config.mean, model.config.std))
+        for head, levels, largest, shift in ((model.class_net, outputs[0], 4, -3), (model.box_net, outputs[1], 1, 0)):
+            parameters = list(head.predict.parameters())
+            bias = next(p for p in parameters if p.dim() == 1)
+            values = torch.cat([x.flatten() for x in levels]) - bias.mean()
+            [p for p in parameters if p.dim() == 4][-1].mul_(largest / values.abs().max())
+            bias.fill_(shift)
     return model.requires_grad_(False)
+
+
+def as_detector(model: DetectionModel) -> Detector:
+    config = model.config
+    size, device = config.image_size, torch.device("cpu")
+    return Detector(TrainedModel(model, CLASS_NAMES, CATEGORY_IDS, config.mean, config.std, size, device))
+
+
+def three_pictures(detector: Detector, rows: int) -> tuple[torch.Tensor, float]:
+    """Of which the last shows nothing above a score, which is returned, and the second at most five things.
+
+    Scores are further apart than round-off, so that their order is the same wherever they are computed.
+    """
+    images = pictures(9, detector.image_size)
+    scores = predicted(detector, images, max_detections=rows + 1)["scores"]
+    chosen = scores[:, 0].argsort()[[6, 3, 0]]
+    second, third = scores[chosen[1:]]
+    below = max(third[0], second[5])
+    above = second[second > below].min()
+    assert min((scores[chosen, :-1] - scores[chosen, 1:]).min(), above - below) > 1e-5
+    return images[chosen], float(above + below) / 2
 
 
 def save_checkpoint(model: DetectionModel, path: Path) -> Path:
@@ -79,12 +103,32 @@ def predicted(detector: Detector, images: torch.Tensor, **options) -> dict[str, 
     return {name: getattr(found, name).numpy() for name in ("boxes", "scores", "labels", "counts")}
 
 
-def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """The same detections in the same order; boxes and scores within 1e-4."""
+def every_anchor(detector: Detector, images: torch.Tensor) -> dict[str, np.ndarray]:
+    """Boxes [B, N, 4] and scores [B, N, C] by our kernels, put where `decode_detections` says they belong."""
+    anchors, classes = len(detector.model.anchors()), detector.model.config.num_classes
+    most = {"max_candidates": anchors * classes, "candidates_per_level": False}
+    model = copy.copy(detector.model)
+    model.config = dataclasses.replace(model.config, **most)
+    unsuppressed = {"score_threshold": -1.0, "iou_threshold": 2.0, "max_detections": anchors * classes}
+    sizes = torch.tensor([model.config.image_size] * len(images), dtype=torch.float32)
+    with torch.inference_mode():
+        found = model.detect(model(normalize(images, detector.mean, detector.std)), clip_sizes=sizes, **unsuppressed)
+    assert (found.counts == anchors * classes).all()
+    boxes, scores = torch.zeros(len(images), anchors, 4), torch.zeros(len(images), anchors * classes)
+    boxes.scatter_(1, found.indices.unsqueeze(2).expand(-1, -1, 4), found.boxes)
+    scores.scatter_(1, found.indices * classes + found.labels, found.scores)
+    return {"boxes": boxes.numpy(), "scores": scores.unflatten(1, (anchors, classes)).numpy()}
+
+
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], side: int = 1) -> None:
+    """Everything in the same order; scores within 1e-4, and boxes in fractions of the input's side.
+
+    In pixels 1e-4 is what our own kernels differ by from float64: an anchor is several times as large as a small input.
+    """
     assert got.keys() == expected.keys()
     for name, values in expected.items():
         assert got[name].dtype == values.dtype and got[name].shape == values.shape
         if values.dtype == np.int64:
             np.testing.assert_array_equal(got[name], values)
         else:
-            np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-4 * (side if name == "boxes" else 1))

@@ -48,8 +48,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch_export"])
-@pytest.mark.parametrize("case", CASES)
+def quick_ones():
+    for case in CASES:
+        for format in ("onnx", "torch_export"):
+            is_quick = case == "threshold" or (case, format) == ("per_level", "onnx")
+            yield pytest.param(case, format, marks=[] if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("case", "format"), quick_ones())
 def test_order_ties_padding_and_thresholds_are_those_of_the_op(case, format):
     name, options = CASES[case]
     config = dataclasses.replace(model_config(name), image_size=(96, 64), num_classes=3, **options)
