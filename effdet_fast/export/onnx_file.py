@@ -28,15 +28,21 @@ def translated(program: ExportedProgram, inputs: Sequence[str], outputs: Sequenc
     Raises:
         ValueError: It has operators that ONNX has not.
     """
-    onnx_program = torch.onnx.export(
-        program,
-        input_names=inputs,
-        output_names=outputs,
-        opset_version=OPSET,
-        dynamic_shapes=[{0: "batch" if name == inputs[0] else None} for name in inputs],  # the name of all their axes 0
-        custom_translation_table=onnx_translations(),
-        verbose=False,
-    )
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=OPSET,
+            dynamic_shapes=[{0: "batch" if name == inputs[0] else None} for name in inputs],  # names all their axes 0
+            custom_translation_table=onnx_translations(),
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"export: ONNX's operators do not suffice for this model: {cause}") from error
     assert onnx_program is not None
     model = onnx_program.model
     foreign = sorted({str(node.op_identifier()) for node in model.graph.all_nodes() if node.domain})

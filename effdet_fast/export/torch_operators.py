@@ -21,11 +21,12 @@ class TorchOperators:
         self.iou_threshold, self.max_detections = iou_threshold, max_detections
 
     def largest(self, values: Tensor, count: int) -> Tensor:
-        # topk gives any of equal values. So the bits of a float32, as an integer in the same order, get the place behind them.
-        bits = torch.where(values == 0, 0.0, values).view(torch.int32)  # 0.0 for -0.0
-        ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+        # topk gives any of equal values, so it gets integers of which no two are equal. The bits of a float32 are a sign and a
+        # magnitude; with the sign applied they are in the order of the values, -0.0 equal to 0.0. The place goes behind them.
+        bits = values.view(torch.int32)
+        ranks = torch.where(bits < 0, -(2**31) - bits, bits).long()
         places = torch.arange(values.shape[1] - 1, -1, -1)
-        return (ordered * 2**32 + places).topk(count, dim=1).indices
+        return (ranks * 2**32 + places).topk(count, dim=1).indices
 
     def suppress(self, boxes: Tensor, labels: Tensor, takes_part: Tensor) -> Tensor:
         """Keeps the best box left of every image at once, until each image has enough or no more."""

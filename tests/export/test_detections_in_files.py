@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from effdet_fast.export.graph import FinalDetections
-from effdet_fast.export.onnx_file import translated
+from effdet_fast.export.onnx_file import onnx_bytes, translated
 from effdet_fast.export.onnx_operators import OnnxOperators
+from effdet_fast.export.torch_export_file import torch_export_bytes
 from effdet_fast.export.torch_operators import TorchOperators
 from effdet_fast.models.anchors import AnchorCache
 from effdet_fast.models.registry import model_config
@@ -101,3 +102,24 @@ def test_order_ties_padding_and_thresholds_are_those_of_the_op(case, format):
         else:
             got = {name: value.numpy() for name, value in program.module()((classes, boxes)).items()}
         assert_same(got, expected)
+
+
+def test_largest_orders_all_float32_as_a_stable_sort_does():
+    infinite, tiny = float("inf"), 1e-42
+    values = torch.tensor([[0.0, -0.0, 1, -1, infinite, -infinite, tiny, -tiny, 1, 3.4e38, -3.4e38, -1, 0.0]])
+    values = torch.cat([values, -values, (torch.randn(1, 13) * 2).round() / 4])
+    expected = values.sort(dim=1, descending=True, stable=True).indices
+    for count in (13, 5):
+        assert torch.equal(TorchOperators(0.5, 1).largest(values, count), expected[:, :count])
+
+
+@pytest.mark.parametrize("write", [onnx_bytes, torch_export_bytes])
+def test_operators_that_are_not_standard_are_refused(write):
+    class Foreign(torch.nn.Module):
+        def forward(self, images):
+            x = images[:, :1].float()
+            return {"y": torch.ops.effdet_fast.batch_norm_stats(x, False)[0]}
+
+    program = torch.export.export(Foreign(), (torch.zeros(2, 3, 8, 8, dtype=torch.uint8),), strict=False)
+    with pytest.raises(ValueError, match=r"own operators only.*batch_norm_stats|do not suffice.*batch_norm_stats"):
+        write(program, {"input": "images", "outputs": {"y": "a"}})
