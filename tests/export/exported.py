@@ -39,11 +39,11 @@ def lively_model(name: str, size: tuple[int, int], **options) -> DetectionModel:
         for _ in range(8):
             model(normalize(pictures(8, size), model.config.mean, model.config.std))
         outputs = model.eval()(normalize(pictures(8, size), model.config.mean, model.config.std))
-        for head, levels, largest, shift in ((model.class_net, outputs[0], 4, -3), (model.box_net, outputs[1], 1, 0)):
+        for head, levels, large, shift in ((model.class_net, outputs[0], 3, -3), (model.box_net, outputs[1], 0.7, 0)):
             parameters = list(head.predict.parameters())
             bias = next(p for p in parameters if p.dim() == 1)
             values = torch.cat([x.flatten() for x in levels]) - bias.mean()
-            [p for p in parameters if p.dim() == 4][-1].mul_(largest / values.abs().max())
+            [p for p in parameters if p.dim() == 4][-1].mul_(large / values.abs().quantile(0.99))
             bias.fill_(shift)
     return model.requires_grad_(False)
 
@@ -57,15 +57,17 @@ def as_detector(model: DetectionModel) -> Detector:
 def three_pictures(detector: Detector, rows: int) -> tuple[torch.Tensor, float]:
     """Of which the last shows nothing above a score, which is returned, and the second at most five things.
 
-    Scores are further apart than round-off, so that their order is the same wherever they are computed.
+    Their scores are further apart than round-off, so their order is the same wherever they are computed.
     """
     images = pictures(9, detector.image_size)
     scores = predicted(detector, images, max_detections=rows + 1)["scores"]
-    chosen = scores[:, 0].argsort()[[6, 3, 0]]
+    apart = np.flatnonzero((scores[:, :-1] - scores[:, 1:]).min(1) > 1e-5)
+    by_best = apart[scores[apart, 0].argsort()]
+    chosen = by_best[[-1, len(by_best) // 2, 0]]
     second, third = scores[chosen[1:]]
     below = max(third[0], second[5])
     above = second[second > below].min()
-    assert min((scores[chosen, :-1] - scores[chosen, 1:]).min(), above - below) > 1e-5
+    assert above - below > 1e-5 and len(set(chosen)) == 3
     return images[chosen], float(above + below) / 2
 
 
