@@ -122,10 +122,16 @@ def every_anchor(detector: Detector, images: torch.Tensor) -> dict[str, np.ndarr
     return {"boxes": boxes.numpy(), "scores": scores.unflatten(1, (anchors, classes)).numpy()}
 
 
-def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], side: int = 1) -> None:
-    """Everything in the same order; scores within 1e-4, and boxes in fractions of the input's side.
+def anchor_sides(detector: Detector) -> np.ndarray:
+    """[N, 1], the unit of the box codes."""
+    boxes = detector.model.anchors()
+    return (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True).numpy()
 
-    In pixels 1e-4 is what our own kernels differ by from float64: an anchor is several times as large as a small input.
+
+def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], unit: float | np.ndarray = 1.0) -> None:
+    """Everything in the same order; scores within 1e-4, and boxes within 1e-4 of a unit: the input's side, or each anchor's.
+
+    In pixels 1e-4 is less than what our own kernels differ by from float64: anchors are several times as large as small inputs.
     """
     assert got.keys() == expected.keys()
     for name, values in expected.items():
@@ -133,4 +139,5 @@ def assert_same(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], sid
         if values.dtype == np.int64:
             np.testing.assert_array_equal(got[name], values)
         else:
-            np.testing.assert_allclose(got[name], values, rtol=0, atol=1e-4 * (side if name == "boxes" else 1))
+            scale = unit if name == "boxes" else 1.0
+            np.testing.assert_allclose(got[name] / scale, values / scale, rtol=0, atol=1e-4)

@@ -17,6 +17,7 @@ from tests.export.exported import (
     CATEGORY_IDS,
     CLASS_NAMES,
     TINY,
+    anchor_sides,
     as_detector,
     assert_same,
     every_anchor,
@@ -109,10 +110,9 @@ def test_an_end_to_end_file_says_what_it_is(end_to_end, checkpoint):
     assert_standard(path)
 
 
+@pytest.mark.parametrize("end_to_end", ["file.onnx"], indirect=True)
 def test_onnx_names_its_shapes(end_to_end):
     path, description, _ = end_to_end
-    if path.suffix != ".onnx":
-        pytest.skip("of ONNX only")
     graph = onnx.load(path).graph
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -143,7 +143,8 @@ def test_all_anchors_have_the_boxes_and_scores_that_predict_starts_from(name, de
     assert_standard(path)
     expected, run = every_anchor(detector, images), run_of(path)
     for batch in (3, 1):
-        assert_same(run(images[:batch]), {name: values[:batch] for name, values in expected.items()}, max(SIZE))
+        rows = {name: values[:batch] for name, values in expected.items()}
+        assert_same(run(images[:batch]), rows, anchor_sides(detector))
 
 
 def test_pictures_go_through_as_predict_takes_them(end_to_end, detector, images_and_threshold):
@@ -228,6 +229,7 @@ def test_every_kind_of_model(case, name, end_to_end, tmp_path):
     export_model(detector, tmp_path / name, end_to_end=end_to_end, **rows)
     assert_standard(tmp_path / name)
     expected = predicted(detector, images, **rows) if end_to_end else every_anchor(detector, images)
+    unit = max(size) if end_to_end else anchor_sides(detector)
     run = run_of(tmp_path / name)
     for batch in (1, 3):
-        assert_same(run(images[:batch]), {name: values[:batch] for name, values in expected.items()}, max(size))
+        assert_same(run(images[:batch]), {name: values[:batch] for name, values in expected.items()}, unit)
