@@ -12,7 +12,9 @@ FORMATS = ("onnx", "torch_export")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run, or what convert wrote")
-    parser.add_argument("output", metavar="OUTPUT", help="file to write")
+    parser.add_argument(
+        "output", metavar="OUTPUT", nargs="?", help="file to write (default: CHECKPOINT with the format's ending)"
+    )
     parser.add_argument(
         "--format", choices=FORMATS, help="default: by the ending of OUTPUT, .onnx or .pt2 (of torch.export)"
     )
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         max_detections=options.max_detections,
         overwrite=options.overwrite,
     )
-    print(f"{options.output}: {done['model']}, {len(done['class_names'])} classes\n  {done['input']}")
+    print(f"{done['path']}: {done['model']}, {len(done['class_names'])} classes\n  {done['input']}")
     for name, text in done["outputs"].items():
         print(f"  {name}: {text}")
     return 0

@@ -24,7 +24,7 @@ FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 
 def export_model(
     checkpoint: str | os.PathLike[str] | Detector,
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     format: str | None = None,
     *,
     end_to_end: bool = False,
@@ -50,7 +50,7 @@ def export_model(
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run, what `convert_checkpoint` wrote as "effdet_fast", or a `Detector`.
-        output: The file to write.
+        output: The file to write; None puts it beside the checkpoint file, with the format's ending.
         format: "onnx" or "torch_export"; None goes by `output`'s ending, .onnx or .pt2.
         end_to_end: Non-maximum suppression inside.
         image_size: Another input size than the one trained at; goes with a checkpoint file.
@@ -58,13 +58,15 @@ def export_model(
         overwrite: Replace an existing `output`.
 
     Returns:
-        What the file says about itself.
+        What the file says about itself, and under "path" where it is.
 
     Raises:
         FileExistsError, FileNotFoundError: `output` or `checkpoint`.
         ValueError: No checkpoint of a trained detector; an option that is out of range or does not go with the others; or ONNX
             without the packages onnx and onnxscript.
     """
+    if output is None:
+        output = _beside(checkpoint, format)
     output = os.fspath(output)
     format = _format(output, format)
     refuse_existing([output], overwrite)
@@ -82,7 +84,13 @@ def export_model(
     program = _trace(checkpoint, options, format)
     content = (onnx_bytes if format == "onnx" else torch_export_bytes)(program, description)
     write_atomically(output, lambda path: Path(path).write_bytes(content))
-    return description
+    return {"path": output, **description}
+
+
+def _beside(checkpoint: str | os.PathLike[str] | Detector, format: str | None) -> Path:
+    if isinstance(checkpoint, Detector) or format is None:
+        raise ValueError("export: output must be given unless there are a checkpoint file and a format to name it by")
+    return Path(checkpoint).with_suffix(FORMATS.get(format, ""))
 
 
 def _format(output: str, format: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_detections_are_those_of_predict_for_any_batch(end_to_end, detector, ima
 def test_an_end_to_end_file_says_what_it_is(end_to_end, checkpoint):
     path, returned, options = end_to_end
     description = description_in(path)
-    assert description == returned
+    assert {"path": str(path), **description} == returned
     assert description["class_names"] == CLASS_NAMES and description["category_ids"] == CATEGORY_IDS
     assert description["image_size"] == list(SIZE) and description["model"] == "efficientdet_d0"
     preprocessing = torch.load(checkpoint, weights_only=True)["preprocessing"]
@@ -138,7 +139,7 @@ def test_all_anchors_have_the_boxes_and_scores_that_predict_starts_from(name, de
     assert {name: type(module) for name, module in detector.model.named_modules()} == modules
     assert all(torch.equal(value, before[name]) for name, value in detector.model.state_dict().items())
 
-    assert description == description_in(path) and "score_threshold" not in description
+    assert description == {"path": str(path), **description_in(path)} and "score_threshold" not in description
     assert list(description["outputs"]) == ["boxes", "scores"]
     assert_standard(path)
     expected, run = every_anchor(detector, images), run_of(path)
@@ -180,6 +181,12 @@ def test_bad_arguments_leave_nothing_behind(detector, tmp_path, name, options, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("given", [{}, {"format": "onnx"}])
+def test_a_file_without_a_name_needs_a_checkpoint_file_and_a_format(detector, checkpoint, given):
+    with pytest.raises(ValueError, match="output must be given unless there are a checkpoint file and a format"):
+        export_model(detector if given else checkpoint, **given)
+
+
 def test_without_the_onnx_packages_one_line_names_the_extra(checkpoint, tmp_path, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
@@ -188,11 +195,12 @@ def test_without_the_onnx_packages_one_line_names_the_extra(checkpoint, tmp_path
 
 
 def test_the_command_replaces_nothing_unasked(checkpoint, tmp_path, capsys):
-    output = tmp_path / "program"
+    shutil.copy(checkpoint, tmp_path / "program.pt")
+    output = tmp_path / "program.pt2"
     output.write_text("mine")
-    arguments = ["export", str(checkpoint), str(output), "--format", "torch_export", "--end-to-end"]
+    arguments = ["export", str(tmp_path / "program.pt"), "--format", "torch_export", "--end-to-end"]
     assert main(arguments) == 2
-    assert "program: exists; pass overwrite to replace it" in capsys.readouterr().err
+    assert "program.pt2: exists; pass overwrite to replace it" in capsys.readouterr().err
     assert output.read_text() == "mine"
     assert main([*arguments, "--image-size", "64", "--max-detections", "7", "--overwrite"]) == 0
     said, warned = capsys.readouterr()
