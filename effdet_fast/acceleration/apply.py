@@ -10,12 +10,31 @@ from torch import nn
 
 from effdet_fast.acceleration.chains import ActivationBeforeConv, NormBeforeActivation
 from effdet_fast.acceleration.depthwise_conv import DepthwiseConv
+from effdet_fast.acceleration.effdet_bench import PredictBench, TrainBench
+from effdet_fast.acceleration.effdet_fusion import ActivationAfterFusion, FusionOfAll, FusionOfResampled
+from effdet_fast.acceleration.effdet_head import NormsOfHead
+from effdet_fast.acceleration.effdet_labeler import AnchorLabeler
+from effdet_fast.acceleration.effdet_loss import DetectionLoss
 from effdet_fast.acceleration.norms import NormAct
 from effdet_fast.acceleration.report import Report, Row
 from effdet_fast.acceleration.squeeze_excite import SqueezeExcite
 from effdet_fast.acceleration.swap import Swap, exchange_class, parts_of_class
 
-SWAPS: tuple[type[Swap], ...] = (DepthwiseConv, NormAct, NormBeforeActivation, ActivationBeforeConv, SqueezeExcite)
+SWAPS: tuple[type[Swap], ...] = (
+    DepthwiseConv,
+    NormAct,
+    NormBeforeActivation,
+    ActivationBeforeConv,
+    SqueezeExcite,
+    FusionOfAll,
+    FusionOfResampled,
+    ActivationAfterFusion,
+    NormsOfHead,
+    AnchorLabeler,
+    DetectionLoss,
+    PredictBench,
+    TrainBench,
+)
 FAMILIES = tuple(dict.fromkeys(swap.family for swap in SWAPS))
 
 

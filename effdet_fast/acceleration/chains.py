@@ -65,34 +65,41 @@ class Chain(Swap):
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
-        """Neighbours can be one op that are not already neighbours in one of its parts."""
+        """Neighbours can be one op that are not already neighbours in one of its parts.
+
+        An activation between two that could take it belongs to the one before it, also where that one is not asked for.
+        """
         parts = parts_of(obj)
         return parts is not None and cls._gains(leaves_of(parts)) > sum(cls._gains(leaves(part)) for part in parts)
 
     @classmethod
     def _gains(cls, modules: list[nn.Module]) -> int:
-        return sum(operation is not None for operation, _ in operations(modules, (cls.fuse,)))
+        return sum(kind is cls for kind, _ in operations(modules, tuple(Chain.__subclasses__())))
 
     def forward(self, x: Any) -> Any:
         _, swaps = parts_of_class(type(self))
-        fusions = tuple(swap.fuse for swap in swaps if issubclass(swap, Chain))
-        for fused, module in operations(leaves_of(parts_of(self) or []), fusions):
-            x = module(x) if fused is None else fused(x)
+        kinds = tuple(swap for swap in swaps if issubclass(swap, Chain))
+        for _, operation in operations(leaves_of(parts_of(self) or []), kinds):
+            x = operation(x)
         return x
 
 
 def operations(
-    modules: list[nn.Module], fusions: tuple[Callable, ...]
-) -> Iterator[tuple[Callable[[Tensor], Tensor] | None, nn.Module]]:
-    """What to call, in order: a fused operation, or the module beside it."""
+    modules: list[nn.Module], kinds: tuple[type[Chain], ...]
+) -> Iterator[tuple[type[Chain] | None, Callable[[Any], Any]]]:
+    """What to call, in order: two neighbours as one and the kind that fuses them, or a module."""
     place = 0
     while place < len(modules):
-        first, fused = modules[place], None
+        kind, operation = None, modules[place]
         # An in-place activation of the chain's own input is seen by whoever gave it.
-        if place + 1 < len(modules) and not (place == 0 and getattr(first, "inplace", False)):
-            fused = next(filter(None, (fuse(first, modules[place + 1]) for fuse in fusions)), None)
-        yield fused, first
-        place += 1 if fused is None else 2
+        if place + 1 < len(modules) and not (place == 0 and getattr(modules[0], "inplace", False)):
+            for candidate in kinds:
+                fused = candidate.fuse(modules[place], modules[place + 1])
+                if fused is not None:
+                    kind, operation = candidate, fused
+                    break
+        yield kind, operation
+        place += 1 if kind is None else 2
 
 
 class NormBeforeActivation(Chain):

@@ -211,6 +211,8 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     options = (METHODS[method], float(eps), codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
     needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)
     if needs_gradient and torch.is_grad_enabled():
+        if torch.compiler.is_compiling():  # which wants each tensor once
+            inputs = [x.view_as(x) if any(x is other for other in inputs[:i]) else x for i, x in enumerate(inputs)]
         return _Fusion.apply(options, arguments, weights, *inputs)
     return _fusion_forward(inputs, weights, *options)
 
