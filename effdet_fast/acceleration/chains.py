@@ -90,7 +90,8 @@ def operations(
     """What to call, in order: two neighbours as one and the kind that fuses them, or a module."""
     place = 0
     while place < len(modules):
-        kind, operation = None, modules[place]
+        kind: type[Chain] | None = None
+        operation: Callable[[Any], Any] = modules[place]
         # An in-place activation of the chain's own input is seen by whoever gave it.
         if place + 1 < len(modules) and not (place == 0 and getattr(modules[0], "inplace", False)):
             for candidate in kinds:

@@ -90,7 +90,8 @@ class PredictBench(DetBench):
 
     def forward(self, x: Tensor, img_info: dict[str, Tensor] | None = None) -> Tensor:
         info = {"img_scale": None, "img_size": None} if img_info is None else img_info
-        return self.detect(*self.model(x), info["img_scale"], info["img_size"])
+        class_out, box_out = self.model(x)
+        return self.detect(class_out, box_out, info["img_scale"], info["img_size"])
 
 
 class TrainBench(DetBench):
@@ -105,7 +106,7 @@ class TrainBench(DetBench):
         return is_one_of(obj, "effdet.DetBenchTrain")
 
     def forward(self, x: Tensor, target: dict[str, Any]) -> dict[str, Tensor]:
-        outputs = self.model(x)
+        class_out, box_out = self.model(x)
         if self.anchor_labeler is None:  # whoever loads the data has labelled the anchors
             per_level = (
                 [target[f"{name}_{i}"] for i in range(self.num_levels)] for name in ("label_cls", "label_bbox")
@@ -113,8 +114,8 @@ class TrainBench(DetBench):
             targets = (*per_level, target["label_num_positives"])
         else:
             targets = self.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
-        loss, class_loss, box_loss = self.loss_fn(*outputs, *targets)
+        loss, class_loss, box_loss = self.loss_fn(class_out, box_out, *targets)
         results = {"loss": loss, "class_loss": class_loss, "box_loss": box_loss}
         if not self.training:
-            results["detections"] = self.detect(*outputs, target["img_scale"], target["img_size"])
+            results["detections"] = self.detect(class_out, box_out, target["img_scale"], target["img_size"])
         return results

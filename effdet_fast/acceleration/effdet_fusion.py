@@ -29,8 +29,8 @@ def resampling_of(module: nn.Module) -> Resampling:
     """The same for an effdet `ResampleFeatureMap`; one with hooks is called as a whole."""
     if has_hooks(module):
         return Resampling([module])
-    parts = list(module._modules.values())
-    last: Any = parts[-1] if parts else None
+    parts: list[Any] = list(module._modules.values())
+    last = parts[-1] if parts else None
     if last is None or has_hooks(last):
         return Resampling(parts)
     if is_one_of(last, "timm.MaxPool2dSame") and _pools_by_two(last):
