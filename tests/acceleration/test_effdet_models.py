@@ -39,7 +39,7 @@ def outcome(model, x):
     return [y.detach() for y in outputs], gradients, {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
-def check(plain, size, *, training, batch=2):
+def check(plain, size, *, training, batch):
     """Equal in float64, gradients too; in float32 outputs and statistics. There, ReLU6's kinks make any two gradients stray."""
     model = copy.deepcopy(plain)
     report = effdet_fast.accelerate(model)
@@ -65,7 +65,7 @@ def check(plain, size, *, training, batch=2):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, training):
     name, options = FAMILIES[family]
-    report = check(tiny(name, ODD, **options), ODD, training=training)
+    report = check(tiny(name, ODD, **options), ODD, training=training, batch=4)
     assert [row for row in report.swapped if row.family == "fusion"]
 
 
@@ -73,8 +73,9 @@ def test_families(family, training):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", efficientdet_model_param_dict)
 def test_every_model(name, training):
-    size = (256, 256) if "d7x" in name else (128, 128)
-    report = check(model_of(name, size, num_classes=CLASSES), size, training=training)
+    """In training, eight samples of the coarsest level, one pixel, or its BatchNorms would make much of float32's rounding."""
+    size, batch = ((64, 64), 8) if training else ((128, 128), 2)
+    report = check(model_of(name, size, num_classes=CLASSES), size, training=training, batch=batch)
     assert {"fusion", "batch_norm_act"} & {row.family for row in report.swapped}
 
 
