@@ -18,7 +18,7 @@ from effdet_fast.acceleration.effdet_loss import DetectionLoss
 from effdet_fast.acceleration.norms import NormAct
 from effdet_fast.acceleration.report import Report, Row
 from effdet_fast.acceleration.squeeze_excite import SqueezeExcite
-from effdet_fast.acceleration.swap import Swap, exchange_class, parts_of_class
+from effdet_fast.acceleration.swap import Swap, exchange_class, lacks_attributes, parts_of_class
 
 SWAPS: tuple[type[Swap], ...] = (
     DepthwiseConv,
@@ -104,4 +104,6 @@ def _reason_against(swap: type[Swap], obj: Any) -> str | None:
         return "compiled by TorchScript"
     if isinstance(obj, nn.Module) and "forward" in obj.__dict__:
         return "its forward was replaced"
+    if lacks_attributes(obj, swap):
+        return "an unknown version of it"
     return swap.reason_against(obj)

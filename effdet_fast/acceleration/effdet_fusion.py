@@ -51,6 +51,10 @@ def _doubles(resample: Any) -> bool:
     return all(small in (large, (large + 1) // 2) for small, large in sides)
 
 
+def _keeps_size(resample: Any) -> bool:
+    return getattr(resample, "input_size", None) == getattr(resample, "output_size", None)
+
+
 class FpnCombine(Swap):
     """`FpnCombine` in one op; 1x1 convolutions and their BatchNorms stay modules."""
 
@@ -63,6 +67,8 @@ class FpnCombine(Swap):
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:
         count = len(obj.inputs_offsets)
+        if not all(hasattr(module, "input_size") for module in obj.resample.values()):
+            return "an unknown version of it"
         if obj.weight_method not in METHODS:
             return f"weight_method {obj.weight_method!r}"
         if not 2 <= count <= 4:
@@ -84,7 +90,7 @@ class FusionOfAll(FpnCombine):
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.FpnCombine") and _resamples_inside(obj)
+        return _is_new(obj) and _resamples_inside(obj)
 
 
 class FusionOfResampled(FpnCombine):
@@ -94,14 +100,16 @@ class FusionOfResampled(FpnCombine):
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.FpnCombine") and not _resamples_inside(obj)
+        return _is_new(obj) and not _resamples_inside(obj)
+
+
+def _is_new(obj: Any) -> bool:
+    """Hooks come and go, and with them what happens inside; one that was swapped looks at them by itself."""
+    return is_one_of(obj, "effdet.FpnCombine") and not isinstance(obj, FpnCombine)
 
 
 def _resamples_inside(obj: Any) -> bool:
-    return all(
-        tuple(module.input_size) == tuple(module.output_size) or resampling_of(module).inside != "none"
-        for module in obj.resample.values()
-    )
+    return all(_keeps_size(module) or resampling_of(module).inside != "none" for module in obj.resample.values())
 
 
 def fuse(node: Any, features: Sequence[Tensor], activation: str | None = None) -> Tensor:

@@ -7,6 +7,7 @@ class back undoes it.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, ClassVar
 
 from torch import nn
@@ -18,8 +19,9 @@ class Swap:
     """Base of the mixins that override a method of one or more known classes.
 
     A subclass says which objects it is for (`fits`), which of those it leaves alone and why (`reason_against`), and overrides the
-    method. It must not rely on attributes of its own, and goes on to `super()` whenever what it relied on no longer holds, for
-    instance after a hook was added to a part it would skip.
+    method. It annotates the attributes of the object that it reads; one that lacks any is of an unknown version of its class.
+    It must not rely on attributes of its own, and goes on to `super()` whenever what it relied on no longer holds, for instance
+    after a hook was added to a part it would skip.
 
     Attributes:
         family: What `accelerate(only=...)` calls it.
@@ -73,6 +75,12 @@ def is_one_of(obj: Any, *names: str) -> bool:
     """Whether the class, before acceleration, is one of "package.Class". Modules move between versions of a package."""
     original, _ = parts_of_class(type(obj))
     return f"{original.__module__.partition('.')[0]}.{original.__name__}" in names
+
+
+def lacks_attributes(obj: Any, swap: type[Swap]) -> bool:
+    """Whether the object has not all that the swap annotates."""
+    kinds = swap.__mro__[: swap.__mro__.index(Swap)]
+    return not all(hasattr(obj, name) for kind in kinds for name in inspect.get_annotations(kind))
 
 
 def is_exactly(obj: Any, *classes: type) -> bool:

@@ -129,6 +129,15 @@ def test_unknown_fusions_are_left_alone():
     }
 
 
+def test_an_unknown_version_is_left_alone():
+    model = tiny()
+    del model.fpn.cell[0].fnode[0].combine.resample["3"].input_size
+    del model.class_net.bn_level_first
+    reasons = {row.path: row.reason for row in effdet_fast.accelerate(model).left_alone}
+    assert set(reasons) == {"fpn.cell.0.fnode.0.combine", "class_net"}
+    assert set(reasons.values()) == {"an unknown version of it"}
+
+
 def test_an_activation_is_reported_where_it_is_computed():
     """In a node with the fusion, or where that cannot take it, with the convolution."""
     model = tiny()

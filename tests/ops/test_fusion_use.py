@@ -162,6 +162,13 @@ def test_compiles_without_a_break(case, channels_last):
         assert mine.stride() == other.stride()
 
 
+def test_compiles_with_one_tensor_twice():
+    x = torch.randn(1, 2, 3, 3, requires_grad=True)
+    y = torch.compile(weighted_fusion, backend="aot_eager", fullgraph=True)([x, x], torch.ones(2))
+    assert torch.equal(y, weighted_fusion([x, x], torch.ones(2)))
+    assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], torch.tensor(2 / 2.0001))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("half_input", [0, 1])
 def test_autocast_promotes_to_the_widest(backend, dtype, half_input):
