@@ -14,14 +14,14 @@ from tests.acceleration.effdet_benches import CLASSES, images, model_of, targets
 STEPS, BATCH = 5, 4
 
 
-def train(bench, size, *, lr=0.01, layout=torch.contiguous_format, autocast=False, labelled=None):
+def train(bench, size, *, lr=0.01, layout=torch.contiguous_format, dtype=torch.float32, autocast=False, labelled=None):
     """effdet's loop: `output = bench(input, target)`, `output['loss'].backward()`. Another batch each step; drop path seeded."""
     torch.manual_seed(5)
     optimizer = torch.optim.SGD(bench.parameters(), lr=lr, momentum=0.9, weight_decay=4e-5)
     bench.train()
     losses = []
     for step in range(STEPS):
-        input = images(BATCH, size, seed=step).contiguous(memory_format=layout)
+        input = images(BATCH, size, seed=step).to(dtype=dtype, memory_format=layout)
         target = targets(BATCH, size, seed=step)
         if labelled is not None:
             target = labelled(target)
@@ -61,9 +61,11 @@ def test_a_training_loop(layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tf_efficientdet_d0", "efficientdet_d0", "tf_efficientdet_lite0"])
 def test_a_training_loop_of_a_whole_model(name):
+    """In float64 but for what effdet's loss rounds: in float32, two of effdet's own runs that begin a last bit apart part too."""
     size = (128, 128)
-    losses, expected, *_ = runs(model_of(name, size, num_classes=CLASSES), size)
-    assert_losses(losses, expected, 1e-3)
+    model = model_of(name, size, num_classes=CLASSES).double()
+    losses, expected, *_ = runs(model, size, lr=1e-3, dtype=torch.float64)
+    assert_losses(losses, expected, 1e-5)
 
 
 def test_a_loop_with_autocast():
@@ -112,8 +114,9 @@ def test_evaluation_and_checkpoints_between_the_two():
 @pytest.mark.parametrize("name", ["tf_efficientdet_d0", "efficientdet_lite0"])
 def test_a_whole_training_bench_compiles_without_a_graph_break(name):
     size = (128, 128)
-    bench = DetBenchTrain(model_of(name, size, num_classes=CLASSES, backbone_args={"drop_path_rate": 0.0}))
+    model = model_of(name, size, num_classes=CLASSES, backbone_args={"drop_path_rate": 0.0}).double()
+    bench = DetBenchTrain(model)
     effdet_fast.accelerate(bench)
     compiled = copy.deepcopy(bench)
-    losses = train(torch.compile(compiled, backend="aot_eager", fullgraph=True), size)
-    assert_losses(losses, train(bench, size), 1e-3)
+    losses = train(torch.compile(compiled, backend="aot_eager", fullgraph=True), size, lr=1e-3, dtype=torch.float64)
+    assert_losses(losses, train(bench, size, lr=1e-3, dtype=torch.float64), 1e-5)
