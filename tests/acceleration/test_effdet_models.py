@@ -243,14 +243,14 @@ def test_a_node_compiles_without_a_graph_break(side):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tf_efficientdet_d0", "efficientdet_lite0"])
 def test_a_model_compiles_without_a_graph_break(name):
-    plain = model_of(name, (128, 128), num_classes=CLASSES, backbone_args={"drop_path_rate": 0.0})
-    model, x = copy.deepcopy(plain), images(2, (128, 128))
+    plain = model_of(name, (128, 128), num_classes=CLASSES, backbone_args={"drop_path_rate": 0.0}).double()
+    model, x = copy.deepcopy(plain), images(2, (128, 128)).double()
     effdet_fast.accelerate(model)
     assert torch._dynamo.explain(model)(x).graph_break_count == 0
     torch._dynamo.reset()
     found, expected = outcome(torch.compile(model, backend="aot_eager", fullgraph=True), x), outcome(plain, x)
     for i in range(10):
-        torch.testing.assert_close(found[0][f"output {i}"], expected[0][f"output {i}"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found[0][f"output {i}"], expected[0][f"output {i}"], rtol=1e-9, atol=1e-9)
 
 
 def test_state_and_classes_after_restoring():
