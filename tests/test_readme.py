@@ -1,6 +1,7 @@
 """What the README shows works as it stands there."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,18 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    "block", [b for b in BLOCKS if "from_checkpoint" not in b], ids=lambda b: b.splitlines()[0][:50]
+    "block",
+    [b for b in BLOCKS if "from_checkpoint" not in b and "accelerate(" not in b],
+    ids=lambda b: b.splitlines()[0][:50],
 )
 def test_a_block_runs(block):
     exec(block, {"torch": torch})
+
+
+def test_the_report_of_accelerate_is_the_one_shown(capsys):
+    (block,) = (block for block in BLOCKS if "accelerate(" in block)
+    exec(block)
+    assert textwrap.indent(capsys.readouterr().out, "    ") in README
 
 
 def test_there_are_blocks_for_ops_modules_models_and_prediction():

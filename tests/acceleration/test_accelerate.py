@@ -218,6 +218,17 @@ def test_autocast_and_layouts(model, x, layout):
     torch.testing.assert_close(y, expected, rtol=0.05, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(model, x, dtype):
+    plain = copy.deepcopy(model)
+    effdet_fast.accelerate(model)
+    model, plain = model.to(dtype), plain.to(dtype)
+    y, expected = model(x.to(dtype)), plain(x.to(dtype))
+    assert y.dtype == expected.dtype == dtype
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("function", [effdet_fast.accelerate, effdet_fast.restore])
 def test_only_modules(function):
     with pytest.raises(TypeError, match="model must be an nn.Module, got list"):
