@@ -17,6 +17,7 @@ from effdet_fast.acceleration.effdet_labeler import AnchorLabeler
 from effdet_fast.acceleration.effdet_loss import DetectionLoss
 from effdet_fast.acceleration.norms import NormAct
 from effdet_fast.acceleration.report import Report, Row
+from effdet_fast.acceleration.retinanet import RetinaNetClassLoss, RetinaNetDetections, RetinaNetLoss
 from effdet_fast.acceleration.squeeze_excite import SqueezeExcite
 from effdet_fast.acceleration.swap import Swap, exchange_class, lacks_attributes, parts_of_class
 
@@ -34,6 +35,9 @@ SWAPS: tuple[type[Swap], ...] = (
     DetectionLoss,
     PredictBench,
     TrainBench,
+    RetinaNetLoss,
+    RetinaNetClassLoss,
+    RetinaNetDetections,
 )
 FAMILIES = tuple(dict.fromkeys(swap.family for swap in SWAPS))
 

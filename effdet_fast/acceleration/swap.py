@@ -83,6 +83,21 @@ def lacks_attributes(obj: Any, swap: type[Swap]) -> bool:
     return not all(hasattr(obj, name) for kind in kinds for name in inspect.get_annotations(kind))
 
 
+def departure(obj: Any, name: str, *methods: str) -> str | None:
+    """Why these methods of an object are not those of "package.Class"; None if they are, be it by inheritance."""
+    original, _ = parts_of_class(type(obj))
+    package, _, class_name = name.partition(".")
+    for base in original.__mro__:
+        if base.__name__ == class_name and base.__module__.partition(".")[0] == package:
+            break
+    else:
+        return f"{original.__name__} is no {class_name}"
+    for method in methods:
+        if method in getattr(obj, "__dict__", {}) or getattr(original, method) is not getattr(base, method):
+            return f"{original.__name__}.{method} is not {package}'s"
+    return None
+
+
 def is_exactly(obj: Any, *classes: type) -> bool:
     """Whether the class, before acceleration, is one of these and no subclass."""
     return parts_of_class(type(obj))[0] in classes
