@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from effdet_fast.version import __version__
 
 if TYPE_CHECKING:
-    from effdet_fast.acceleration import accelerate, restore
+    from effdet_fast.acceleration import accelerate, patch_torchvision, restore
     from effdet_fast.conversion import convert_checkpoint
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
@@ -28,6 +28,7 @@ _HOMES = {
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
     "export_model": "effdet_fast.export",
     "list_models": "effdet_fast.models",
+    "patch_torchvision": "effdet_fast.acceleration",
     "predict": "effdet_fast.prediction",
     "restore": "effdet_fast.acceleration",
     "set_debug": "effdet_fast.ops",
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "export_model",
     "list_models",
+    "patch_torchvision",
     "predict",
     "restore",
     "set_debug",
