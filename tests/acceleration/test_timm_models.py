@@ -60,6 +60,16 @@ def run(model, training, dtype):
     return {"outputs": outputs.detach()}, gradients, dict(model.named_buffers())
 
 
+def rounded(model, seed):
+    """A copy whose weights are off by float32's round-off; the model itself for seed 0."""
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters() if seed else ():
+            parameter.mul_(1 + 2**-24 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
 def distance(values, exact):
     """Of all together, relative."""
     assert values.keys() == exact.keys()
@@ -79,10 +89,12 @@ def test_outputs_gradients_and_statistics_stay(name, training, one_thread):
     exact = run(plain, training, torch.float64)
     for ours, truth in zip(run(model, training, torch.float64), exact, strict=True):
         assert distance(ours, truth) < 1e-9
-    single, original = run(model, training, torch.float32), run(plain, training, torch.float32)
+    single = run(model, training, torch.float32)
+    # The error of a single run is a draw that varies threefold; round-off in the weights draws again.
+    originals = [run(rounded(plain, seed), training, torch.float32) for seed in range(4)]
     kinks = 0.02 if "lite" in name or "mobilenet" in name else 1e-6
-    for ours, theirs, truth, slack in zip(single, original, exact, (1e-6, kinks, 1e-6), strict=True):
-        assert distance(ours, truth) <= 2 * distance(theirs, truth) + slack
+    for ours, truth, slack, *theirs in zip(single, exact, (1e-6, kinks, 1e-6), *originals, strict=True):
+        assert distance(ours, truth) <= 2 * max(distance(each, truth) for each in theirs) + slack
 
 
 @pytest.mark.parametrize("name", MODELS)
