@@ -137,7 +137,7 @@ class RetinaNetDetections(Swap):
     Detections carry no gradient: where one could be wanted, which is without `torch.no_grad()`, the original runs.
     """
 
-    family, replacement = "decode_detections", "decode_detections"
+    family, replacement = "nms", "decode_detections"
     score_thresh: float
     nms_thresh: float
     detections_per_img: int
