@@ -21,7 +21,7 @@ class Timing:
     q80: float
     rounds: int
     error: float | None = None  # relative error of the results against the oracle
-    peak_bytes: int | None = None  # None where it is not measured (CPU)
+    peak_bytes: int | None = None  # None where it is not measured (on a CPU all but training steps)
 
     @staticmethod
     def of(samples: list[float], error: float | None = None, peak_bytes: int | None = None) -> "Timing":
@@ -34,7 +34,6 @@ class Timing:
 class Profile:
     """What the profiler saw of one step: see `step_profile`."""
 
-    peak_bytes: int  # most held at once, beyond what was held before
     launches: int  # of kernels on a GPU, operator calls on a CPU
     seconds: dict[str, float]  # by family of operations
 

@@ -93,7 +93,7 @@ def step_table(row: Row, record: Record) -> str:
             f"{(row.images or 1) / timing.median:.2f}",
             milliseconds(timing.median),
             f"{row.timings[first].median / timing.median:.2f}x",
-            f"{profile.peak_bytes / 1e6:.0f} MB" if profile else "",
+            f"{timing.peak_bytes / 1e6:.0f} MB" if timing.peak_bytes else "",
             f"{profile.launches}" if profile else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,4 +1,4 @@
-"""Where a step's time goes, from PyTorch's profiler: seconds by family of operations, launches, most memory held at once."""
+"""Where a step's time goes, from PyTorch's profiler: seconds by family of operations, launches."""
 
 from __future__ import annotations
 
@@ -64,13 +64,12 @@ def profile_step(step: Callable[[], Any], device: torch.device) -> Profile:
     """Runs a step once to warm up and once under the profiler, which makes it slower: times are shares, not durations."""
     step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+    with profile(activities=activities, record_shapes=True) as profiler:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     events = profiler.events()
-    memory = _peak_bytes(profiler.profiler.kineto_results.events(), device)
-    return Profile(memory, _launches(events, device), _seconds(events, device))
+    return Profile(_launches(events, device), _seconds(events, device))
 
 
 @contextlib.contextmanager
@@ -155,15 +154,3 @@ def _launches(events: Any, device: torch.device) -> int:
 
 def _is_operator(event: Any) -> bool:
     return event.name.startswith(("aten::", "effdet_fast::"))
-
-
-def _peak_bytes(raw_events: Any, device: torch.device) -> int:
-    """Most memory held at once, beyond what was held before."""
-    held = peak = 0
-    changes = [
-        event for event in raw_events if event.name() == "[memory]" and event.device_type().name.lower() == device.type
-    ]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
