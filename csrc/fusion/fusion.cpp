@@ -29,6 +29,13 @@ bool fits(const Tensor& x, int64_t resample, int64_t h, int64_t w) {
   return resample == int64_t(Resample::kNearest) && (x.size(2) > 0 || h == 0) && (x.size(3) > 0 || w == 0);
 }
 
+bool is_kept(const Tensor& x, const Tensor& grad, ScalarType dtype, bool channels_last) {
+  if (x.dim() != 4 || x.scalar_type() != dtype || !is_dense(x, channels_last)) return false;
+  for (int axis = 0; axis < 4; ++axis)
+    if (x.size(axis) != grad.size(axis)) return false;
+  return true;
+}
+
 template <typename scalar_t>
 Problem<scalar_t> problem_of(const Options& options) {
   const std::vector<Tensor>& inputs = options.inputs;
@@ -61,25 +68,48 @@ Problem<scalar_t> problem_of(const Options& options) {
   return problem;
 }
 
+// The output; after it, where they are kept, the maxima of each max_pool input and their taps.
+template <class Device>
+std::vector<Tensor> outputs(const Options& options, bool keeps) {
+  const Tensor& first = options.inputs.at(0);
+  const DeviceScope<Device> scope(first);
+  const auto like_output = [&](ScalarType dtype) {
+    return allocate(first, {first.size(0), first.size(1), options.h, options.w}, dtype,
+                    options.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  };
+  std::vector<Tensor> results = {like_output(first.scalar_type())};
+  dispatch_floating(first.scalar_type(), "fusion", [&]<typename scalar_t>() {
+    const auto problem = problem_of<scalar_t>(options);
+    Pooled<scalar_t> pooled{};
+    for (int i = 0; keeps && i < problem.count; ++i) {
+      if (problem.inputs[i].resample != Resample::kMaxPool) continue;
+      results.push_back(like_output(first.scalar_type()));
+      pooled.maxima[i] = mutable_data<scalar_t>(results.back());
+      results.push_back(like_output(ScalarType::Byte));
+      pooled.taps[i] = mutable_data<uint8_t>(results.back());
+    }
+    if (results[0].numel() > 0) launch_forward<scalar_t>(scope.device, problem, pooled, mutable_data<scalar_t>(results[0]));
+  });
+  return results;
+}
+
 template <class Device>
 Tensor forward(const std::vector<Tensor>& inputs, const std::optional<Tensor>& weights, int64_t method, double eps,
                const std::vector<int64_t>& resample, int64_t h, int64_t w, int64_t activation, bool channels_last) {
-  const Tensor& first = inputs.at(0);
-  const DeviceScope<Device> scope(first);
-  Tensor out = allocate(first, {first.size(0), first.size(1), h, w}, first.scalar_type(),
-                        channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  dispatch_floating(first.scalar_type(), "fusion", [&]<typename scalar_t>() {
-    const auto problem = problem_of<scalar_t>({inputs, weights, method, eps, resample, h, w, activation, channels_last});
-    if (out.numel() > 0) launch_forward<scalar_t>(scope.device, problem, mutable_data<scalar_t>(out));
-  });
-  return out;
+  return outputs<Device>({inputs, weights, method, eps, resample, h, w, activation, channels_last}, false)[0];
+}
+template <class Device>
+std::vector<Tensor> train(const std::vector<Tensor>& inputs, const std::optional<Tensor>& weights, int64_t method, double eps,
+                          const std::vector<int64_t>& resample, int64_t h, int64_t w, int64_t activation, bool channels_last) {
+  return outputs<Device>({inputs, weights, method, eps, resample, h, w, activation, channels_last}, true);
 }
 
-// `needs` says for each input, and last for the weights, whether its gradient is wanted; those wanted are returned in that order.
+// `kept` is what fusion_train returns after its output. `needs` says for each input, and last for the weights, whether its gradient is
+// wanted; those wanted are returned in that order.
 template <class Device>
-std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inputs, const std::optional<Tensor>& weights, int64_t method,
-                             double eps, const std::vector<int64_t>& resample, int64_t activation, bool channels_last,
-                             const std::vector<bool>& needs) {
+std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inputs, const std::vector<Tensor>& kept,
+                             const std::optional<Tensor>& weights, int64_t method, double eps, const std::vector<int64_t>& resample,
+                             int64_t activation, bool channels_last, const std::vector<bool>& needs) {
   const DeviceScope<Device> scope(grad);
   STD_TORCH_CHECK(grad.dim() == 4 && is_dense(grad, channels_last) && needs.size() == inputs.size() + 1 &&
                       grad.scalar_type() == inputs.at(0).scalar_type() && grad.size(0) == inputs[0].size(0) &&
@@ -88,21 +118,30 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inpu
   std::vector<Tensor> results, workspaces;
   dispatch_floating(grad.scalar_type(), "fusion_backward", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
-    const auto problem =
-        problem_of<scalar_t>({inputs, weights, method, eps, resample, grad.size(2), grad.size(3), activation, channels_last});
+    auto problem = problem_of<scalar_t>({inputs, weights, method, eps, resample, grad.size(2), grad.size(3), activation, channels_last});
     const Cells cells = Cells::of(problem);
     Backward<scalar_t> work{};
     work.grad = const_data<scalar_t>(grad);
     bool reads_grad_sum = false;
+    size_t used = 0;
     for (int i = 0; i < problem.count; ++i) {
-      if (!needs[i]) continue;
-      results.push_back(allocate_like(inputs[i]));
-      work.grad_inputs[i] = mutable_data<scalar_t>(results.back());
-      if (problem.inputs[i].resample == Resample::kMaxPool) {
-        workspaces.push_back(allocate(grad, {grad.numel()}, ScalarType::Byte));
-        work.taps[i] = mutable_data<uint8_t>(workspaces.back());
+      Input<scalar_t>& input = problem.inputs[i];
+      scalar_t* grad_input = nullptr;
+      if (needs[i]) {
+        results.push_back(allocate_like(inputs[i]));
+        grad_input = mutable_data<scalar_t>(results.back());
+        reads_grad_sum |= input.resample != Resample::kNone && !cells.own(input);
       }
-      reads_grad_sum |= problem.inputs[i].resample != Resample::kNone && !cells.own(problem.inputs[i]);
+      if (input.resample == Resample::kMaxPool) {
+        STD_TORCH_CHECK(used + 2 <= kept.size() && is_kept(kept[used], grad, grad.scalar_type(), channels_last) &&
+                            is_kept(kept[used + 1], grad, ScalarType::Byte, channels_last),
+                        "fusion_backward: kept must be what fusion_train returned after its output");
+        work.unpools[i] = {const_data<uint8_t>(kept[used + 1]), grad_input, input.h, input.w};
+        input = {const_data<scalar_t>(kept[used]), problem.h, problem.w, Resample::kNone};
+        used += 2;
+      } else {
+        work.grad_inputs[i] = grad_input;
+      }
     }
     if (needs.back()) {
       STD_TORCH_CHECK(weights.has_value(), "fusion_backward: there are no weights to have a gradient");
@@ -129,6 +168,7 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inpu
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("fusion", TORCH_BOX(&forward<Device>));
+  m.impl("fusion_train", TORCH_BOX(&train<Device>));
   m.impl("fusion_backward", TORCH_BOX(&backward<Device>));
 }
 }  // namespace

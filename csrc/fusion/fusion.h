@@ -26,11 +26,18 @@ struct Problem {
   Activation activation;
 };
 
+// What a forward keeps of its max_pool inputs, each [n, h, w, c]; null for the others and where nothing is kept.
+template <typename scalar_t>
+struct Pooled {
+  scalar_t* maxima[kMaxInputs];
+  uint8_t* taps[kMaxInputs];  // which tap of its window each maximum is
+};
+
 // out: [n, h, w, c]
 template <typename scalar_t>
-void launch_forward(Cpu, const Problem<scalar_t>& problem, scalar_t* out);
+void launch_forward(Cpu, const Problem<scalar_t>& problem, const Pooled<scalar_t>& pooled, scalar_t* out);
 template <typename scalar_t>
-void launch_forward(Cuda, const Problem<scalar_t>& problem, scalar_t* out);
+void launch_forward(Cuda, const Problem<scalar_t>& problem, const Pooled<scalar_t>& pooled, scalar_t* out);
 
 // The backward runs over "cells": the pixels of the first nearest input, whose children divide the output among them; without one,
 // the pixels of the output.
@@ -49,13 +56,22 @@ struct Cells {
   }
 };
 
+// Takes the gradient of kept maxima to the input [n, h, w, c] they were found in.
+template <typename scalar_t>
+struct Unpool {
+  const uint8_t* taps;
+  scalar_t* grad_input;  // null where not wanted
+  int64_t h, w;
+};
+
+// The problem's max_pool inputs are replaced by their maxima, as inputs without resampling.
 template <typename scalar_t>
 struct Backward {
   const scalar_t* grad;               // [n, h, w, c]
-  scalar_t* grad_inputs[kMaxInputs];  // like the inputs, null where not wanted
+  scalar_t* grad_inputs[kMaxInputs];  // like the inputs, null where not wanted and for maxima
+  Unpool<scalar_t> unpools[kMaxInputs];
   acc_t<scalar_t>* grad_weights;      // [count], or null
   scalar_t* grad_sum;                 // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
-  uint8_t* taps[kMaxInputs];          // workspace [n, h, w, c]: tap of each maximum of a max_pool input with a gradient, else null
   acc_t<scalar_t>* partials;          // workspace [partial_count, count], null without grad_weights
 };
 

@@ -14,6 +14,11 @@ namespace ef::fusion {
 namespace {
 constexpr int64_t kSegment = 1024, kUnit = 8192;
 
+template <class F>
+void dispatch_count(int count, const F& f) {
+  count == 2 ? f.template operator()<2>() : count == 3 ? f.template operator()<3>() : f.template operator()<4>();
+}
+
 using Columns = std::vector<int32_t>;  // for each output column, the column of a nearest input
 
 template <typename scalar_t>
@@ -59,16 +64,20 @@ class Walker {
     }
   };
 
-  // The resampled input i over a segment; `taps` [n, h, w, c] is filled for max_pool where it is not null.
-  const A* resampled(int i, int64_t row, int64_t x, int64_t rows, int64_t columns, Buffers& buffers, uint8_t* taps) const {
+  // The resampled input i over a segment, kept where `pooled` says so.
+  const A* resampled(int i, int64_t row, int64_t x, int64_t rows, int64_t columns, Buffers& buffers,
+                     const Pooled<scalar_t>& pooled = {}) const {
     const Input<scalar_t>& in = p_.inputs[i];
     A* out = buffers.inputs[i].data();
+    scalar_t* maxima = pooled.maxima[i];
     const int64_t at = (row * p_.w + x) * p_.c, m = columns * p_.c;
     if (in.resample == Resample::kNone) {
       if constexpr (std::is_same_v<scalar_t, A>) return in.x + at;
       convert(in.x + at, rows * m, out);
       return out;
     }
+    if constexpr (std::is_same_v<scalar_t, A>)
+      if (maxima) out = maxima + at;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
       const scalar_t* source = in.x + image * in.h * in.w * p_.c;
@@ -76,13 +85,15 @@ class Walker {
         source += nearest_source(y, in.h, p_.h) * in.w * p_.c;
         doubled(i) ? doubled_row(source + x / 2, m / 2, out + r * m)
                    : nearest_row(source, columns_[i].data() + x, columns, p_.c, out + r * m);
-      } else if (taps) {
+      } else if (maxima) {
         pool_row<true>(source, in.h, in.w, p_.c, y, x, columns, buffers.lines.data(), out + r * m, buffers.taps.data() + r * m);
       } else {
         pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, buffers.lines.data(), out + r * m, static_cast<A*>(nullptr));
       }
     }
-    if (taps) convert(buffers.taps.data(), rows * m, taps + at);
+    if (!maxima) return out;
+    convert(buffers.taps.data(), rows * m, pooled.taps[i] + at);
+    if constexpr (!std::is_same_v<scalar_t, A>) convert(out, rows * m, maxima + at);
     return out;
   }
 
@@ -90,9 +101,7 @@ class Walker {
   template <class F>
   void dispatch(const F& f) const {
     dispatch_activation(int64_t(p_.activation), [&]<Activation kActivation>() {
-      p_.count == 2   ? f.template operator()<kActivation, 2>()
-      : p_.count == 3 ? f.template operator()<kActivation, 3>()
-                      : f.template operator()<kActivation, 4>();
+      dispatch_count(p_.count, [&]<int kCount>() { f.template operator()<kActivation, kCount>(); });
     });
   }
 
@@ -119,12 +128,12 @@ int64_t first_output_row(const Problem<scalar_t>& p, const Cells& cells, int64_t
   return row / cells.h * p.h + first_child(row % cells.h, cells.h, p.h);
 }
 
-// First pass over the cell rows [begin, end): gradients of the inputs with no resampling and of the cells' own, grad_sum, taps; the
-// sums of grad_sum times input go to `dots`.
+// First pass over the cell rows [begin, end): gradients of the inputs with no resampling and of the cells' own, grad_sum; the sums of
+// grad_sum times input go to `sums`.
 template <typename scalar_t>
 void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const Walker<scalar_t>& walker, const Cells& cells,
                    int64_t begin, int64_t end, typename Walker<scalar_t>::Buffers& buffers, std::vector<acc_t<scalar_t>>& cell_sums,
-                   acc_t<scalar_t>* dots) {
+                   acc_t<scalar_t>* sums) {
   using A = acc_t<scalar_t>;
   const A* weights = walker.weights().v;
   int owner = -1;
@@ -138,8 +147,10 @@ void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, c
         const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
         Rows<A> inputs{};
         for (int i = 0; i < p.count; ++i)
-          if (reads_inputs || work.taps[i]) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers, work.taps[i]);
+          if (reads_inputs) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers);
         A* grad = buffers.grad.data();
+        if constexpr (std::is_same_v<scalar_t, A>)
+          if (work.grad_sum) grad = work.grad_sum + at;
         if (p.activation == Activation::kNone) {
           convert(work.grad + at, m, grad);
         } else {
@@ -147,11 +158,11 @@ void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, c
             unfuse<kActivation, kCount>(inputs, walker.weights(), work.grad + at, m, grad);
           });
         }
-        if (work.grad_sum) convert(grad, m, work.grad_sum + at);
-        for (int i = 0; i < p.count; ++i) {
-          if (dots) dots[i] += dot(grad, inputs.of[i], m);
+        if constexpr (!std::is_same_v<scalar_t, A>)
+          if (work.grad_sum) convert(grad, m, work.grad_sum + at);
+        if (sums) dispatch_count(p.count, [&]<int kCount>() { add_products<kCount>(inputs, grad, m, sums); });
+        for (int i = 0; i < p.count; ++i)
           if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone) scale(grad, weights[i], m, work.grad_inputs[i] + at);
-        }
         for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
           const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
           const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
@@ -181,8 +192,7 @@ void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, cons
 }
 
 template <typename scalar_t>
-void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Input<scalar_t>& in, const uint8_t* taps,
-                       acc_t<scalar_t> weight, scalar_t* grad_input) {
+void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Unpool<scalar_t>& in, acc_t<scalar_t> weight) {
   const int64_t size = in.w * p.c;
   parallel_for(p.n * in.h, std::max<int64_t>(1, kUnit / (size + 1)), [&](int64_t begin, int64_t end) {
     std::vector<acc_t<scalar_t>> sums(p.c == 1 ? 2 * p.w + 1 : 0);
@@ -194,16 +204,16 @@ void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, con
       for (int i = 0; i < rows.count; ++i) {
         const int64_t at = (row / in.h * p.h + rows.windows[i]) * p.w * p.c;
         grads[i] = grad_sum + at;
-        row_taps[i] = taps + at;
+        row_taps[i] = in.taps + at;
       }
       if (p.c > 1) {
         const auto unpool = rows.count == 1 ? unpool_row<1, scalar_t> : unpool_row<2, scalar_t>;
-        unpool(grads, row_taps, rows.taps, in.w, p.w, p.c, weight, grad_input + row * size);
+        unpool(grads, row_taps, rows.taps, in.w, p.w, p.c, weight, in.grad_input + row * size);
         continue;
       }
       std::fill(sums.begin(), sums.end(), 0);
       for (int i = 0; i < rows.count; ++i) unpool_line(grads[i], row_taps[i], int(rows.taps[i]), p.w, even, odd);
-      interleave(even, odd, weight, in.w, grad_input + row * size);
+      interleave(even, odd, weight, in.w, in.grad_input + row * size);
     }
   });
 }
@@ -215,13 +225,13 @@ int64_t partial_count(Cpu, const Problem<scalar_t>& p) {
 }
 
 template <typename scalar_t>
-void launch_forward(Cpu, const Problem<scalar_t>& p, scalar_t* out) {
+void launch_forward(Cpu, const Problem<scalar_t>& p, const Pooled<scalar_t>& pooled, scalar_t* out) {
   const Walker<scalar_t> walker(p);
   parallel_for(p.n * p.h, std::max<int64_t>(1, kUnit / (p.w * p.c)), [&](int64_t begin, int64_t end) {
     typename Walker<scalar_t>::Buffers buffers(walker);
     walker.for_each_segment(begin, end, [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
       Rows<acc_t<scalar_t>> inputs{};
-      for (int i = 0; i < p.count; ++i) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers, nullptr);
+      for (int i = 0; i < p.count; ++i) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers, pooled);
       walker.dispatch([&]<Activation kActivation, int kCount>() {
         fuse<kActivation, kCount>(inputs, walker.weights(), rows * columns * p.c, out + (row * p.w + x) * p.c);
       });
@@ -245,9 +255,9 @@ void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scal
   const scalar_t* grad_sum = work.grad_sum ? work.grad_sum : work.grad;
   for (int i = 0; i < p.count; ++i) {
     const Input<scalar_t>& in = p.inputs[i];
-    if (!work.grad_inputs[i] || cells.own(in)) continue;
-    if (in.resample == Resample::kNearest) backward_nearest(p, grad_sum, walker, i, work.grad_inputs[i]);
-    if (in.resample == Resample::kMaxPool) backward_max_pool(p, grad_sum, in, work.taps[i], walker.weights().v[i], work.grad_inputs[i]);
+    if (work.unpools[i].grad_input) backward_max_pool(p, grad_sum, work.unpools[i], walker.weights().v[i]);
+    if (work.grad_inputs[i] && in.resample == Resample::kNearest && !cells.own(in))
+      backward_nearest(p, grad_sum, walker, i, work.grad_inputs[i]);
   }
   if (!work.grad_weights) return;
   acc_t<scalar_t> totals[kMaxInputs];
@@ -260,9 +270,9 @@ void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scal
   std::copy_n(totals, p.count, work.grad_weights);
 }
 
-#define EF_DEFINE(scalar_t)                                                                          \
-  template void launch_forward<scalar_t>(Cpu, const Problem<scalar_t>&, scalar_t*);                  \
-  template void launch_backward<scalar_t>(Cpu, const Problem<scalar_t>&, const Backward<scalar_t>&); \
+#define EF_DEFINE(scalar_t)                                                                                  \
+  template void launch_forward<scalar_t>(Cpu, const Problem<scalar_t>&, const Pooled<scalar_t>&, scalar_t*); \
+  template void launch_backward<scalar_t>(Cpu, const Problem<scalar_t>&, const Backward<scalar_t>&);         \
   template int64_t partial_count<scalar_t>(Cpu, const Problem<scalar_t>&);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE

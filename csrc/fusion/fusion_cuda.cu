@@ -33,10 +33,13 @@ Grid cell_grid(const Problem<scalar_t>& p, int vec) {
 
 // Calls f.template operator()<kVec>() for the channel vectors that channels and addresses allow.
 template <typename scalar_t, class F>
-void dispatch_vec(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const void* out, F&& f) {
+void dispatch_vec(const Problem<scalar_t>& p, const Pooled<scalar_t>& kept, const Backward<scalar_t>& work, const void* out, F&& f) {
   constexpr int kVec = kVecSize<scalar_t>;
   bool aligned = p.c % kVec == 0 && is_vec_aligned(out, work.grad, work.grad_sum);
-  for (int i = 0; i < p.count; ++i) aligned = aligned && is_vec_aligned(p.inputs[i].x, work.grad_inputs[i], work.taps[i]);
+  for (int i = 0; i < p.count; ++i) {
+    aligned = aligned && is_vec_aligned(p.inputs[i].x, kept.maxima[i], kept.taps[i], work.grad_inputs[i], work.unpools[i].taps,
+                                        work.unpools[i].grad_input);
+  }
   aligned ? f.template operator()<kVec>() : f.template operator()<1>();
 }
 template <class F>
@@ -55,11 +58,11 @@ int64_t partial_count(Cuda, const Problem<scalar_t>& p) {
 }
 
 template <typename scalar_t>
-void launch_forward(Cuda device, const Problem<scalar_t>& p, scalar_t* out) {
-  dispatch_vec(p, Backward<scalar_t>{}, out, [&]<int kVec>() {
+void launch_forward(Cuda device, const Problem<scalar_t>& p, const Pooled<scalar_t>& pooled, scalar_t* out) {
+  dispatch_vec(p, pooled, Backward<scalar_t>{}, out, [&]<int kVec>() {
     dispatch_count(p.count, [&]<int kCount>() {
       const Grid grid = grid_for(p.n * p.h, p.w * (p.c / kVec));
-      launch("fusion", fusion_kernel<kCount, kVec, scalar_t>, grid.grid, grid.block, 0, device, p, out);
+      launch("fusion", fusion_kernel<kCount, kVec, scalar_t>, grid.grid, grid.block, 0, device, p, pooled, out);
     });
   });
 }
@@ -70,7 +73,7 @@ void launch_backward(Cuda device, const Problem<scalar_t>& p, const Backward<sca
   const Cells cells = Cells::of(p);
   const scalar_t* grad_sum = work.grad_sum ? work.grad_sum : work.grad;
   const size_t sum_bytes = kMaxInputs * kWarpSize * sizeof(A);
-  dispatch_vec(p, work, nullptr, [&]<int kVec>() {
+  dispatch_vec(p, Pooled<scalar_t>{}, work, nullptr, [&]<int kVec>() {
     const Grid grid = cell_grid(p, kVec);
     dispatch_count(p.count, [&]<int kCount>() {
       launch("fusion_backward", fusion_backward_kernel<kCount, kVec, scalar_t>, grid.grid, grid.block, sum_bytes, device, p, cells, work);
@@ -81,24 +84,23 @@ void launch_backward(Cuda device, const Problem<scalar_t>& p, const Backward<sca
     }
     for (int i = 0; i < p.count; ++i) {
       const Input<scalar_t>& in = p.inputs[i];
-      if (!work.grad_inputs[i] || cells.own(in)) continue;
-      if (in.resample == Resample::kNearest) {
+      if (work.grad_inputs[i] && in.resample == Resample::kNearest && !cells.own(in)) {
         const Grid parents = grid_for(p.n * in.h, in.w * (p.c / kVec));
         launch("fusion_nearest_backward", fusion_nearest_backward_kernel<kVec, scalar_t>, parents.grid, parents.block, 0, device, p, i,
                grad_sum, work.grad_inputs[i]);
       }
-      if (in.resample == Resample::kMaxPool) {
+      if (const Unpool<scalar_t>& unpool = work.unpools[i]; unpool.grad_input) {
         const Grid windows = grid_for(p.n * p.h, p.w * (p.c / kVec));
         launch("fusion_max_pool_backward", fusion_max_pool_backward_kernel<kVec, scalar_t>, windows.grid, windows.block, 0, device, p, i,
-               grad_sum, work.taps[i], work.grad_inputs[i]);
+               grad_sum, unpool.taps, unpool.h, unpool.w, unpool.grad_input);
       }
     }
   });
 }
 
-#define EF_DEFINE(scalar_t)                                                                           \
-  template void launch_forward<scalar_t>(Cuda, const Problem<scalar_t>&, scalar_t*);                  \
-  template void launch_backward<scalar_t>(Cuda, const Problem<scalar_t>&, const Backward<scalar_t>&); \
+#define EF_DEFINE(scalar_t)                                                                                   \
+  template void launch_forward<scalar_t>(Cuda, const Problem<scalar_t>&, const Pooled<scalar_t>&, scalar_t*); \
+  template void launch_backward<scalar_t>(Cuda, const Problem<scalar_t>&, const Backward<scalar_t>&);         \
   template int64_t partial_count<scalar_t>(Cuda, const Problem<scalar_t>&);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE

@@ -1,13 +1,14 @@
 // Weighted fusion of dense [n, h, w, c] tensors (NCHW: images of one channel); formulas in fusion_math.h.
 // A thread owns one 16-byte vector of channels of a pixel (kVec = 1 where channels or alignment do not allow it) at a fixed column, and
 // steps down the rows of the batch: the column arithmetic is done once, neighbouring lanes read neighbouring addresses.
-// Nothing but the inputs and weights is kept for the backward; each thread normalises the 2 to 4 weights itself.
+// Besides the inputs and weights, the maxima of max_pool and one byte each that says which tap they are is kept for the backward; each
+// thread normalises the 2 to 4 weights itself.
 // Backward, pass 1, over cells (fusion.h): a thread visits its cell's children, recomputes their sum, and so has at once the gradient
 // of the inputs without resampling, of the nearest inputs (the sum over the children) and its part of the weights' gradient.
-// Pass 2, for max_pool (and nearest inputs of a second size): gathers from the gradient of the sum and one byte per maximum that
-// pass 1 stored. Finding the maxima again instead would read the input, 4 outputs large, a second time; scattering needs atomics.
+// Pass 2, for max_pool (and nearest inputs of a second size): gathers from the gradient of the sum that pass 1 stored, and the kept
+// bytes. Finding the maxima again instead would read the input, 4 outputs large, a second time; scattering needs atomics.
 // Bytes in output tensors of s bytes per element, forward + backward, with an activation: one nearest of 2 inputs 2.25 + 3.5 (the
-// fewest possible); two plain and one max_pool 7 + (10 + 1 / s) + (5 + 1 / s), where a single pass would take 7 + 13.
+// fewest possible); two plain and one max_pool (8 + 1 / s) + 7 + (5 + 1 / s).
 // Weights: per thread, per block in a fixed tree, then over the blocks in order by one block: no atomics.
 #pragma once
 
@@ -82,11 +83,11 @@ __device__ Values<acc_t<scalar_t>, kVec> pooled(const scalar_t* source, const In
   return highest;
 }
 
+// An input that is not pooled.
 template <int kVec, typename scalar_t>
 __device__ Values<acc_t<scalar_t>, kVec> resampled(const Problem<scalar_t>& p, const Input<scalar_t>& in, int64_t image, int64_t y,
-                                                   int64_t x, int64_t channel, uint8_t* taps) {
+                                                   int64_t x, int64_t channel) {
   const scalar_t* source = in.x + image * in.h * in.w * p.c + channel;
-  if (in.resample == Resample::kMaxPool) return pooled<kVec>(source, in, p.c, y, x, taps);
   if (in.resample == Resample::kNearest) {
     y = nearest_source(y, in.h, p.h);
     x = nearest_source(x, in.w, p.w);
@@ -110,19 +111,27 @@ __device__ void activate_values(Activation activation, Values<A, kVec>& value) {
 }
 
 template <int kCount, int kVec, typename scalar_t>
-__global__ void fusion_kernel(Problem<scalar_t> p, scalar_t* __restrict__ out) {  // [n, h, w, c]
+__global__ void fusion_kernel(Problem<scalar_t> p, Pooled<scalar_t> kept, scalar_t* __restrict__ out) {  // [n, h, w, c]
   using A = acc_t<scalar_t>;
   const NormalizedWeights<A> weights = normalized_weights(p.weights, kCount, p.method, p.eps);
   for_each_pixel<kVec>(p.n, p.h, p.w, p.c, [&](int64_t image, int64_t y, int64_t x, int64_t channel) {
+    const int64_t at = ((image * p.h + y) * p.w + x) * p.c + channel;
     Values<A, kVec> sum;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Values<A, kVec> r = resampled<kVec>(p, p.inputs[i], image, y, x, channel, nullptr);
+      const Input<scalar_t>& in = p.inputs[i];
+      Values<A, kVec> r;
+      if (in.resample == Resample::kMaxPool) {
+        r = pooled<kVec>(in.x + image * in.h * in.w * p.c + channel, in, p.c, y, x, kept.taps[i] ? kept.taps[i] + at : nullptr);
+        if (kept.maxima[i]) store_values<kVec>(kept.maxima[i] + at, r, A(1));
+      } else {
+        r = resampled<kVec>(p, in, image, y, x, channel);
+      }
 #pragma unroll
       for (int k = 0; k < kVec; ++k) sum.v[k] = i == 0 ? weights.v[i] * r.v[k] : sum.v[k] + weights.v[i] * r.v[k];
     }
     activate_values<false>(p.activation, sum);
-    store_values<kVec>(out + ((image * p.h + y) * p.w + x) * p.c + channel, sum, A(1));
+    store_values<kVec>(out + at, sum, A(1));
   });
 }
 
@@ -140,10 +149,8 @@ __global__ void fusion_backward_kernel(Problem<scalar_t> p, Cells cells, Backwar
         const int64_t at = ((image * p.h + y) * p.w + x) * p.c + channel;
         Values<A, kVec> grad = load_values<kVec>(work.grad + at), r[kCount] = {};
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          uint8_t* taps = work.taps[i] ? work.taps[i] + at : nullptr;
-          if (reads_inputs || taps) r[i] = resampled<kVec>(p, p.inputs[i], image, y, x, channel, taps);
-        }
+        for (int i = 0; i < kCount; ++i)
+          if (reads_inputs) r[i] = resampled<kVec>(p, p.inputs[i], image, y, x, channel);
         if (p.activation != Activation::kNone) {
           Values<A, kVec> sum;
 #pragma unroll
@@ -229,10 +236,9 @@ __global__ void fusion_nearest_backward_kernel(Problem<scalar_t> p, int input, c
 template <int kVec, typename scalar_t>
 __global__ void fusion_max_pool_backward_kernel(Problem<scalar_t> p, int input, const scalar_t* __restrict__ grad_sum,  // [n, h, w, c]
                                                 const uint8_t* __restrict__ taps,                                       // [n, h, w, c]
-                                                scalar_t* __restrict__ grad_input) {
+                                                int64_t h, int64_t w, scalar_t* __restrict__ grad_input) {  // [n, of h, of w, c]
   using A = acc_t<scalar_t>;
   const A weight = Normalizer<A>(p.weights, p.count, p.method, p.eps).weight(p.weights, input);
-  const int64_t h = p.inputs[input].h, w = p.inputs[input].w;
   for_each_pixel<kVec>(p.n, p.h, p.w, p.c, [&](int64_t image, int64_t y, int64_t x, int64_t channel) {
     Values<A, kVec> sums[2][2] = {};
 #pragma unroll

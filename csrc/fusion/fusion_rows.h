@@ -1,6 +1,6 @@
 // Loops of the CPU kernels over short runs of elements that stay in the first-level cache; each is compiled per instruction set.
 #pragma once
-
+#include "../common/vector.h"
 #include "fusion.h"
 
 namespace ef::fusion {
@@ -54,12 +54,23 @@ EF_CPU_CLONES void unfuse(const Rows<acc_t<scalar_t>> rows, const NormalizedWeig
   for (int64_t j = 0; j < m; ++j) out[j] = A(grad[j]) * activate_grad<kActivation>(weighted_sum<kCount>(rows.of, weights, j));
 }
 
-template <typename A>
-EF_CPU_CLONES A dot(const A* __restrict a, const A* __restrict b, int64_t m) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < m; ++j) sum += a[j] * b[j];
-  return sum;
+// totals[i] += the sum of rows[i] * grad; all inputs in one loop, as each sum waits for its own additions.
+template <int kCount, typename A>
+EF_CPU_CLONES void add_products(const Rows<A> rows, const A* __restrict grad, int64_t m, A* __restrict totals) {
+  using V = typename VectorOf<A>::type;
+  V sums[kCount] = {};
+  int64_t j = 0;
+  for (; j + kLanes<V, A> <= m; j += kLanes<V, A>) {
+    const V factor = load(grad + j);
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) sums[i] += load(rows.of[i] + j) * factor;
+  }
+  for (int i = 0; i < kCount; ++i) {
+    A total = 0;
+    for (int lane = 0; lane < kLanes<V, A>; ++lane) total += sums[i][lane];
+    for (int64_t k = j; k < m; ++k) total += rows.of[i][k] * grad[k];
+    totals[i] += total;
+  }
 }
 
 template <typename A, typename out_t>

@@ -76,7 +76,13 @@ def _fusion_fake(inputs, weights, method, eps, resample, h, w, activation, chann
     return empty_in_layout(x, (x.shape[0], x.shape[1], h, w), channels_last)
 
 
-def _fusion_backward_fake(grad, inputs, weights, method, eps, resample, activation, channels_last, needs):
+def _fusion_train_fake(inputs, weights, method, eps, resample, h, w, activation, channels_last):
+    out = _fusion_fake(inputs, weights, method, eps, resample, h, w, activation, channels_last)
+    pooled = [dtype for how in resample if how == RESAMPLES["max_pool"] for dtype in (out.dtype, torch.uint8)]
+    return [out, *(torch.empty_like(out, dtype=dtype) for dtype in pooled)]
+
+
+def _fusion_backward_fake(grad, inputs, kept, weights, method, eps, resample, activation, channels_last, needs):
     wanted = [x for x, need in zip(inputs, needs, strict=False) if need]
     return [torch.empty_like(x) for x in (wanted + [weights] if needs[-1] else wanted)]
 
@@ -86,9 +92,15 @@ _fusion_forward = _library.define(
     "bool channels_last) -> Tensor",
     _fusion_fake,
 )
+# Keeps for the backward, after the output, the maxima of each max_pool input and which tap of its window each is.
+_fusion_train = _library.define(
+    "fusion_train(Tensor[] inputs, Tensor? weights, int method, float eps, int[] resample, SymInt h, SymInt w, int activation, "
+    "bool channels_last) -> Tensor[]",
+    _fusion_train_fake,
+)
 _fusion_backward = _library.define(
-    "fusion_backward(Tensor grad, Tensor[] inputs, Tensor? weights, int method, float eps, int[] resample, int activation, "
-    "bool channels_last, bool[] needs) -> Tensor[]",
+    "fusion_backward(Tensor grad, Tensor[] inputs, Tensor[] kept, Tensor? weights, int method, float eps, int[] resample, "
+    "int activation, bool channels_last, bool[] needs) -> Tensor[]",
     _fusion_backward_fake,
 )
 
@@ -96,14 +108,17 @@ _fusion_backward = _library.define(
 class _Fusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, arguments, weights, *inputs):
-        ctx.save_for_backward(weights, *inputs)
+        out, *kept = _fusion_train(inputs, weights, *options)
+        ctx.save_for_backward(weights, *inputs, *kept)
         ctx.options = options
         ctx.arguments = arguments
-        return _fusion_forward(inputs, weights, *options)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        weights, *inputs = ctx.saved_tensors
+        weights, *saved = ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 3
+        inputs, kept = saved[:count], saved[count:]
         method, eps, resample, h, w, activation, channels_last = ctx.options
         needs = [*ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
         if _library.wants_second_derivative():
@@ -113,7 +128,7 @@ class _Fusion(torch.autograd.Function):
         else:
             grad = in_layout(grad, channels_last)
             options = (method, eps, resample, activation, channels_last)
-            grads = iter(_fusion_backward(grad, inputs, weights, *options, needs))
+            grads = iter(_fusion_backward(grad, inputs, kept, weights, *options, needs))
         *grad_inputs, grad_weights = [next(grads) if need else None for need in needs]
         return None, None, grad_weights, *grad_inputs
 

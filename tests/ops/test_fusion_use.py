@@ -115,7 +115,7 @@ def test_any_order_of_threads(case):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", ["top down", "two sizes of nearest"])
+@pytest.mark.parametrize("case", ["top down", "bottom up, odd", "two sizes of nearest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(case, channels_last, dtype):
     xs, weights, grad, options = make(case, 8, dtype, channels_last=channels_last)
@@ -124,9 +124,13 @@ def test_opcheck(case, channels_last, dtype):
     raw = torch.ops.effdet_fast
     for method in (0, 1, 2):
         given = None if method == 2 else weights
-        torch.library.opcheck(raw.fusion.default, (xs, given, method, 1e-4, codes, *options["size"], 1, channels_last))
+        arguments = (xs, given, method, 1e-4, codes, *options["size"], 1, channels_last)
+        torch.library.opcheck(raw.fusion.default, arguments)
+        torch.library.opcheck(raw.fusion_train.default, arguments)
+        out, *kept = raw.fusion_train(*arguments)
+        assert torch.equal(out, raw.fusion(*arguments)) and len(kept) == 2 * codes.count(2)
         for needs in ([True] * len(xs) + [method != 2], [False, True] + [False] * (len(xs) - 1)):
-            arguments = (grad, xs, given, method, 1e-4, codes, 1, channels_last, needs)
+            arguments = (grad, xs, kept, given, method, 1e-4, codes, 1, channels_last, needs)
             torch.library.opcheck(raw.fusion_backward.default, arguments)
 
 
@@ -142,6 +146,12 @@ def test_raw_op_guards_itself():
     ):
         with pytest.raises(RuntimeError, match="fusion: "):
             torch.ops.effdet_fast.fusion(xs, None, 2, 1e-4, codes, *size, 0, False)
+    small, taps = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.uint8)
+    for kept in ([], [small], [small, small], [taps, taps], [x, taps], [small.double(), taps]):
+        with pytest.raises(RuntimeError, match="fusion_backward: kept must be "):
+            torch.ops.effdet_fast.fusion_backward(
+                small, [small, x], kept, None, 2, 1e-4, [0, 2], 0, False, [True, True, False]
+            )
 
 
 @pytest.mark.parametrize("case", ["top down", "bottom up, odd"])
