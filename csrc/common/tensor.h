@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -23,30 +24,42 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A tensor just allocated.
-inline Tensor in_huge_pages(Tensor fresh) {
+inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, MemoryFormat format) {
+  if (format == MemoryFormat::ChannelsLast) return {sizes[1] * sizes[3] * sizes[2], 1, sizes[1] * sizes[3], sizes[1]};
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return strides;
+}
+
+// Uninitialised, by a plain function of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
+template <class Sizes>
+Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+#if defined(EF_EMULATE_CUDA)
+  return emulation::guarded_empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, dtype, like.device());
+#else
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type, device_index;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &handle));
+  Tensor fresh(handle);
   if (fresh.is_cpu()) prefer_huge_pages(fresh.mutable_data_ptr(), fresh.numel() * int64_t(fresh.element_size()));
   return fresh;
+#endif
 }
 
 // Uninitialised tensor on the device of `like`.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
                        MemoryFormat format = MemoryFormat::Contiguous) {
-#if defined(EF_EMULATE_CUDA)
-  return emulation::guarded_empty(sizes, emulation::dense_strides(sizes, format == MemoryFormat::ChannelsLast), dtype, like.device());
-#else
-  return in_huge_pages(torch::stable::empty(sizes, dtype, torch::headeronly::Layout::Strided, like.device(), false, format));
-#endif
+  return allocate_strided(like, sizes, dense_strides(sizes, format), dtype);
 }
 
 // Uninitialised tensor with the sizes, strides (of a dense tensor), dtype and device of `like`.
 inline Tensor allocate_like(const Tensor& like) {
-#if defined(EF_EMULATE_CUDA)
-  const auto sizes = like.sizes(), strides = like.strides();
-  return emulation::guarded_empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, like.scalar_type(), like.device());
-#else
-  return in_huge_pages(torch::stable::empty_like(like));
-#endif
+  return allocate_strided(like, like.sizes(), like.strides(), like.scalar_type());
 }
 
 // The dtype sums are returned in: that of the arithmetic.

@@ -32,18 +32,6 @@ struct GuardedBlock {
 inline std::set<GuardedBlock> guarded_blocks;
 inline int64_t guard_violations = 0;
 
-inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last) {
-  std::vector<int64_t> strides(sizes.size()), order;
-  for (size_t i = 0; i < sizes.size(); ++i) order.push_back(int64_t(sizes.size() - 1 - i));
-  if (channels_last) order = {1, 3, 2, 0};
-  int64_t stride = 1;
-  for (int64_t axis : order) {
-    strides[axis] = stride;
-    stride *= std::max<int64_t>(sizes[axis], 1);
-  }
-  return strides;
-}
-
 inline torch::stable::Tensor guarded_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                                            torch::headeronly::ScalarType dtype, torch::stable::Device device) {
   using torch::headeronly::ScalarType;
