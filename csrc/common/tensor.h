@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "huge_pages.h"
+#include "large_blocks.h"
 #include "platform.h"
 
 #if defined(EF_EMULATE_CUDA)
@@ -24,6 +24,27 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline int64_t element_bytes(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::Short:
+      return 2;
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Bool:
+      return 1;
+    default:
+      STD_TORCH_CHECK(false, "effdet_fast: no op has outputs of this dtype");
+  }
+}
+
 inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, MemoryFormat format) {
   if (format == MemoryFormat::ChannelsLast) return {sizes[1] * sizes[3] * sizes[2], 1, sizes[1] * sizes[3], sizes[1]};
   std::vector<int64_t> strides(sizes.size());
@@ -32,7 +53,7 @@ inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, Mem
   return strides;
 }
 
-// Uninitialised, by a plain function of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
+// Uninitialised. By plain functions of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
 template <class Sizes>
 Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
 #if defined(EF_EMULATE_CUDA)
@@ -42,12 +63,16 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  int64_t bytes = element_bytes(dtype);
+  for (const int64_t size : sizes) bytes *= size;
+  if (like.is_cpu() && bytes >= LargeBlocks::kUnit) {
+    return torch::stable::from_blob(LargeBlocks::instance().take(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
+                                    like.device(), dtype, [](void* block) { LargeBlocks::instance().give_back(block); });
+  }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &handle));
-  Tensor fresh(handle);
-  if (fresh.is_cpu()) prefer_huge_pages(fresh.mutable_data_ptr(), fresh.numel() * int64_t(fresh.element_size()));
-  return fresh;
+  return Tensor(handle);
 #endif
 }
 

@@ -1,0 +1,82 @@
+"""Memory of large outputs on the CPU: in huge pages, as the first write to each small one is a trap into the kernel; kept for
+later outputs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from effdet_fast.ops import batch_norm_act
+from effdet_fast.ops._library import is_native
+
+pytestmark = pytest.mark.skipif(not is_native(torch.zeros(1)), reason="there is no extension")
+SMAPS = Path("/proc/self/smaps")
+
+
+def output(mebibytes: int) -> torch.Tensor:
+    return batch_norm_act(
+        torch.zeros(1, 1, 1, mebibytes << 18), torch.zeros(1), torch.ones(1), bias=torch.ones(1), activation="relu"
+    )
+
+
+def flags_of(x: torch.Tensor) -> list[str]:
+    """The kernel's flags of the mapping that holds the first element."""
+    inside = False
+    for line in SMAPS.read_text().splitlines():
+        key, *values = line.split()
+        if "-" in key and not key.endswith(":"):
+            begin, end = (int(address, 16) for address in key.split("-"))
+            inside = begin <= x.data_ptr() + 4096 < end
+        elif inside and key == "VmFlags:":
+            return values
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages")
+@pytest.mark.parametrize("mebibytes", [2, 33])  # in the heap, and mapped for itself
+def test_they_ask_for_huge_pages(mebibytes):
+    y = output(mebibytes)
+    assert "hg" in flags_of(y) and (y == 1).all()
+
+
+def test_only_a_freed_one_gives_its_memory_to_the_next():
+    first, second = output(47), output(47)  # a size that no other test leaves free
+    place = first.data_ptr()
+    assert second.data_ptr() != place
+    row = first[0, 0]
+    del first
+    third = output(47)
+    assert third.data_ptr() not in (place, second.data_ptr())  # a view still holds it
+    del row
+    fourth = output(47)
+    assert fourth.data_ptr() == place
+    assert all((y == 1).all() for y in (second, third, fourth))
+
+
+def test_they_can_be_shared_with_other_processes():
+    y = output(3).share_memory_()
+    assert y.is_shared() and (y == 1).all()
+
+
+MANY_SIZES = """
+from tests.ops.test_large_outputs import output
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+output(90)
+before = resident()
+for mebibytes in range(80, 5, -4):
+    output(mebibytes)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+def test_no_more_is_kept_than_was_in_use():
+    """And a quarter of it: outputs of 800 MiB in all, one after the other, of sizes that do not fit each other's memory."""
+    done = subprocess.run([sys.executable, "-c", MANY_SIZES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150
