@@ -247,7 +247,9 @@ def test_strided_inputs_give_the_same(backend):
     for x in (head, head.to(memory_format=torch.channels_last)):
         view = x.permute(0, 2, 3, 1).unflatten(-1, (9, 4))
         results.append(with_gradient(sigmoid_focal_loss, view, targets))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    # PyTorch's softplus, which the reference uses, rounds otherwise where vectors end, and so by the strides.
+    exact = {"rtol": 1e-6, "atol": 1e-7} if backend.name == "reference" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(results[0], results[1], **exact)
     expanded = torch.randn(1, 4, device=backend.device).expand(6, 4)
     torch.testing.assert_close(
         sigmoid_focal_loss(expanded, targets.flatten()[:6]), sigmoid_focal_loss(expanded.clone(), targets.flatten()[:6])
