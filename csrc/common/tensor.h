@@ -83,9 +83,7 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 }
 
 // Uninitialised tensor with the sizes, strides (of a dense tensor), dtype and device of `like`.
-inline Tensor allocate_like(const Tensor& like) {
-  return allocate_strided(like, like.sizes(), like.strides(), like.scalar_type());
-}
+inline Tensor allocate_like(const Tensor& like) { return allocate_strided(like, like.sizes(), like.strides(), like.scalar_type()); }
 
 // The dtype sums are returned in: that of the arithmetic.
 inline ScalarType acc_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }

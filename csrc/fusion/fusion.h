@@ -70,9 +70,9 @@ struct Backward {
   const scalar_t* grad;               // [n, h, w, c]
   scalar_t* grad_inputs[kMaxInputs];  // like the inputs, null where not wanted and for maxima
   Unpool<scalar_t> unpools[kMaxInputs];
-  acc_t<scalar_t>* grad_weights;      // [count], or null
-  scalar_t* grad_sum;                 // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
-  acc_t<scalar_t>* partials;          // workspace [partial_count, count], null without grad_weights
+  acc_t<scalar_t>* grad_weights;  // [count], or null
+  scalar_t* grad_sum;             // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
+  acc_t<scalar_t>* partials;      // workspace [partial_count, count], null without grad_weights
 };
 
 template <typename scalar_t>
