@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.correctness import WrongResultError, as_tuple, check, evaluate, upstream_gradients
 from benchmarks.records import Profile, Row, Timing
-from benchmarks.step_memory import peak_bytes
+from benchmarks.step_process import measure_alone
 from benchmarks.step_profile import profile_step
 from benchmarks.timing import Task, clock_for, copy_task, interleaved
 from benchmarks.workload import BACKWARD, FORWARD, OURS, STEP, Case, Implementation, Workload
@@ -60,14 +60,22 @@ def measure(
             if OURS not in errors:
                 yield row
                 continue
+            if phase == STEP and device.type == "cpu":
+                yield _steps_alone(row, case, dtype, layout, errors, min_rounds)
+                continue
             tasks = {i.name: task_of(i, phase, upstream) for i in right}
             samples = interleaved({**tasks, COPY: copy_task(row.bytes, device)}, clock, seconds, min_rounds)
-            peaks = {name: clock.peak_bytes(task) for name, task in tasks.items()}
-            if phase == STEP and device.type == "cpu":
-                peaks = {name: peak_bytes(case, dtype, layout, name) for name in tasks}
-            timings = {name: Timing.of(samples[name], errors[name], peaks[name]) for name in tasks}
+            timings = {name: Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name])) for name in tasks}
             profiles = {i.name: _profile(i, device) for i in right} if phase == STEP else {}
             yield replace(row, copy=Timing.of(samples[COPY]), timings=timings, profiles=profiles)
+
+
+def _steps_alone(
+    row: Row, case: Case, dtype: torch.dtype, layout: str, errors: dict[str, float], min_rounds: int
+) -> Row:
+    alone = measure_alone(case, dtype, layout, list(errors), min_rounds)
+    timings = {name: Timing.of(steps.seconds, errors[name], steps.peak_bytes) for name, steps in alone.items()}
+    return replace(row, timings=timings, profiles={name: steps.profile for name, steps in alone.items()})
 
 
 def _profile(implementation: Implementation, device: torch.device) -> Profile:

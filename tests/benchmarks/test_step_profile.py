@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks import step_profile
-from benchmarks.step_memory import peak_bytes
+from benchmarks.harness import measure
 from benchmarks.step_profile import profile_step, scopes
 from benchmarks.workload import OURS, Case, Implementation, Workload
 from effdet_fast.nn import BatchNormAct2d, DepthwiseConv2d
@@ -83,8 +83,9 @@ def keep(megabytes):
     def step(count):
         return torch.ones(count << 18).sum()
 
-    peer = Implementation("peer", lambda: None, step=partial(step, 2 * megabytes))
-    return Workload(Implementation(OURS, lambda: None, step=partial(step, megabytes)), peer, {"step": 1}, [peer])
+    one = partial(torch.ones, ())
+    peer = Implementation("peer", one, step=partial(step, 2 * megabytes))
+    return Workload(Implementation(OURS, one, step=partial(step, megabytes)), peer, {"step": 1}, [peer])
 
 
 def build(megabytes, device, dtype, layout):
@@ -92,9 +93,12 @@ def build(megabytes, device, dtype, layout):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_is_what_a_process_grows_by():
+def test_steps_alone_in_a_process_and_what_it_grows_by():
     case = Case("holds 200 MB", partial(build, 200))
-    ours, peer = (peak_bytes(case, torch.float32, "contiguous", name) / 2**20 for name in (OURS, "peer"))
+    (row,) = measure("training_step", case, CPU, torch.float32, "contiguous", min_rounds=3)
+    assert set(row.timings) == set(row.profiles) == {OURS, "peer"}
+    assert all(timing.rounds == 6 and 0 < timing.median < 1 for timing in row.timings.values())
+    ours, peer = (row.timings[name].peak_bytes / 2**20 for name in (OURS, "peer"))
     assert 190 < ours < 300 and 390 < peer < 500
 
 

@@ -1,0 +1,73 @@
+"""Training steps on a CPU in a process of their own, as a training script has it.
+
+What the C library does with freed memory depends on all that the process allocated before: beside other implementations a step
+may find memory at hand for which, alone, the kernel clears pages in every step, or the other way round.
+"""
+
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.records import Profile
+from benchmarks.step_profile import profile_step
+from benchmarks.workload import Case
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+WARMUP, PASSES = 3, 2
+
+
+class Steps(NamedTuple):
+    """Seconds of each step; most memory resident in them beyond that before the first, None where it cannot be told."""
+
+    seconds: list[float]
+    peak_bytes: int | None
+    profile: Profile
+
+
+def measure_alone(case: Case, dtype: torch.dtype, layout: str, names: list[str], rounds: int) -> dict[str, Steps]:
+    """Runs each implementation in `PASSES` new processes, in turn and back again, for `rounds` steps each.
+
+    `case.build` must be picklable.
+    """
+    results: dict[str, Steps] = {}
+    for number in range(PASSES):
+        for name in names if number % 2 == 0 else reversed(names):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                steps = pool.apply(_steps, (case, dtype, layout, name, rounds, torch.get_num_threads()))
+            earlier = results[name].seconds if name in results else []
+            results[name] = steps._replace(seconds=earlier + steps.seconds)
+    return {name: results[name] for name in names}
+
+
+def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, threads: int) -> Steps:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    workload = case.build(torch.device("cpu"), dtype, layout)
+    (implementation,) = (each for each in (workload.ours, *workload.peers) if each.name == name)
+    step = implementation.step
+    assert step is not None, f"{name} has no step"
+    before = _resident("VmRSS")
+    for _ in range(WARMUP):
+        step()
+    if before is not None:
+        CLEAR_REFS.write_text("5")  # the peak begins anew
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    peak = _resident("VmHWM")
+    with implementation.scopes():
+        profile = profile_step(step, torch.device("cpu"))
+    return Steps(seconds, None if before is None or peak is None else peak - before, profile)
+
+
+def _resident(field: str) -> int | None:
+    """Bytes; None where there is no /proc."""
+    if sys.platform != "linux":
+        return None
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:")) * 1024
