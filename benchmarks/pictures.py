@@ -54,7 +54,7 @@ def draw(record: records.Record, op: str, folder: Path) -> Path:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("ms (log scale; median, whiskers: 20 % and 80 % quantile)")
-    axes.set_title(f"{op}: {record.environment['device']['name']}, {record.date[:10]}", fontsize=10)
+    axes.set_title(f"{op}: {record.device_name}, {record.date[:10]}", fontsize=10)
     axes.legend(
         fontsize=7, ncols=4, loc="lower left", bbox_to_anchor=(0, -0.02, 1, 0), bbox_transform=figure.transFigure
     )

@@ -95,8 +95,17 @@ class Record:
         return self.environment["device"]["type"]
 
     @property
+    def cpu_level(self) -> str | None:
+        """The vectors that the CPU kernels used: processors of one name may differ in them. None of a GPU's record."""
+        return self.environment.get("build", {}).get("cpu_level") if self.device_type == "cpu" else None
+
+    @property
+    def device_name(self) -> str:
+        return self.environment["device"]["name"] + (f", {self.cpu_level}" if self.cpu_level else "")
+
+    @property
     def device_slug(self) -> str:
-        return self.environment["device"]["slug"]
+        return self.environment["device"]["slug"] + (f"-{self.cpu_level}" if self.cpu_level else "")
 
     @property
     def date(self) -> str:

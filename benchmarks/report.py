@@ -32,7 +32,7 @@ def device_section(by_op: dict[str, tuple[Record, list[Row]]]) -> str:
     cuda = f", CUDA {versions['cuda']}" if newest.device_type == "cuda" else ""
     commits = sorted({commit_text(record) for record, _ in by_op.values()})
     lines = [
-        f"**{newest.environment['device']['name']}** ({newest.date[:10]}, PyTorch {versions['torch']}{cuda}, "
+        f"**{newest.device_name}** ({newest.date[:10]}, PyTorch {versions['torch']}{cuda}, "
         f"commit {', '.join(commits)})",
         "",
         "| op | case | dtype, layout | phase | ours | of a copy | best peer | speed-up |",
@@ -69,8 +69,8 @@ def generate_steps(everything: list[Record]) -> str:
         record, rows = records.newest_rows(everything, slug).get(STEP_OP, (None, []))
         if record:
             versions = ", ".join(f"{name} {record.environment['versions'].get(name)}" for name in ("torch", "effdet"))
-            for row in rows:
-                where = f"{record.environment['device']['name']}, {record.date[:10]}, {versions}, {commit_text(record)}"
+            for row in (row for row in rows if row.phase == "step"):
+                where = f"{record.device_name}, {record.date[:10]}, {versions}, {commit_text(record)}"
                 parts += [f"**{row.case}, {row.dtype}** ({where})", step_table(row, record)]
                 parts += [family_table(row)] if row.profiles else []
     return "\n\n".join(parts)

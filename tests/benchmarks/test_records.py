@@ -70,6 +70,15 @@ def test_figures_of_a_row():
     assert row.gigabytes_per_second(row.ours) == pytest.approx(2.0)
 
 
+def test_processors_of_one_name_are_told_apart_by_their_vectors():
+    record, gpu = some_record(), some_record(device_type="cuda")
+    assert (record.device_name, record.device_slug) == ("A CPU", "a-cpu")
+    for each in (record, gpu):
+        each.environment["build"] = {"cpu_level": "avx2"}
+    assert (record.device_name, record.device_slug) == ("A CPU, avx2", "a-cpu-avx2")
+    assert (gpu.device_name, gpu.device_slug) == ("A CUDA", "a-cuda")
+
+
 def test_what_runs_on_our_operators_is_no_peer():
     row = some_record().rows[0]
     row.timings["effdet_fast on effdet"] = Timing(1e-3, 1e-3, 1e-3, 7)
