@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast.acceleration.effdet_labeler import swap_axes
-from effdet_fast.acceleration.swap import Swap, is_one_of
+from effdet_fast.acceleration.swap import Swap
 from effdet_fast.ops import Detections, batched_nms_padded, decode_detections
 
 # As effdet's `generate_detections` calls its two methods.
@@ -84,9 +84,7 @@ def soften(every: Detections, most: int) -> Detections:
 class PredictBench(DetBench):
     """`DetBenchPredict`."""
 
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.DetBenchPredict")
+    classes = ("effdet.DetBenchPredict",)
 
     def forward(self, x: Tensor, img_info: dict[str, Tensor] | None = None) -> Tensor:
         info = {"img_scale": None, "img_size": None} if img_info is None else img_info
@@ -97,13 +95,10 @@ class PredictBench(DetBench):
 class TrainBench(DetBench):
     """`DetBenchTrain`."""
 
+    classes = ("effdet.DetBenchTrain",)
     anchor_labeler: Any
     loss_fn: Any
     training: bool
-
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.DetBenchTrain")
 
     def forward(self, x: Tensor, target: dict[str, Any]) -> dict[str, Tensor]:
         class_out, box_out = self.model(x)

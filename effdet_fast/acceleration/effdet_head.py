@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from effdet_fast.acceleration.chains import NormBeforeActivation, leaves_of, operations
-from effdet_fast.acceleration.swap import Swap, is_one_of
+from effdet_fast.acceleration.swap import Swap
 
 
 class NormsOfHead(Swap):
     """`HeadNet`: BatchNorm and activation in one op, which keeps nothing but its input."""
 
+    classes = ("effdet.HeadNet",)
     family, replacement = "batch_norm_act", "batch_norm_act"
     num_levels: int
     bn_level_first: bool
@@ -20,10 +21,6 @@ class NormsOfHead(Swap):
     bn_rep: Any
     act: nn.Module
     predict: nn.Module
-
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.HeadNet")
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:

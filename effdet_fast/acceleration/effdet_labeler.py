@@ -21,13 +21,10 @@ def swap_axes(boxes: Tensor) -> Tensor:
 class AnchorLabeler(Swap):
     """`AnchorLabeler.batch_label_anchors`: all images at once, without a matrix of all overlaps and without waiting for a GPU."""
 
+    classes = ("effdet.AnchorLabeler",)
     family, replacement = "anchor_matching", "match_anchors"
     anchors: Any
     target_assigner: Any
-
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.AnchorLabeler")
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:

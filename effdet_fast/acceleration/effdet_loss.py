@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from effdet_fast.acceleration.swap import Swap, is_one_of
+from effdet_fast.acceleration.swap import Swap
 from effdet_fast.ops.detection_loss import detection_loss
 
 
 class DetectionLoss(Swap):
     """`DetectionLoss`, also where its configuration asks for TorchScript: all levels and both losses in one op."""
 
+    classes = ("effdet.DetectionLoss",)
     family, replacement = "detection_loss", "detection_loss"
     num_classes: int
     alpha: float
@@ -22,10 +23,6 @@ class DetectionLoss(Swap):
     box_loss_weight: float
     label_smoothing: float
     legacy_focal: bool
-
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "effdet.DetectionLoss")
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:

@@ -6,20 +6,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from effdet_fast.acceleration.swap import Swap, activation_name, has_hooks, is_one_of
+from effdet_fast.acceleration.swap import Swap, activation_name, has_hooks
 from effdet_fast.nn.batch_norm_act import normalise
 
 
 class NormAct(Swap):
     """`timm.layers.BatchNormAct2d` in one op that keeps nothing but its input."""
 
+    classes = ("timm.BatchNormAct2d",)
     family, replacement = "batch_norm_act", "batch_norm_act"
     act: nn.Module
     drop: nn.Module
-
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "timm.BatchNormAct2d")
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:

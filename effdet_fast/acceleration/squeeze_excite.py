@@ -13,15 +13,12 @@ from effdet_fast.ops.squeeze_excite import squeeze_excite
 class SqueezeExcite(Swap):
     """The `SqueezeExcite` of timm's EfficientNets: means, two small products and the gating in one op."""
 
+    classes = ("timm.SqueezeExcite",)
     family, replacement = "squeeze_excite", "squeeze_excite"
     conv_reduce: nn.Conv2d
     act1: nn.Module
     conv_expand: nn.Conv2d
     gate: nn.Module
-
-    @classmethod
-    def fits(cls, obj: Any) -> bool:
-        return is_one_of(obj, "timm.SqueezeExcite")
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:

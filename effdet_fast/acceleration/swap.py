@@ -18,23 +18,26 @@ ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "rel
 class Swap:
     """Base of the mixins that override a method of one or more known classes.
 
-    A subclass says which objects it is for (`fits`), which of those it leaves alone and why (`reason_against`), and overrides the
-    method. It annotates the attributes of the object that it reads; one that lacks any is of an unknown version of its class.
+    A subclass says which objects it is for (`classes` or `fits`), which of those it leaves alone and why (`reason_against`), and
+    overrides the method. It annotates the attributes of the object that it reads; one that lacks any is of an unknown version of
+    its class.
     It must not rely on attributes of its own, and goes on to `super()` whenever what it relied on no longer holds, for instance
     after a hook was added to a part it would skip.
 
     Attributes:
+        classes: Names, "package.Class", of the classes it is for.
         family: What `accelerate(only=...)` calls it.
         replacement: What the report calls the op.
     """
 
+    classes: ClassVar[tuple[str, ...]] = ()
     family: ClassVar[str]
     replacement: ClassVar[str]
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
         """Whether the object is a candidate: one that a reader of the report would ask about."""
-        raise NotImplementedError
+        return is_one_of(obj, *cls.classes)
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:
