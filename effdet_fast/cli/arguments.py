@@ -15,16 +15,8 @@ def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int)
     parser.add_argument(
         "--batch-size", type=int, default=batch_size, metavar="N", help=f"images per step (default: {batch_size})"
     )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="PX",
-        help="one side, or height and width, of the model's input in pixels (default: as trained)",
-    )
-    parser.add_argument(
-        "--iou-threshold", type=float, metavar="T", help="NMS drops boxes above this IoU (default: the model's own)"
-    )
+    add_image_size(parser)
+    add_iou_threshold(parser)
     parser.add_argument("--max-detections", type=int, default=100, metavar="N", help="boxes per image (default: 100)")
     workers = default_workers()
     parser.add_argument(
@@ -35,6 +27,22 @@ def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int)
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, default=True, help="progress bar (default: yes)"
+    )
+
+
+def add_image_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="one side, or height and width, of the model's input in pixels (default: as trained)",
+    )
+
+
+def add_iou_threshold(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--iou-threshold", type=float, metavar="T", help="NMS drops boxes above this IoU (default: the model's own)"
     )
 
 

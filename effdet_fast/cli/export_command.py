@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from effdet_fast.cli.arguments import image_size
+from effdet_fast.cli.arguments import add_image_size, add_iou_threshold, image_size
 
 # As `effdet_fast.export.to_file.FORMATS`, which --help need not import torch for.
 FORMATS = ("onnx", "torch_export")
@@ -24,13 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with non-maximum suppression inside: boxes, scores, labels and counts of fixed shapes "
         "(default: boxes and scores of all anchors)",
     )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="PX",
-        help="one side, or height and width, of the model's input in pixels (default: as trained)",
-    )
+    add_image_size(parser)
     end_to_end = parser.add_argument_group("with --end-to-end")
     end_to_end.add_argument(
         "--score-threshold",
@@ -38,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="lowest score kept, in [0, 1] (default: the model's own)",
     )
-    end_to_end.add_argument(
-        "--iou-threshold", type=float, metavar="T", help="NMS drops boxes above this IoU (default: the model's own)"
-    )
+    add_iou_threshold(end_to_end)
     end_to_end.add_argument(
         "--max-detections", type=int, metavar="N", help="boxes per image (default: the model's own)"
     )
