@@ -173,7 +173,7 @@ def workload(
     peers = [trained(f"{OURS}, compiled", compiled(partial(loss, compiled_model)), compiled_model, dtype), *peers]
     if images.is_cuda:
         graphed_model = copy.deepcopy(model)
-        parameters = tuple(parameter for parameter in graphed_model.parameters() if parameter.requires_grad)
+        parameters = parameters_of(graphed_model)
         optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9, fused=True)
         step = GraphedStep(graphed_model, optimizer, amp="bf16" if dtype == torch.bfloat16 else "none")
         replay = partial(step, images, boxes, labels)
@@ -195,6 +195,11 @@ def workload(
     )
 
 
+def parameters_of(model: nn.Module) -> tuple[Tensor, ...]:
+    """Those that are trained."""
+    return tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
 def trained(
     name: str,
     loss: Callable[[], Tensor],
@@ -203,7 +208,7 @@ def trained(
     told_apart: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Implementation:
     """The loss and the model's gradients, and a step of SGD with momentum."""
-    parameters = tuple(parameter for parameter in model.parameters() if parameter.requires_grad)
+    parameters = parameters_of(model)
     optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9)
     autocast = torch.autocast(parameters[0].device.type, dtype, enabled=dtype != torch.float32)
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from benchmarks.correctness import WrongResultError, as_tuple, check, evaluate, upstream_gradients
-from benchmarks.records import Profile, Row, Timing
+from benchmarks.records import Row, Timing
 from benchmarks.step_process import measure_alone
-from benchmarks.step_profile import profile_step
+from benchmarks.step_profile import profile_of
 from benchmarks.timing import Task, clock_for, copy_task, interleaved
 from benchmarks.workload import BACKWARD, FORWARD, OURS, STEP, Case, Implementation, Workload
 
@@ -66,7 +66,7 @@ def measure(
             tasks = {i.name: task_of(i, phase, upstream) for i in right}
             samples = interleaved({**tasks, COPY: copy_task(row.bytes, device)}, clock, seconds, min_rounds)
             timings = {name: Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name])) for name in tasks}
-            profiles = {i.name: _profile(i, device) for i in right} if phase == STEP else {}
+            profiles = {i.name: profile_of(i, device) for i in right} if phase == STEP else {}
             yield replace(row, copy=Timing.of(samples[COPY]), timings=timings, profiles=profiles)
 
 
@@ -76,12 +76,6 @@ def _steps_alone(
     alone = measure_alone(case, dtype, layout, list(errors), min_rounds)
     timings = {name: Timing.of(steps.seconds, errors[name], steps.peak_bytes) for name, steps in alone.items()}
     return replace(row, timings=timings, profiles={name: steps.profile for name, steps in alone.items()})
-
-
-def _profile(implementation: Implementation, device: torch.device) -> Profile:
-    assert implementation.step is not None
-    with implementation.scopes():
-        return profile_step(implementation.step, device)
 
 
 def passing(

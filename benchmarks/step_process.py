@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.records import Profile
-from benchmarks.step_profile import profile_step
+from benchmarks.step_profile import profile_of
 from benchmarks.workload import Case
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -61,9 +61,8 @@ def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, 
         step()
         seconds.append(time.perf_counter() - start)
     peak = _resident("VmHWM")
-    with implementation.scopes():
-        profile = profile_step(step, torch.device("cpu"))
-    return Steps(seconds, None if before is None or peak is None else peak - before, profile)
+    grown = None if before is None or peak is None else peak - before
+    return Steps(seconds, grown, profile_of(implementation, torch.device("cpu")))
 
 
 def _resident(field: str) -> int | None:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.records import Profile
+from benchmarks.workload import Implementation
 
 DEPTHWISE, CONVOLUTION, NORM, EXCITE = (
     "depthwise convolution",
@@ -60,9 +61,15 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy
 SCOPE = "family: "
 
 
+def profile_of(implementation: Implementation, device: torch.device) -> Profile:
+    """Of a step of an implementation that has taken some."""
+    assert implementation.step is not None, f"{implementation.name} has no step"
+    with implementation.scopes():
+        return profile_step(implementation.step, device)
+
+
 def profile_step(step: Callable[[], Any], device: torch.device) -> Profile:
-    """Runs a step once to warm up and once under the profiler, which makes it slower: times are shares, not durations."""
-    step()
+    """Runs a step under the profiler, which makes it slower: times are shares, not durations."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities, record_shapes=True) as profiler:
         step()
