@@ -1,5 +1,5 @@
-// The passes over the segments of x, and who does which.
-// Where there are enough channels for the threads, NCHW goes channel by channel: the second pass over a channel finds it in the cache.
+// The passes over the parts of x, and who does which.
+// Where there are enough channels for the threads, NCHW goes block by block of channels: the second pass finds them in the cache.
 // The second pass over channels_last goes backwards, as the last segments are still there.
 // An exponential costs more than writing and reading a float: behind SiLU the backward's first pass leaves grad act'(z) in grad_x.
 #include "../common/dtypes.h"
@@ -8,7 +8,7 @@
 
 namespace ef::batch_norm_act {
 namespace {
-// The four passes: prepare(channel) sets the constants of the lanes for segments that start with this channel, run(segment) does one.
+// The four passes: prepare(begin, end) sets the constants of these channels, run(part) does some of theirs.
 template <typename scalar_t>
 struct Moments {
   using A = acc_t<scalar_t>;
@@ -17,20 +17,45 @@ struct Moments {
   A* partials;
   Segments segments;
 
-  void prepare(int64_t) {}
-  void run(const Segment& segment) const {
-    const int64_t width = segments.width;
-    A *pivot = scratch<A>(0, 3 * width), *sum = pivot + width, *squares = sum + width;
-    const scalar_t* first = x + segment.offset;
-    const int64_t pixel = s.inner == 1 ? s.c : 1, last = segment.count - pixel, middle = last / 2 / pixel * pixel;
-    medians(first, first + middle, first + last, pixel, pivot);
-    for (int64_t lane = pixel; lane < width; ++lane) pivot[lane] = pivot[lane - pixel];
-    std::fill_n(sum, 2 * width, A(0));
-    add_moments(first, segment.count, width, pivot, sum, squares);
-    A* out = partials + segment.index * 3 * s.c;
-    s.inner == 1 ? void(std::copy_n(pivot, s.c, out)) : void(out[segment.channel] = pivot[0]);
-    fold(sum, width, s, segment.channel, out + s.c);
-    fold(squares, width, s, segment.channel, out + 2 * s.c);
+  void prepare(int64_t, int64_t) {}
+  void run(const Part& part) const {
+    const int64_t sums = segments.sums(part), width = segments.width;
+    A *pivot = scratch<A>(0, segments.lanes), *sum = scratch<A>(1, 2 * sums), *squares = sum + sums;
+    set_pivots(part, pivot + part.channel);
+    for (int64_t lane = s.c; lane < segments.lanes; ++lane) pivot[lane] = pivot[lane - s.c];
+    std::fill_n(sum, 2 * sums, A(0));
+    for_runs(s, part, [&](int64_t offset, int64_t count, int64_t k, auto of) {
+      add_moments(x + offset, count, width, of(pivot), sum + k * width, squares + k * width);
+    });
+    A* out = partials + part.segment * 3 * s.c + part.channel;
+    std::copy_n(pivot + part.channel, part.channels, out);
+    fold(sum, sums, part.channels, segments.per_plane > 0, out + s.c);
+    fold(squares, sums, part.channels, segments.per_plane > 0, out + 2 * s.c);
+  }
+  // Medians of three pixels: the first, one in the middle, the last.
+  void set_pivots(const Part& part, A* pivot) const {
+    const scalar_t* first = x + part.offset;
+    if (s.inner == 1) {
+      const int64_t last = part.count - s.c;
+      return medians(first, first + last / 2 / s.c * s.c, first + last, s.c, 1, pivot);
+    }
+    const int64_t image = s.c * s.inner, last = part.images - 1;
+    medians(first, first + last / 2 * image + part.count / 2, first + last * image + part.count - 1, part.channels, s.inner, pivot);
+  }
+};
+
+template <typename A>
+struct Constants {
+  A *mean = nullptr, *scale = nullptr, *bias = nullptr;
+
+  void set(const Norm<A>& norm, const Shape& s, int64_t lanes, int64_t begin, int64_t end) {
+    mean = scratch<A>(0, 3 * lanes);
+    scale = mean + lanes;
+    bias = scale + lanes;
+    fill_lanes(mean, lanes, s.c, begin, end, [&](int64_t c) {
+      const Channel<A> channel = norm.channel(c);
+      return std::array{channel.mean, channel.scale, channel.bias};
+    });
   }
 };
 
@@ -42,19 +67,13 @@ struct Forward {
   const scalar_t* x;
   scalar_t* y;
   Segments segments;
-  A* lanes = nullptr;
+  Constants<A> of_norm{};
 
-  void prepare(int64_t channel) {
-    const int64_t width = segments.width;
-    lanes = scratch<A>(0, 3 * width);
-    fill_lanes(lanes, width, s, channel, [&](int64_t c) {
-      const Channel<A> constants = norm.channel(c);
-      return std::array{constants.mean, constants.scale, constants.bias};
+  void prepare(int64_t begin, int64_t end) { of_norm.set(norm, s, segments.lanes, begin, end); }
+  void run(const Part& part) const {
+    for_runs(s, part, [&](int64_t offset, int64_t count, int64_t, auto of) {
+      normalise<kActivation>(x + offset, count, segments.width, of(of_norm.mean), of(of_norm.scale), of(of_norm.bias), y + offset);
     });
-  }
-  void run(const Segment& segment) const {
-    const int64_t width = segments.width;
-    normalise<kActivation>(x + segment.offset, segment.count, width, lanes, lanes + width, lanes + 2 * width, y + segment.offset);
   }
 };
 
@@ -66,19 +85,20 @@ struct Sums {
   Gradients<scalar_t> in;
   scalar_t* kept;
   Segments segments;
-  Forward<kActivation, scalar_t> constants{s, norm, nullptr, nullptr, segments};
+  Constants<A> of_norm{};
 
-  void prepare(int64_t channel) { constants.prepare(channel); }
-  void run(const Segment& segment) const {
-    const int64_t width = segments.width;
-    const A* lanes = constants.lanes;
-    A *sum = scratch<A>(1, 2 * width), *products = sum + width;
-    std::fill_n(sum, 2 * width, A(0));
-    add_gradients<kActivation, kKeep>(in.grad + segment.offset, in.x + segment.offset, segment.count, width, lanes, lanes + width,
-                                      lanes + 2 * width, sum, products, kKeep ? kept + segment.offset : nullptr);
-    A* out = in.partials + segment.index * 3 * s.c;
-    fold(sum, width, s, segment.channel, out);
-    fold(products, width, s, segment.channel, out + s.c);
+  void prepare(int64_t begin, int64_t end) { of_norm.set(norm, s, segments.lanes, begin, end); }
+  void run(const Part& part) const {
+    const int64_t sums = segments.sums(part), width = segments.width;
+    A *sum = scratch<A>(1, 2 * sums), *products = sum + sums;
+    std::fill_n(sum, 2 * sums, A(0));
+    for_runs(s, part, [&](int64_t offset, int64_t count, int64_t k, auto of) {
+      add_gradients<kActivation, kKeep>(in.grad + offset, in.x + offset, count, width, of(of_norm.mean), of(of_norm.scale),
+                                        of(of_norm.bias), sum + k * width, products + k * width, kKeep ? kept + offset : nullptr);
+    });
+    A* out = in.partials + part.segment * 3 * s.c + part.channel;
+    fold(sum, sums, part.channels, segments.per_plane > 0, out);
+    fold(products, sums, part.channels, segments.per_plane > 0, out + s.c);
   }
 };
 
@@ -93,71 +113,59 @@ struct InputGradient {
   A factor;
   scalar_t* grad_x;
   Segments segments;
-  Forward<kActivation, scalar_t> constants{s, norm, nullptr, nullptr, segments};
-  A* lanes = nullptr;
+  Constants<A> of_norm{};
+  A *shift = nullptr, *slope = nullptr;
 
-  void prepare(int64_t channel) {
-    const int64_t width = segments.width;
-    constants.prepare(channel);
-    lanes = scratch<A>(1, 2 * width);
-    fill_lanes(lanes, width, s, channel, [&](int64_t c) {
+  void prepare(int64_t begin, int64_t end) {
+    const int64_t lanes = segments.lanes;
+    of_norm.set(norm, s, lanes, begin, end);
+    shift = scratch<A>(2, 2 * lanes);
+    slope = shift + lanes;
+    fill_lanes(shift, lanes, s.c, begin, end, [&](int64_t c) {
       const GradChannel<A> of_channel = norm.grad_channel(sums, factor, s.c, c);
       return std::array{of_channel.shift, of_channel.slope};
     });
   }
-  void run(const Segment& segment) const {
-    const int64_t width = segments.width;
-    const A* of_norm = constants.lanes;
-    input_gradients<kActivation>(grad + segment.offset, x + segment.offset, segment.count, width, of_norm, of_norm + width,
-                                 of_norm + 2 * width, lanes, lanes + width, grad_x + segment.offset);
+  void run(const Part& part) const {
+    for_runs(s, part, [&](int64_t offset, int64_t count, int64_t, auto of) {
+      input_gradients<kActivation>(grad + offset, x + offset, count, segments.width, of(of_norm.mean), of(of_norm.scale), of(of_norm.bias),
+                                   of(shift), of(slope), grad_x + offset);
+    });
   }
 };
-
-// One channel's segments, from the last to the first if `backwards`.
-template <class Pass>
-void run_channel(const Shape& s, Pass& pass, int64_t channel, bool backwards) {
-  pass.prepare(channel);
-  const int64_t pieces = pass.segments.per_plane, all = s.n * pieces;
-  for (int64_t i = 0; i < all; ++i) {
-    const int64_t piece = backwards ? all - 1 - i : i;
-    pass.run(pass.segments.of_plane(s, piece / pieces, channel, piece % pieces));
-  }
-}
 
 template <class Pass>
 void run_all(const Shape& s, const Pass& prototype, bool backwards) {
   const Segments& segments = prototype.segments;
-  if (s.inner == 1) {
-    parallel_for(segments.count, 1, [&](int64_t begin, int64_t end) {
-      Pass pass = prototype;
-      pass.prepare(0);
-      for (int64_t i = begin; i < end; ++i) pass.run(segments.of_pixels(s, backwards ? begin + end - 1 - i : i));
-    });
-    return;
-  }
-  parallel_for(s.n * s.c, std::max<int64_t>(1, kSegment / s.inner), [&](int64_t begin, int64_t end) {
+  const int64_t blocks = segments.blocks(s), parts = segments.count * blocks;
+  parallel_for(parts, std::max<int64_t>(1, kSegment * parts / (s.c * s.values())), [&](int64_t begin, int64_t end) {
     Pass pass = prototype;
-    for (int64_t plane = begin; plane < end; ++plane) {
-      pass.prepare(plane % s.c);
-      for (int64_t i = 0; i < segments.per_plane; ++i) pass.run(segments.of_plane(s, plane / s.c, plane % s.c, i));
+    pass.prepare(0, s.c);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = backwards ? begin + end - 1 - i : i;
+      pass.run(segments.part(s, at / blocks, at % blocks));
     }
   });
 }
 
-// Both passes over one channel after the other; `between` ends the first for a channel.
-bool goes_by_channel(const Shape& s) {
+// Both passes over one block of channels after the other; `between(first, last + 1)` ends the first for its channels.
+bool goes_by_block(const Shape& s, const Segments& segments) {
   uint32_t threads = 1;
-  return s.inner > 1 && torch_get_num_threads(&threads) == 0 && s.c >= 2 * int64_t(threads);
+  return s.inner > 1 && torch_get_num_threads(&threads) == 0 && segments.blocks(s) >= 2 * int64_t(threads);
 }
 template <class First, class Second, class Between>
-void run_both_by_channel(const Shape& s, const First& first, const Second& second, const Between& between) {
-  parallel_for(s.c, std::max<int64_t>(1, kSegment / s.values()), [&](int64_t begin, int64_t end) {
+void run_both_by_block(const Shape& s, const First& first, const Second& second, const Between& between) {
+  const Segments& segments = first.segments;
+  parallel_for(segments.blocks(s), std::max<int64_t>(1, kSegment / (s.values() * segments.channels)), [&](int64_t begin, int64_t end) {
     First one = first;
     Second two = second;
-    for (int64_t channel = begin; channel < end; ++channel) {
-      run_channel(s, one, channel, false);
-      between(channel);
-      run_channel(s, two, channel, true);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t channel = block * segments.channels, last = std::min(s.c, channel + segments.channels);
+      one.prepare(channel, last);
+      for (int64_t i = 0; i < segments.count; ++i) one.run(segments.part(s, i, block));
+      between(channel, last);
+      two.prepare(channel, last);
+      for (int64_t i = segments.count - 1; i >= 0; --i) two.run(segments.part(s, i, block));
     }
   });
 }
@@ -226,21 +234,22 @@ void launch_stats(Cpu, const Shape& s, const scalar_t* x, acc_t<scalar_t>* parti
 
 template <typename scalar_t>
 void launch_forward(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, scalar_t* y) {
-  dispatch_activation(int64_t(norm.activation),
-                      [&]<Activation kActivation>() { run_all(s, Forward<kActivation, scalar_t>{s, norm, x, y, Segments(s)}, true); });
+  dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
+    run_all(s, Forward<kActivation, scalar_t>{s, norm, x, y, Segments::image_by_image(s)}, true);
+  });
 }
 
 template <typename scalar_t>
 void launch_train(Cpu cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, acc_t<scalar_t>* partials,
                   const Statistics<acc_t<scalar_t>>& statistics, scalar_t* y) {
-  if (!goes_by_channel(s)) {
+  const Segments segments(s);
+  if (!goes_by_block(s, segments)) {
     launch_stats(cpu, s, x, partials, statistics);
     return launch_forward(cpu, s, norm, x, y);
   }
-  const Segments segments(s);
   dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
-    run_both_by_channel(s, Moments<scalar_t>{s, x, partials, segments}, Forward<kActivation, scalar_t>{s, norm, x, y, segments},
-                        [&](int64_t channel) { finish_moments(s, segments, partials, channel, channel + 1, statistics); });
+    run_both_by_block(s, Moments<scalar_t>{s, x, partials, segments}, Forward<kActivation, scalar_t>{s, norm, x, y, segments},
+                      [&](int64_t begin, int64_t end) { finish_moments(s, segments, partials, begin, end, statistics); });
   });
 }
 
@@ -259,7 +268,7 @@ void launch_grad_input(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& norm, c
                        const acc_t<scalar_t>* sums, double factor, scalar_t* grad_x) {
   using A = acc_t<scalar_t>;
   dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
-    run_all(s, InputGradient<kActivation, scalar_t>{s, norm, grad, x, sums, A(factor), grad_x, Segments(s)}, true);
+    run_all(s, InputGradient<kActivation, scalar_t>{s, norm, grad, x, sums, A(factor), grad_x, Segments::image_by_image(s)}, true);
   });
 }
 
@@ -274,7 +283,7 @@ void launch_train_backward(Cpu, const Shape& s, const Norm<acc_t<scalar_t>>& nor
     constexpr Activation kLeft = kKeep ? Activation::kNone : kActivation;
     const Sums<kActivation, kKeep, scalar_t> first{s, norm, in, grad_x, segments};
     const InputGradient<kLeft, scalar_t> second{s, norm, kKeep ? grad_x : in.grad, in.x, in.sums, factor, grad_x, segments};
-    if (goes_by_channel(s)) return run_both_by_channel(s, first, second, [&](int64_t channel) { finish(channel, channel + 1); });
+    if (goes_by_block(s, segments)) return run_both_by_block(s, first, second, finish);
     run_all(s, first, false);
     for_channel_blocks(s, segments.count, finish);
     run_all(s, second, true);

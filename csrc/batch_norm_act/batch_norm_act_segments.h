@@ -1,7 +1,7 @@
-// How the CPU kernels cut x, and their loops over one segment; each loop is compiled per instruction set. x is a row of segments, of a
-// size that depends on the shape only: some pixels of channels_last, or a piece of a plane of NCHW. The loops run over `width` lanes at
-// a time, each lane with the constants and sums of its channel beside it: as many pixels as fill the vectors, or one channel many
-// times. So one set of loops serves both layouts and any number of channels.
+// How the CPU kernels cut x, and their loops over a run of it; each loop is compiled per instruction set. A segment, whose sums become
+// partials, is some pixels of channels_last, or of NCHW the planes of some images or a piece of a plane; its size depends on the shape
+// only. The passes take it in parts: all of it, or in NCHW a few channels. The loops run over `width` lanes at a time, each with a sum of
+// its own: as many pixels as fill the vectors, or one channel many times. Its constants lie beside it (a pointer), or are `Same` in all.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -11,42 +11,93 @@
 
 namespace ef::batch_norm_act {
 inline constexpr int64_t kSegment = 1 << 15;
+inline constexpr int64_t kRun = 1 << 11;  // fewer elements in one place of NCHW at a time lose the prefetcher
 inline constexpr int64_t kLanes = 64;
 
-struct Segment {
-  int64_t offset, count, channel, index;  // from `offset` on `count` elements; `channel` is that of the first; its partials are `index`
+template <typename A>
+struct Same {
+  A value;
+  EF_HD A operator[](int64_t) const { return value; }
+};
+
+// Runs of consecutive elements: one of all channels in channels_last, else one of each channel in each image.
+struct Part {
+  int64_t offset, count;  // of the first run
+  int64_t images, channel, channels;
+  int64_t segment;
 };
 
 struct Segments {
-  int64_t width, size, per_plane, count;  // lanes; elements of a segment; of a plane (NCHW); all that have partials
+  int64_t width;             // lanes of a loop
+  int64_t lanes;             // that constants are kept for: a loop's in channels_last, else one a channel
+  int64_t size;              // elements of a run
+  int64_t images, channels;  // of a part
+  int64_t per_plane, count;  // segments: of a plane (0 in channels_last), all
   explicit Segments(const Shape& s) {
     if (s.inner == 1) {
       int64_t pixels = 1;  // that fill whole vectors
       while (pixels < 16 && pixels * s.c < 4 * kLanes && (pixels * s.c < kLanes || pixels * s.c % 16)) ++pixels;
-      width = pixels * s.c;
+      width = lanes = pixels * s.c;
       size = width * std::max<int64_t>(1, kSegment / width);
+      images = 1;
+      channels = s.c;
       per_plane = 0;
       count = ceil_div(s.n * s.c, size);
     } else {
       width = std::min(s.inner, kLanes);
-      size = kSegment;
+      lanes = s.c;
+      size = std::min(s.inner, kSegment);
+      images = std::clamp<int64_t>(kSegment / s.inner, 1, s.n);
+      channels = std::min({s.c, std::max(ceil_div(kRun, s.inner), kSegment / s.values()), kLanes});
       per_plane = ceil_div(s.inner, size);
-      count = s.n * per_plane;
+      count = ceil_div(s.n, images) * per_plane;
     }
   }
-  Segment of_pixels(const Shape& s, int64_t i) const { return {i * size, std::min(size, s.n * s.c - i * size), 0, i}; }
-  Segment of_plane(const Shape& s, int64_t image, int64_t channel, int64_t i) const {
-    return {(image * s.c + channel) * s.inner + i * size, std::min(size, s.inner - i * size), channel, image * per_plane + i};
+  // For passes without sums, which may go through NCHW in the order of memory.
+  static Segments image_by_image(const Shape& s) {
+    Segments segments(s);
+    if (segments.per_plane) {
+      segments.images = 1;
+      segments.channels = std::clamp<int64_t>(kSegment / s.inner, 1, s.c);
+      segments.count = s.n * segments.per_plane;
+    }
+    return segments;
   }
-  int64_t values(const Shape& s, int64_t i) const {  // per channel
-    return s.inner == 1 ? of_pixels(s, i).count / s.c : of_plane(s, 0, 0, i % per_plane).count;
+  int64_t blocks(const Shape& s) const { return ceil_div(s.c, channels); }  // of channels
+  int64_t sums(const Part& part) const { return per_plane ? part.channels * width : width; }
+  Part part(const Shape& s, int64_t segment, int64_t block) const {
+    if (!per_plane) return {segment * size, std::min(size, s.n * s.c - segment * size), 1, 0, s.c, segment};
+    const int64_t image = segment / per_plane * images, begin = segment % per_plane * size, channel = block * channels;
+    return {.offset = (image * s.c + channel) * s.inner + begin,
+            .count = std::min(size, s.inner - begin),
+            .images = std::min(images, s.n - image),
+            .channel = channel,
+            .channels = std::min(channels, s.c - channel),
+            .segment = segment};
+  }
+  int64_t values(const Shape& s, int64_t segment) const {  // per channel
+    const Part all = part(s, segment, 0);
+    return per_plane ? all.images * all.count : all.count / s.c;
   }
 };
 
+// f(offset, count, k, of) for each run of a part, in NCHW that of its k-th channel. `of(constants)` is what the loops read.
+template <class F>
+void for_runs(const Shape& s, const Part& part, const F& f) {
+  if (s.inner == 1) return f(part.offset, part.count, 0, [](const auto* constants) { return constants; });
+  for (int64_t image = 0; image < part.images; ++image) {
+    for (int64_t k = 0; k < part.channels; ++k) {
+      f(part.offset + (image * s.c + k) * s.inner, part.count, k, [&](const auto* constants) { return Same{constants[part.channel + k]}; });
+    }
+  }
+}
+
+// out[k] = median of a[k * stride], b[..], c[..]
 template <typename scalar_t>
-EF_CPU_CLONES void medians(const scalar_t* a, const scalar_t* b, const scalar_t* c, int64_t count, acc_t<scalar_t>* __restrict out) {
+EF_CPU_CLONES void medians(const scalar_t* a, const scalar_t* b, const scalar_t* c, int64_t count, int64_t stride,
+                           acc_t<scalar_t>* __restrict out) {
   using A = acc_t<scalar_t>;
-  for (int64_t j = 0; j < count; ++j) out[j] = median(A(a[j]), A(b[j]), A(c[j]));
+  for (int64_t k = 0; k < count; ++k) out[k] = median(A(a[k * stride]), A(b[k * stride]), A(c[k * stride]));
 }
 
 // An exponential is a long chain of dependent operations: two vectors' chains side by side keep the units busy.
@@ -54,9 +105,9 @@ EF_CPU_CLONES void medians(const scalar_t* a, const scalar_t* b, const scalar_t*
 #pragma GCC push_options
 #pragma GCC optimize("schedule-insns", "unroll-loops")
 #endif
-template <typename scalar_t>
-EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict pivot,
-                               acc_t<scalar_t>* __restrict sum, acc_t<scalar_t>* __restrict squares) {
+template <typename scalar_t, class Of>
+EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int64_t width, Of pivot, acc_t<scalar_t>* __restrict sum,
+                               acc_t<scalar_t>* __restrict squares) {
   using A = acc_t<scalar_t>;
   int64_t i = 0;
   for (; i + 4 * width <= count; i += 4 * width) {
@@ -79,9 +130,9 @@ EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int6
   }
 }
 
-template <Activation kActivation, typename scalar_t>
-EF_CPU_CLONES void normalise(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict mean,
-                             const acc_t<scalar_t>* __restrict scale, const acc_t<scalar_t>* __restrict bias, scalar_t* __restrict y) {
+template <Activation kActivation, typename scalar_t, class Of>
+EF_CPU_CLONES void normalise(const scalar_t* __restrict x, int64_t count, int64_t width, Of mean, Of scale, Of bias,
+                             scalar_t* __restrict y) {
   using A = acc_t<scalar_t>;
   for (int64_t i = 0; i < count; i += width) {
     const int64_t lanes = std::min(width, count - i);
@@ -90,11 +141,10 @@ EF_CPU_CLONES void normalise(const scalar_t* __restrict x, int64_t count, int64_
   }
 }
 
-template <Activation kActivation, bool kKeep, typename scalar_t>
-EF_CPU_CLONES void add_gradients(const scalar_t* __restrict grad, const scalar_t* __restrict x, int64_t count, int64_t width,
-                                 const acc_t<scalar_t>* __restrict mean, const acc_t<scalar_t>* __restrict scale,
-                                 const acc_t<scalar_t>* __restrict bias, acc_t<scalar_t>* __restrict sum,
-                                 acc_t<scalar_t>* __restrict products, scalar_t* __restrict kept) {
+template <Activation kActivation, bool kKeep, typename scalar_t, class Of>
+EF_CPU_CLONES void add_gradients(const scalar_t* __restrict grad, const scalar_t* __restrict x, int64_t count, int64_t width, Of mean,
+                                 Of scale, Of bias, acc_t<scalar_t>* __restrict sum, acc_t<scalar_t>* __restrict products,
+                                 scalar_t* __restrict kept) {
   using A = acc_t<scalar_t>;
   for (int64_t i = 0; i < count; i += width) {
     const int64_t lanes = std::min(width, count - i);
@@ -108,11 +158,9 @@ EF_CPU_CLONES void add_gradients(const scalar_t* __restrict grad, const scalar_t
   }
 }
 
-template <Activation kActivation, typename scalar_t>
-EF_CPU_CLONES void input_gradients(const scalar_t* grad, const scalar_t* __restrict x, int64_t count, int64_t width,
-                                   const acc_t<scalar_t>* __restrict mean, const acc_t<scalar_t>* __restrict scale,
-                                   const acc_t<scalar_t>* __restrict bias, const acc_t<scalar_t>* __restrict shift,
-                                   const acc_t<scalar_t>* __restrict slope, scalar_t* grad_x) {  // may be grad
+template <Activation kActivation, typename scalar_t, class Of>
+EF_CPU_CLONES void input_gradients(const scalar_t* grad, const scalar_t* __restrict x, int64_t count, int64_t width, Of mean, Of scale,
+                                   Of bias, Of shift, Of slope, scalar_t* grad_x) {  // may be grad
   using A = acc_t<scalar_t>;
   for (int64_t i = 0; i < count; i += width) {
     const int64_t lanes = std::min(width, count - i);
@@ -128,36 +176,32 @@ EF_CPU_CLONES void input_gradients(const scalar_t* grad, const scalar_t* __restr
 #pragma GCC pop_options
 #endif
 
-// The sums of a channel's lanes, to [c] or, for a plane, to its one channel.
+// The sum of each channel's lanes: neighbours in planes, else every `channels`-th.
 template <typename A>
-void fold(const A* lanes, int64_t width, const Shape& s, int64_t channel, A* out) {
-  if (s.inner == 1) {
-    std::copy_n(lanes, s.c, out);
-    for (int64_t i = s.c; i < width; i += s.c)
-      for (int64_t c = 0; c < s.c; ++c) out[c] += lanes[i + c];
+EF_CPU_CLONES void fold(const A* __restrict lanes, int64_t count, int64_t channels, bool planes, A* __restrict out) {
+  if (!planes) {
+    std::copy_n(lanes, channels, out);
+    for (int64_t i = channels; i < count; i += channels)
+      for (int64_t c = 0; c < channels; ++c) out[c] += lanes[i + c];
     return;
   }
-  A total = 0;
+  const int64_t width = count / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    A total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t j = 0; j < width; ++j) total += lanes[j];
-  out[channel] = total;
+    for (int64_t j = 0; j < width; ++j) total += lanes[c * width + j];
+    out[c] = total;
+  }
 }
 
-// rows[k, lane] = values(channel of the lane)[k], for the lanes of a segment that starts with `channel`.
+// rows[i, lane] = values(channel of the lane)[i], for some channels of c.
 template <typename A, class F>
-void fill_lanes(A* rows, int64_t width, const Shape& s, int64_t channel, const F& values) {
-  if (s.inner > 1) {
-    for (const A value : values(channel)) {
-      std::fill_n(rows, width, value);
-      rows += width;
-    }
-    return;
-  }
-  for (int64_t c = 0; c < s.c; ++c) {
+void fill_lanes(A* rows, int64_t lanes, int64_t c, int64_t begin, int64_t end, const F& values) {
+  for (int64_t channel = begin; channel < end; ++channel) {
     A* row = rows;
-    for (const A value : values(c)) {
-      for (int64_t lane = c; lane < width; lane += s.c) row[lane] = value;
-      row += width;
+    for (const A value : values(channel)) {
+      for (int64_t lane = channel; lane < lanes; lane += c) row[lane] = value;
+      row += lanes;
     }
   }
 }
