@@ -79,18 +79,22 @@ class Walker {
       if (maxima) out = maxima + at;
     for (int64_t r = 0, run; r < rows; r += run) {
       const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
+      run = std::min(rows - r, p_.h - y);  // rows of one image
       const scalar_t* source = in.x + image * in.h * in.w * p_.c;
-      A* to = out + r * m;
-      run = in.resample == Resample::kMaxPool && p_.c == 1 ? std::min(rows - r, p_.h - y) : 1;
-      if (in.resample == Resample::kNearest) {
-        source += nearest_source(y, in.h, p_.h) * in.w * p_.c;
-        doubled(i) ? doubled_row(source + x / 2, m / 2, to) : nearest_row(source, columns_[i].data() + x, columns, p_.c, to);
-      } else if (p_.c > 1) {
-        const auto pool = maxima ? pool_row<true, scalar_t> : pool_row<false, scalar_t>;
-        pool(source, in.h, in.w, p_.c, y, x, columns, to, buffers.taps.data() + r * m);
-      } else {
+      if (in.resample == Resample::kMaxPool && p_.c == 1) {
         const auto pool = maxima ? pool_lines<true, scalar_t> : pool_lines<false, scalar_t>;
-        pool(source, in.h, in.w, y, y + run, x, columns, to, maxima ? pooled.taps[i] + at + r * m : nullptr);
+        pool(source, in.h, in.w, y, y + run, x, columns, out + r * m, maxima ? pooled.taps[i] + at + r * m : nullptr);
+        continue;
+      }
+      for (int64_t k = 0; k < run; ++k) {
+        A* to = out + (r + k) * m;
+        if (in.resample == Resample::kNearest) {
+          const scalar_t* line = source + nearest_source(y + k, in.h, p_.h) * in.w * p_.c;
+          doubled(i) ? doubled_row(line + x / 2, m / 2, to) : nearest_row(line, columns_[i].data() + x, columns, p_.c, to);
+        } else {
+          const auto pool = maxima ? pool_row<true, scalar_t> : pool_row<false, scalar_t>;
+          pool(source, in.h, in.w, p_.c, y + k, x, columns, to, buffers.taps.data() + (r + k) * m);
+        }
       }
     }
     if (!maxima) return out;

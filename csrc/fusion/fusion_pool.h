@@ -107,9 +107,8 @@ EF_HD void store_part(T* p, const V& v, int64_t count) {
   if (count == kCount) return store(p, v);
   T part[kCount];
   store(part, v);
-  std::copy_n(part, count, p);
+  copy_part(part, count, p);
 }
-
 template <typename A>
 EF_HD void store_taps(uint8_t* p, const typename Lanes<A>::Numbers& taps, int64_t count) {
   using L = Lanes<A>;
@@ -146,8 +145,9 @@ __attribute__((noinline)) void copy_columns(const scalar_t* line, int64_t w, int
   for (int k = 0; k < m; ++k) out[k] = column + k >= 0 && column + k < w ? acc_t<scalar_t>(line[column + k]) : -INFINITY;
 }
 
-// The same of an image of one channel, from right to left: a window's last tap is the first of its neighbour to the right. -infinity
-// counts only where it is a first tap, so that the first outside has the number of the next.
+// As pool_row for an image of one channel and its rows [row, end) of windows, from right to left: a window's last tap is the first of
+// its neighbour to the right. Lines outside repeat their neighbour; columns outside are -infinity, which counts only as a first tap, so
+// that this one has the number of the next. The maximum of each line by itself, then of the three: shorter chains than nine in a row.
 template <bool kTaps, typename scalar_t>
 EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t row, int64_t end, int64_t first, int64_t m,
                               acc_t<scalar_t>* out, uint8_t* taps) {
@@ -266,8 +266,8 @@ EF_HD V given(const V& grad, const Numbers& taps, int number) {
   return taps == number ? grad : V{};
 }
 
-// The same of an image of one channel, for the lines under the first two tap rows of its windows' rows [row, end). A place in an even
-// column is the first tap of one window and the last of the one to the left, in an odd column the middle tap.
+// As unpool_row for an image of one channel: the lines in the first two tap rows of its windows' rows [row, end). A place in an even
+// column is the first tap of one window and the last of its neighbour to the left, in an odd column the middle tap of one.
 template <typename scalar_t>
 EF_CPU_CLONES void unpool_lines(const scalar_t* grad, const uint8_t* taps, int64_t row, int64_t end, int64_t m, int64_t h, int64_t w,
                                 acc_t<scalar_t> factor, scalar_t* out) {
