@@ -57,9 +57,8 @@ class Walker {
 
   // Buffers of one thread.
   struct Buffers {
-    std::vector<A> inputs[kMaxInputs], grad, taps, lines;
-    explicit Buffers(const Walker& walker)
-        : grad(walker.segment_size()), taps(walker.segment_size()), lines(walker.p_.c == 1 ? 3 * (2 * kSegment + 1) : 0) {
+    std::vector<A> inputs[kMaxInputs], grad, taps;
+    explicit Buffers(const Walker& walker) : grad(walker.segment_size()), taps(walker.segment_size()) {
       for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
     }
   };
@@ -78,21 +77,28 @@ class Walker {
     }
     if constexpr (std::is_same_v<scalar_t, A>)
       if (maxima) out = maxima + at;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0, run; r < rows; r += run) {
       const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
+      run = std::min(rows - r, p_.h - y);  // rows of one image
       const scalar_t* source = in.x + image * in.h * in.w * p_.c;
-      if (in.resample == Resample::kNearest) {
-        source += nearest_source(y, in.h, p_.h) * in.w * p_.c;
-        doubled(i) ? doubled_row(source + x / 2, m / 2, out + r * m)
-                   : nearest_row(source, columns_[i].data() + x, columns, p_.c, out + r * m);
-      } else if (maxima) {
-        pool_row<true>(source, in.h, in.w, p_.c, y, x, columns, buffers.lines.data(), out + r * m, buffers.taps.data() + r * m);
-      } else {
-        pool_row<false>(source, in.h, in.w, p_.c, y, x, columns, buffers.lines.data(), out + r * m, static_cast<A*>(nullptr));
+      if (in.resample == Resample::kMaxPool && p_.c == 1) {
+        const auto pool = maxima ? pool_lines<true, scalar_t> : pool_lines<false, scalar_t>;
+        pool(source, in.h, in.w, y, y + run, x, columns, out + r * m, maxima ? pooled.taps[i] + at + r * m : nullptr);
+        continue;
+      }
+      for (int64_t k = 0; k < run; ++k) {
+        A* to = out + (r + k) * m;
+        if (in.resample == Resample::kNearest) {
+          const scalar_t* line = source + nearest_source(y + k, in.h, p_.h) * in.w * p_.c;
+          doubled(i) ? doubled_row(line + x / 2, m / 2, to) : nearest_row(line, columns_[i].data() + x, columns, p_.c, to);
+        } else {
+          const auto pool = maxima ? pool_row<true, scalar_t> : pool_row<false, scalar_t>;
+          pool(source, in.h, in.w, p_.c, y + k, x, columns, to, buffers.taps.data() + (r + k) * m);
+        }
       }
     }
     if (!maxima) return out;
-    convert(buffers.taps.data(), rows * m, pooled.taps[i] + at);
+    if (p_.c > 1) convert(buffers.taps.data(), rows * m, pooled.taps[i] + at);
     if constexpr (!std::is_same_v<scalar_t, A>) convert(out, rows * m, maxima + at);
     return out;
   }
@@ -194,9 +200,18 @@ void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, cons
 template <typename scalar_t>
 void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Unpool<scalar_t>& in, acc_t<scalar_t> weight) {
   const int64_t size = in.w * p.c;
+  if (p.c == 1) {
+    parallel_for(p.n * p.h, std::max<int64_t>(1, kUnit / (2 * size)), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin, image; row < end; row = (image + 1) * p.h) {
+        image = row / p.h;
+        const int64_t at = image * p.h * p.w, first = image * p.h;
+        unpool_lines(grad_sum + at, in.taps + at, row - first, std::min(end - first, p.h), p.w, in.h, in.w, weight,
+                     in.grad_input + image * in.h * in.w);
+      }
+    });
+    return;
+  }
   parallel_for(p.n * in.h, std::max<int64_t>(1, kUnit / (size + 1)), [&](int64_t begin, int64_t end) {
-    std::vector<acc_t<scalar_t>> sums(p.c == 1 ? 2 * p.w + 1 : 0);
-    acc_t<scalar_t>*even = sums.data(), *odd = even + p.w + 1;
     for (int64_t row = begin; row < end; ++row) {
       const Memberships rows(row % in.h + pool_before(in.h));
       const scalar_t* grads[2];
@@ -206,14 +221,8 @@ void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, con
         grads[i] = grad_sum + at;
         row_taps[i] = in.taps + at;
       }
-      if (p.c > 1) {
-        const auto unpool = rows.count == 1 ? unpool_row<1, scalar_t> : unpool_row<2, scalar_t>;
-        unpool(grads, row_taps, rows.taps, in.w, p.w, p.c, weight, in.grad_input + row * size);
-        continue;
-      }
-      std::fill(sums.begin(), sums.end(), 0);
-      for (int i = 0; i < rows.count; ++i) unpool_line(grads[i], row_taps[i], int(rows.taps[i]), p.w, even, odd);
-      interleave(even, odd, weight, in.w, in.grad_input + row * size);
+      const auto unpool = rows.count == 1 ? unpool_row<1, scalar_t> : unpool_row<2, scalar_t>;
+      unpool(grads, row_taps, rows.taps, in.w, p.w, p.c, weight, in.grad_input + row * size);
     }
   });
 }

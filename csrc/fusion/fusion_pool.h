@@ -1,7 +1,11 @@
 // Max-pooling of the CPU kernels, and its gradient, over runs of windows that have the values of each tap side by side: the channels of
-// one window in channels_last; a line of windows in NCHW, whose columns are split by parity first. Each loop is compiled per
+// one window in channels_last; a line of windows in NCHW, whose columns are split by parity on the way. Each loop is compiled per
 // instruction set.
 #pragma once
+#include <algorithm>
+#include <utility>
+
+#include "../common/vector.h"
 #include "fusion.h"
 
 namespace ef::fusion {
@@ -50,49 +54,149 @@ EF_CPU_CLONES void pool_window(const Window<T> window, int64_t run, acc_t<T>* __
   }
 }
 
-template <typename scalar_t>
-EF_CPU_CLONES void split_by_parity(const scalar_t* __restrict line, int64_t m, acc_t<scalar_t>* __restrict even,
-                                   acc_t<scalar_t>* __restrict odd) {
-  for (int64_t j = 0; j < m; ++j) {
-    even[j] = acc_t<scalar_t>(line[2 * j]);
-    odd[j] = acc_t<scalar_t>(line[2 * j + 1]);
-  }
-}
-
-// The m windows from (top, left) on along a line of an image of one channel; `lines` has room for 3 (2 m + 1) values.
-template <bool kTaps, typename scalar_t>
-void pool_line(const scalar_t* x, int64_t h, int64_t w, int64_t top, int64_t left, int64_t m, acc_t<scalar_t>* lines, acc_t<scalar_t>* out,
-               acc_t<scalar_t>* taps) {
-  using A = acc_t<scalar_t>;
-  const int64_t begin = left < 0 ? 1 : 0;
-  for (int row = 0; row < 3; ++row) {
-    if (top + row < 0 || top + row >= h) continue;
-    const scalar_t* line = x + (top + row) * w;
-    A *even = lines + row * (2 * m + 1), *odd = even + m + 1;
-    split_by_parity(line + left + 2 * begin, m - begin, even + begin, odd + begin);
-    if (begin) {
-      even[0] = A(-INFINITY);
-      odd[0] = A(line[0]);
-    }
-    even[m] = left + 2 * m < w ? A(line[left + 2 * m]) : A(-INFINITY);
-  }
-  const Window<A> window(h, 3, top, 0, [&](int row, int column) {
-    const A *even = lines + row * (2 * m + 1), *odd = even + m + 1;
-    return column == 1 ? odd : even + column / 2;
-  });
-  pool_window<kTaps>(window, m, out, taps);
-  // On the right what is outside is never a first tap, so that -infinity never counts; on the left it is.
-  if (begin) pool_window<kTaps>(window_of(x, h, w, 1, top, left), 1, out, taps);
-}
-
 // Maxima of the windows (row, first + j), j < m, of the image x [h, w, c].
 template <bool kTaps, typename scalar_t>
-void pool_row(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t row, int64_t first, int64_t m, acc_t<scalar_t>* lines,
-              acc_t<scalar_t>* out, acc_t<scalar_t>* taps) {
+void pool_row(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t row, int64_t first, int64_t m, acc_t<scalar_t>* out,
+              acc_t<scalar_t>* taps) {
   const int64_t top = 2 * row - pool_before(h), left = 2 * first - pool_before(w);
-  if (c == 1) return pool_line<kTaps>(x, h, w, top, left, m, lines, out, taps);
   for (int64_t j = 0; j < m; ++j)
     pool_window<kTaps>(window_of(x, h, w, c, top, left + 2 * j), c, out + j * c, kTaps ? taps + j * c : nullptr);
+}
+
+// Vectors of values, and of tap numbers beside them.
+template <typename A>
+struct Lanes {
+  using V = typename VectorOf<A>::type;
+  using Numbers = decltype(V() < V());
+  static constexpr int kCount = kLanes<V, A>;
+  using Sequence = std::make_index_sequence<kCount>;
+  typedef uint8_t Bytes __attribute__((vector_size(kCount)));
+  typedef uint16_t Shorts __attribute__((vector_size(2 * kCount)));
+};
+// Between bytes and numbers, in steps of twice the size: GCC takes larger ones lane by lane.
+template <typename To, typename Shorts, typename From>
+EF_HD To converted(const From& v) {
+  const auto shorts = __builtin_convertvector(v, Shorts);
+  return __builtin_convertvector(shorts, To);
+}
+
+// Apart from the loops that seldom need it: inlined, it takes registers.
+template <typename T>
+__attribute__((noinline)) void copy_part(const T* from, int64_t count, T* to) {
+  std::copy_n(from, count, to);
+}
+// The first `count` of a vector's lanes in memory; read, the others are zero.
+template <typename scalar_t>
+EF_HD auto load_part(const scalar_t* p, int64_t count) {
+  constexpr int kCount = Lanes<acc_t<scalar_t>>::kCount;
+  if (count == kCount) return load(p);
+  scalar_t part[kCount] = {};
+  copy_part(p, count, part);
+  return load(part);
+}
+template <typename A>
+EF_HD typename Lanes<A>::Numbers load_taps(const uint8_t* p, int64_t count) {
+  using L = Lanes<A>;
+  uint8_t part[L::kCount] = {};
+  if (count < L::kCount) copy_part(p, count, part);
+  return converted<typename L::Numbers, typename L::Shorts>(load<typename L::Bytes>(count < L::kCount ? part : p));
+}
+template <typename T, typename V>
+EF_HD void store_part(T* p, const V& v, int64_t count) {
+  constexpr int kCount = sizeof(V) / sizeof(v[0]);
+  if (count == kCount) return store(p, v);
+  T part[kCount];
+  store(part, v);
+  copy_part(part, count, p);
+}
+template <typename A>
+EF_HD void store_taps(uint8_t* p, const typename Lanes<A>::Numbers& taps, int64_t count) {
+  using L = Lanes<A>;
+  store_part(p, converted<typename L::Bytes, typename L::Shorts>(taps), count);
+}
+
+// The largest value so far and the number of its tap.
+template <typename A>
+struct Maximum {
+  typename Lanes<A>::V value;
+  typename Lanes<A>::Numbers tap;
+
+  EF_HD void see(const typename Lanes<A>::V& x, const typename Lanes<A>::Numbers& number) {
+    const auto take = (x > value) | (x != x);  // as is_new_maximum
+    value = take ? x : value;
+    tap = take ? number : tap;
+  }
+};
+
+// Every kStep-th lane of a and b joined, from lane kFirst on.
+template <int kFirst, int kStep, typename V, size_t... kLane>
+EF_HD V picked(const V& a, const V& b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (kFirst + kStep * int(kLane))...);
+}
+// Lanes of a and b in turns, from lane kFirst of each on.
+template <int kFirst, typename V, size_t... kLane>
+EF_HD V interleaved(const V& a, const V& b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (kFirst + int(kLane / 2 + kLane % 2 * sizeof...(kLane)))...);
+}
+
+// The columns [column, column + m) of a line; -infinity outside. Apart from the loop that seldom needs it: inlined, it takes registers.
+template <typename scalar_t>
+__attribute__((noinline)) void copy_columns(const scalar_t* line, int64_t w, int64_t column, int m, acc_t<scalar_t>* out) {
+  for (int k = 0; k < m; ++k) out[k] = column + k >= 0 && column + k < w ? acc_t<scalar_t>(line[column + k]) : -INFINITY;
+}
+
+// As pool_row for an image of one channel and its rows [row, end) of windows, from right to left: a window's last tap is the first of
+// its neighbour to the right. Lines outside repeat their neighbour; columns outside are -infinity, which counts only as a first tap, so
+// that this one has the number of the next. The maximum of each line by itself, then of the three: shorter chains than nine in a row.
+template <bool kTaps, typename scalar_t>
+EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t row, int64_t end, int64_t first, int64_t m,
+                              acc_t<scalar_t>* out, uint8_t* taps) {
+  using A = acc_t<scalar_t>;
+  using V = typename Lanes<A>::V;
+  using Numbers = typename Lanes<A>::Numbers;
+  constexpr int kCount = Lanes<A>::kCount;
+  const typename Lanes<A>::Sequence lanes;
+  const int64_t left = 2 * first - pool_before(w), right = left + 2 * m;
+  for (; row < end; ++row, out += m, taps += kTaps ? m : 0) {
+    const int64_t top = 2 * row - pool_before(h);
+    const scalar_t* lines[3];
+    int numbers[3];  // of their first taps
+    V next[3];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const int64_t inside = std::min(std::max<int64_t>(i, -top), h - 1 - top);
+      lines[i] = x + (top + inside) * w;
+      numbers[i] = 3 * int(inside);
+      next[i] = V{} + (right < w ? A(lines[i][right]) : A(-INFINITY));
+    }
+    for (int64_t j = (m - 1) / kCount * kCount; j >= 0; j -= kCount) {
+      const int64_t column = left + 2 * j, count = std::min<int64_t>(kCount, m - j);
+      Maximum<A> maximum;
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        V low, high;
+        if (column >= 0 && column + 2 * kCount <= w) {
+          low = load(lines[i] + column);
+          high = load(lines[i] + column + kCount);
+        } else {
+          A padded[2 * kCount];
+          copy_columns(lines[i], w, column, 2 * kCount, padded);
+          low = load(padded);
+          high = load(padded + kCount);
+        }
+        const Numbers number = Numbers{} + numbers[i];
+        const V even = picked<0, 2>(low, high, lanes), odd = picked<1, 2>(low, high, lanes), last = picked<1, 1>(even, next[i], lanes);
+        next[i] = even;
+        Maximum<A> in_line{even, number};
+        if (i == 0 && column < 0) in_line.tap[0] += 1;
+        in_line.see(odd, number + 1);
+        in_line.see(last, number + 2);
+        i == 0 ? void(maximum = in_line) : maximum.see(in_line.value, in_line.tap);
+      }
+      store_part(out + j, maximum.value, count);
+      if constexpr (kTaps) store_taps<A>(taps + j, maximum.tap, count);
+    }
+  }
 }
 
 // The windows, along one axis, of which the place t is a tap, counted from the first tap of window 0: at most two.
@@ -157,31 +261,53 @@ EF_CPU_CLONES void unpool_row(const scalar_t* const grads[2], const uint8_t* con
   }
 }
 
-// The same of an image of one channel. A place is the first tap of window t / 2 and the last of the one before when t is even, the
-// middle tap of window t / 2 when it is odd: even[t / 2], odd[t / 2]. This adds what row `ky` of the taps of m windows gets; even has
-// room for m + 1.
-template <typename scalar_t>
-EF_CPU_CLONES void unpool_line(const scalar_t* __restrict grad, const uint8_t* __restrict taps, int ky, int64_t m,
-                               acc_t<scalar_t>* __restrict even, acc_t<scalar_t>* __restrict odd) {
-  using A = acc_t<scalar_t>;
-  const int first = 3 * ky;
-  for (int64_t j = 0; j < m; ++j) {
-    even[j] += taps[j] == first ? A(grad[j]) : A(0);
-    odd[j] += taps[j] == first + 1 ? A(grad[j]) : A(0);
-  }
-  for (int64_t j = 0; j < m; ++j) even[j + 1] += taps[j] == first + 2 ? A(grad[j]) : A(0);
+template <typename V, typename Numbers>
+EF_HD V given(const V& grad, const Numbers& taps, int number) {
+  return taps == number ? grad : V{};
 }
+
+// As unpool_row for an image of one channel: the lines in the first two tap rows of its windows' rows [row, end). A place in an even
+// column is the first tap of one window and the last of its neighbour to the left, in an odd column the middle tap of one.
 template <typename scalar_t>
-EF_CPU_CLONES void interleave(const acc_t<scalar_t>* __restrict even, const acc_t<scalar_t>* __restrict odd, acc_t<scalar_t> factor,
-                              int64_t w, scalar_t* __restrict out) {
+EF_CPU_CLONES void unpool_lines(const scalar_t* grad, const uint8_t* taps, int64_t row, int64_t end, int64_t m, int64_t h, int64_t w,
+                                acc_t<scalar_t> factor, scalar_t* out) {
+  using A = acc_t<scalar_t>;
+  using V = typename Lanes<A>::V;
+  using Numbers = typename Lanes<A>::Numbers;
+  constexpr int kCount = Lanes<A>::kCount, kNever = 255;
+  const typename Lanes<A>::Sequence lanes;
   const int64_t before = pool_before(w);
-  if (before) out[0] = scalar_t(factor * odd[0]);
-  even += before;
-  odd += before;
-  out += before;
-  for (int64_t j = 0; j < (w - before) / 2; ++j) {
-    out[2 * j] = scalar_t(factor * even[j]);
-    out[2 * j + 1] = scalar_t(factor * odd[j]);
+  for (; row < end; ++row) {
+    const int64_t above = row > 0 ? m : 0, upper = 2 * row - pool_before(h);
+    const int number = row > 0 ? 6 : kNever;  // of the first tap that the windows above have in the upper line
+    V left[2] = {};                           // what the last taps of the windows to the left get
+    for (int64_t j = 0; j < m; j += kCount) {
+      const int64_t at = row * m + j, count = std::min<int64_t>(kCount, m - j);
+      const V a = load_part(grad + at - above, count), g = load_part(grad + at, count);
+      const Numbers s = load_taps<A>(taps + at - above, count), t = load_taps<A>(taps + at, count);
+      const V last[2] = {given(g, t, 2) + given(a, s, number + 2), given(g, t, 5)};
+      const V even[2] = {given(g, t, 0) + given(a, s, number) + picked<kCount - 1, 1>(left[0], last[0], lanes),
+                         given(g, t, 3) + picked<kCount - 1, 1>(left[1], last[1], lanes)};
+      const V odd[2] = {given(g, t, 1) + given(a, s, number + 1), given(g, t, 4)};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        left[i] = last[i];
+        if (upper + i < 0) continue;
+        const V low = factor * interleaved<0>(even[i], odd[i], lanes), high = factor * interleaved<kCount / 2>(even[i], odd[i], lanes);
+        const int64_t column = 2 * j - before;
+        scalar_t* line = out + (upper + i) * w + column;
+        if (count == kCount && column >= 0) {
+          store(line, low);
+          store(line + kCount, high);
+          continue;
+        }
+        scalar_t part[2 * kCount];
+        store(part, low);
+        store(part + kCount, high);
+        const int64_t skipped = column < 0 ? 1 : 0;
+        copy_part(part + skipped, 2 * count - skipped, line + skipped);
+      }
+    }
   }
 }
 }  // namespace ef::fusion
