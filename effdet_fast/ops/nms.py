@@ -149,7 +149,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if not _library.is_native(boxes):
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
     ranking = scores.argsort(descending=True, stable=True)
-    # The kernel wants each class in one piece. `index_select` and `masked_select` cost half of what indexing does.
+    # The kernel wants each class in one piece. `index_select` is the cheaper call where indexing would do the same.
     classes, by_class = idxs.index_select(0, ranking).sort(stable=True)
     candidates = boxes.index_select(0, ranking.index_select(0, by_class))
     keep = _nms(candidates.unsqueeze(0), classes.unsqueeze(0), float(iou_threshold), len(ranking)).squeeze(0)
