@@ -27,9 +27,14 @@ def set_debug(enabled: bool) -> None:
     _debug = bool(enabled)
 
 
+def device_type(x: Tensor) -> str:
+    """`x.device.type`, which makes a device and a string; every call of an op asks for it."""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
+
+
 def may_read_values(x: Tensor) -> bool:
     """Whether the values of a tensor may be looked at without costing a synchronisation nobody asked for."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or (_debug and x.device.type != "meta"))
+    return not torch.compiler.is_compiling() and (x.is_cpu or (_debug and not x.is_meta))
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -58,6 +63,11 @@ def check_integer(op: str, name: str, x: Any) -> None:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {dtype_name(x.dtype)}")
 
 
+def is_like(x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a parameter is what it must be in nearly every call; the checks that say what is wrong are for all others."""
+    return isinstance(x, Tensor) and x.dtype == dtype and x.shape == shape and x.device == device
+
+
 def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {x.device}")
@@ -73,5 +83,5 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region the call is in, for the tensor's device; None outside one."""
     if x.is_meta:  # autocast does not know this device
         return None
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    device = device_type(x)
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

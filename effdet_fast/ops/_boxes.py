@@ -104,7 +104,7 @@ def check_boxes(op: str, boxes: Tensor, scores: Tensor, *, batched: bool) -> tup
             raise TypeError(f"{op}: scores must have the dtype of boxes, {expected}, got {got}")
         wider = torch.promote_types(boxes.dtype, scores.dtype)
         boxes, scores = boxes.to(wider), scores.to(wider)
-    return boxes.detach(), scores.detach()
+    return boxes.detach() if boxes.requires_grad else boxes, scores.detach() if scores.requires_grad else scores
 
 
 def check_classes(op: str, name: str, classes: Tensor, scores: Tensor) -> Tensor:
@@ -113,6 +113,8 @@ def check_classes(op: str, name: str, classes: Tensor, scores: Tensor) -> Tensor
         raise ValueError(f"{op}: {name} must have shape {list(scores.shape)}, got {list(classes.shape)}")
     if classes.device.type != "cpu":
         check_same_device(op, name, classes, "boxes", scores)
+    if classes.dtype == torch.int64 and classes.device == scores.device:
+        return classes
     return classes.to(device=scores.device, dtype=torch.int64)
 
 

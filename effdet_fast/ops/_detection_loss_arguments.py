@@ -48,7 +48,7 @@ def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -
 
 def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
     for name, outputs in (("cls_outputs", cls_outputs), ("box_outputs", box_outputs)):
-        if not isinstance(outputs, list | tuple):
+        if not isinstance(outputs, (list, tuple)):
             raise TypeError(f"{op}: {name} must be a list or tuple of tensors, got {type(outputs).__name__}")
     if not 1 <= len(cls_outputs) <= MAX_LEVELS:
         raise ValueError(f"{op}: cls_outputs must be 1 to {MAX_LEVELS} levels, got {len(cls_outputs)}")
@@ -57,11 +57,15 @@ def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[
     if not num_classes >= 1:
         raise ValueError(f"{op}: num_classes must be at least 1, got {num_classes}")
     outputs = [*cls_outputs, *box_outputs]
-    names = [f"{kind}_outputs[{i}]" for kind in ("cls", "box") for i in range(len(cls_outputs))]
-    for name, x in zip(names, outputs, strict=True):
-        check_floating(op, name, x)
-        check_same_device(op, name, x, names[0], outputs[0])
     first = outputs[0]
+    check_floating(op, "cls_outputs[0]", first)
+    dtype, device = first.dtype, first.device
+    for i, x in enumerate(outputs):
+        if isinstance(x, Tensor) and x.dtype == dtype and x.device == device:
+            continue
+        name = f"cls_outputs[{i}]" if i < len(cls_outputs) else f"box_outputs[{i - len(cls_outputs)}]"
+        check_floating(op, name, x)
+        check_same_device(op, name, x, "cls_outputs[0]", first)
     if first.dim() != 4 or first.shape[1] == 0 or first.shape[1] % num_classes:
         raise ValueError(f"{op}: cls_outputs[0] must have shape [B, A * {num_classes}, H, W], got {list(first.shape)}")
     batch, per_cell = first.shape[0], first.shape[1] // num_classes
@@ -69,9 +73,9 @@ def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[
         if cls.dim() != 4 or cls.shape[0] != batch or cls.shape[1] != first.shape[1]:
             expected = f"[{batch}, {first.shape[1]}, H, W]"
             raise ValueError(f"{op}: cls_outputs[{i}] must have shape {expected}, got {list(cls.shape)}")
-        expected_box = [batch, 4 * per_cell, *cls.shape[2:]]
-        if list(box.shape) != expected_box:
-            raise ValueError(f"{op}: box_outputs[{i}] must have shape {expected_box}, got {list(box.shape)}")
+        expected_box = (batch, 4 * per_cell, *cls.shape[2:])
+        if box.shape != expected_box:
+            raise ValueError(f"{op}: box_outputs[{i}] must have shape {list(expected_box)}, got {list(box.shape)}")
     dtypes = {x.dtype for x in outputs}
     if len(dtypes) > 1:
         if autocast_dtype(first) is None:
@@ -110,7 +114,7 @@ def check_targets(
 
 
 def _check_target_shapes(op: str, name: str, targets, shape: list[int], per_level: list[list[int]]) -> None:
-    if not isinstance(targets, list | tuple):
+    if not isinstance(targets, (list, tuple)):
         check_tensor(op, name, targets)
         if list(targets.shape) != shape:
             raise ValueError(f"{op}: {name} must have shape {shape}, got {list(targets.shape)}")

@@ -18,6 +18,11 @@ def in_layout(x: Tensor, channels_last: bool) -> Tensor:
     return x.contiguous(memory_format=memory_format(channels_last))
 
 
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous, of that dtype; costs nothing where the tensor is that already."""
+    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
+
+
 def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
     """Uninitialised, of the dtype and on the device of x."""
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast._extension import native_device_types
+from effdet_fast.ops._arguments import device_type
 
 _LIBRARY = torch.library.Library("effdet_fast", "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
@@ -24,7 +25,7 @@ def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
 
 def is_native(x: Tensor) -> bool:
     """Whether kernels for the tensor's device were built; otherwise the reference implementation runs."""
-    return x.device.type in _native
+    return device_type(x) in _native
 
 
 def wants_second_derivative() -> bool:

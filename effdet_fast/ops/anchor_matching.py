@@ -17,6 +17,7 @@ from effdet_fast.ops._arguments import (
     may_read_values,
 )
 from effdet_fast.ops._boxes import encode_boxes, iou_with
+from effdet_fast.ops._layout import dense
 
 # Numbered as in csrc/anchor_matching/anchor_matching_math.h.
 _CODERS: dict[str | None, int] = {None: 0, "effdet": 1, "torchvision": 2}
@@ -182,22 +183,16 @@ def match_anchors(
         )
     dtype = arithmetic_dtype(anchors)
     labels, boxes, counts = _match_anchors(
-        _dense(anchors, dtype),
-        _dense(gt_boxes, dtype),
-        _dense(gt_labels, torch.int64),
-        None if gt_counts is None else _dense(gt_counts, torch.int64),
+        dense(anchors.detach() if anchors.requires_grad else anchors, dtype),
+        dense(gt_boxes.detach() if gt_boxes.requires_grad else gt_boxes, dtype),
+        dense(gt_labels, torch.int64),
+        None if gt_counts is None else dense(gt_counts, torch.int64),
         float(pos_iou),
         float(neg_iou),
         _force_rule(force_match, allow_low_quality_matches),
         _CODERS[box_coder],
     )
     return AnchorTargets(labels, boxes, counts.float())
-
-
-def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the kernels read; costs nothing where the tensor is that already."""
-    x = x.detach() if x.requires_grad else x
-    return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
 def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None) -> None:

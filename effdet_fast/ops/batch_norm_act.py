@@ -15,6 +15,7 @@ from effdet_fast.ops._arguments import (
     check_floating,
     check_same_device,
     dtype_name,
+    is_like,
 )
 from effdet_fast.ops._layout import dense_like, in_layout, is_channels_last
 
@@ -168,8 +169,9 @@ class _BatchStatistics(torch.autograd.Function):
             grad_x, sums = _batch_norm_act_train_backward(grad, x, mean, var, weight, bias, *ctx.options)
         else:
             sums = _batch_norm_act_sums(grad, x, mean, var, weight, bias, *ctx.options)
-        grad_weight, grad_bias = sums[1] if need_weight else None, sums[0] if need_bias else None
-        return grad_x, None, None, None, grad_weight, grad_bias, None, None, None
+        grad_bias, grad_weight = sums.unbind()
+        affine = grad_weight if need_weight else None, grad_bias if need_bias else None
+        return grad_x, None, None, None, *affine, None, None, None
 
 
 class _GivenStatistics(torch.autograd.Function):
@@ -344,11 +346,9 @@ def _check(x, running_mean, running_var, weight, bias, training, eps, activation
     dtype, device, shape = x.dtype, x.device, x.shape[1:2]
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     for name, values in named:
-        if values is None:
+        if values is None or is_like(values, shape, dtype, device):
             continue
         check_floating(_OP, name, values)
-        if values.dtype == dtype and values.device == device and values.shape == shape:
-            continue
         check_same_device(_OP, name, values, "x", x)
         if values.dtype not in (x.dtype, arithmetic_dtype(x)):
             wanted = " or ".join(dict.fromkeys((dtype_name(x.dtype), dtype_name(arithmetic_dtype(x)))))

@@ -21,6 +21,7 @@ from effdet_fast.ops._detection_loss_arguments import (
     joined_codes,
     joined_labels,
 )
+from effdet_fast.ops._layout import dense
 from effdet_fast.ops.focal_loss import check_focal_options, sigmoid_focal_loss_reference
 
 # torchvision's decoder limits the logarithm of a side relative to its anchor's.
@@ -278,14 +279,14 @@ def detection_loss(
 
     dtype = arithmetic_dtype(first)
     outputs, channels_last = zip(*map(_readable, [*cls_outputs, *box_outputs]), strict=True)
-    labels = (labels if labels.dtype == torch.int32 else labels.long()).contiguous()
-    codes, positives = codes.to(dtype).contiguous(), positives.to(dtype).contiguous()
-    anchors = anchors.to(dtype).contiguous() if anchors is not None and box_loss == "giou" else None
+    labels = dense(labels, torch.int32 if labels.dtype == torch.int32 else torch.int64)
+    codes, positives = dense(codes, dtype), dense(positives, dtype)
+    anchors = dense(anchors, dtype) if anchors is not None and box_loss == "giou" else None
     focal = (num_classes, float(alpha), float(gamma), float(label_smoothing))
     box = (BOX_LOSSES[box_loss], BOX_CODERS[box_coder], float(delta), float(box_loss_weight))
     options = (*focal, *box, NORMALIZERS[normalizer], channels_last)
     given = (labels, codes, anchors, positives)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in outputs):
+    if torch.is_grad_enabled() and any([x.requires_grad for x in outputs]):
         return DetectionLoss(*_DetectionLoss.apply(options, arguments, *given, *outputs))
     levels = len(cls_outputs)
     return DetectionLoss(*_loss_and_grads(outputs[:levels], outputs[levels:], *given, *options, False)[:3])
@@ -293,10 +294,11 @@ def detection_loss(
 
 def _readable(x: Tensor) -> tuple[Tensor, bool]:
     """The output as the kernels read it, with pixels one stride apart and channels or pixels innermost; whether channels are."""
-    height, width = x.shape[2:]
-    if height <= 1 or width <= 1 or x.stride(2) == width * x.stride(3):
-        if x.stride(1) == 1:
+    _, _, height, width = x.shape
+    _, channel, row, column = x.stride()
+    if height <= 1 or width <= 1 or row == width * column:
+        if channel == 1:
             return x, True
-        if height * width <= 1 or (x.stride(3) if width > 1 else x.stride(2)) == 1:
+        if height * width <= 1 or (column if width > 1 else row) == 1:
             return x, False
     return x.contiguous(), False

@@ -88,7 +88,7 @@ class _FocalLoss(torch.autograd.Function):
             reduction = "sum" if ctx.summed else "none"
             loss = sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, label_smoothing=smoothing)
             return *torch.autograd.grad(loss, inputs, grad, create_graph=True), None, None, None, None, None
-        if grad.shape == inputs.shape and grad.stride() != inputs.stride():  # the kernel walks both in one order
+        if not ctx.summed and grad.stride() != inputs.stride():  # the kernel walks both in one order
             grad = torch.empty_like(inputs).copy_(grad)
         return _focal_loss_backward(grad, inputs, targets, *ctx.options), None, None, None, None, None
 
@@ -194,14 +194,14 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:
     if inputs.dim() == 0 or targets.shape != inputs.shape[:-1]:
         raise ValueError(_shape_message(op, inputs, targets))
     check_label_values(op, targets, inputs.shape[-1])
-    return targets.long()
+    return targets if targets.dtype == torch.int64 else targets.long()
 
 
 def check_label_values(op: str, labels: Tensor, classes: int) -> None:
     """Raises ValueError for a label that is neither a class nor background nor ignored, where values may be looked at."""
     if may_read_values(labels) and labels.numel():
         lowest, highest = torch.aminmax(labels)
-        if lowest < IGNORED or highest >= classes:
+        if lowest.item() < IGNORED or highest.item() >= classes:  # comparing tensors costs ten times as much
             first = labels[(labels < IGNORED) | (labels >= classes)].flatten()[0].item()
             raise ValueError(
                 f"{op}: labels must be a class in [0, {classes}), -1 (background) or -2 (ignored), got {first}"

@@ -17,7 +17,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
-from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
+from effdet_fast.ops._layout import dense, empty_in_layout, in_layout, is_channels_last
 
 METHODS = {"fast": 0, "softmax": 1, "sum": 2}  # numbered as in csrc/fusion/fusion_math.h
 RESAMPLES = {"none": 0, "nearest": 1, "max_pool": 2}
@@ -108,7 +108,10 @@ _fusion_backward = _library.define(
 class _Fusion(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, arguments, weights, *inputs):
-        out, *kept = _fusion_train(inputs, weights, *options)
+        if RESAMPLES["max_pool"] in options[2]:
+            out, *kept = _fusion_train(inputs, weights, *options)
+        else:
+            out, kept = _fusion_forward(inputs, weights, *options), []
         ctx.save_for_backward(weights, *inputs, *kept)
         ctx.options = options
         ctx.arguments = arguments
@@ -220,8 +223,7 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     channels_last = is_channels_last(first)
     inputs = [in_layout(x, channels_last) for x in inputs]
     if weights is not None:
-        dtype = arithmetic_dtype(first)
-        weights = (weights if weights.dtype == dtype else weights.to(dtype)).contiguous()
+        weights = dense(weights, arithmetic_dtype(first))
     codes = [RESAMPLES[how] for how in resample]
     options = (METHODS[method], float(eps), codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
     needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)
@@ -233,11 +235,11 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
 
 
 def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-    if not isinstance(inputs, list | tuple):
+    if not isinstance(inputs, (list, tuple)):
         raise TypeError(f"{op}: inputs must be a list or tuple of tensors, got {type(inputs).__name__}")
     if not 2 <= len(inputs) <= 4:
         raise ValueError(f"{op}: inputs must be 2 to 4 tensors, got {len(inputs)}")
-    first = inputs[0]
+    first, is_mixed = inputs[0], False
     for i, x in enumerate(inputs):
         check_floating(op, f"inputs[{i}]", x)
         shape = x.shape
@@ -249,7 +251,8 @@ def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         check_same_device(op, f"inputs[{i}]", x, "inputs[0]", first)
         if shape[0] != n or shape[1] != c:
             raise ValueError(f"{op}: inputs[{i}] must have shape [{n}, {c}, H, W] as inputs[0], got {list(shape)}")
-    if any([x.dtype != first.dtype for x in inputs]):
+        is_mixed = is_mixed or x.dtype != first.dtype
+    if is_mixed:
         if autocast_dtype(first) is None:
             names = ", ".join(dtype_name(x.dtype) for x in inputs)
             raise TypeError(f"{op}: inputs must have one dtype outside autocast, got {names}")

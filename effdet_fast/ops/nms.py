@@ -121,7 +121,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if not _library.is_native(boxes):
         return nms_reference(boxes, scores, iou_threshold)
     order = scores.argsort(descending=True, stable=True)
-    keep = _nms(boxes.index_select(0, order).unsqueeze(0), None, float(iou_threshold), order.shape[0])
+    keep = _nms(boxes.index_select(0, order).unsqueeze(0), None, float(iou_threshold), len(order))
     return order.masked_select(keep.squeeze(0))
 
 
@@ -149,9 +149,11 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     if not _library.is_native(boxes):
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
     ranking = scores.argsort(descending=True, stable=True)
-    classes, by_class = idxs[ranking].sort(stable=True)  # the kernel wants each class in one piece
-    keep = _nms(boxes[ranking[by_class]][None].contiguous(), classes[None], float(iou_threshold), len(ranking))[0]
-    return ranking[torch.empty_like(keep).scatter_(0, by_class, keep)]
+    # The kernel wants each class in one piece. `index_select` is the cheaper call where indexing would do the same.
+    classes, by_class = idxs.index_select(0, ranking).sort(stable=True)
+    candidates = boxes.index_select(0, ranking.index_select(0, by_class))
+    keep = _nms(candidates.unsqueeze(0), classes.unsqueeze(0), float(iou_threshold), len(ranking)).squeeze(0)
+    return ranking.masked_select(torch.empty_like(keep).scatter_(0, by_class, keep))
 
 
 def batched_nms_padded(
