@@ -121,18 +121,24 @@ def test_no_graph_breaks(name, training):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_compiled_it_gives_the_same(name):
+    """It is as near to float64 as the original: in training float32 alone leaves three to five digits of a gradient."""
     plain = plain_model(name)
     plain.drop_rate = 0.0
     for module in plain.modules():
         if hasattr(module, "drop_prob"):
             module.drop_prob = 0.0
     torch._dynamo.reset()
-    results = []
-    for model in (torch.compile(accelerated(plain).train(), fullgraph=True), plain.train()):
-        outputs = model(images())
+
+    def results(model, dtype=torch.float32):
+        outputs = model.train()(images().to(dtype))
         outputs.square().mean().backward()
-        results.append((outputs.detach(), model.get_parameter("conv_stem.weight").grad))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+        return {"outputs": outputs.detach()}, {"gradient": model.get_parameter("conv_stem.weight").grad}
+
+    exact = results(copy.deepcopy(plain).double(), torch.float64)
+    originals = [results(rounded(plain, seed)) for seed in range(4)]
+    compiled = results(torch.compile(accelerated(plain), fullgraph=True))
+    for ours, truth, *theirs in zip(compiled, exact, *originals, strict=True):
+        assert distance(ours, truth) <= 2 * max(distance(each, truth) for each in theirs) + 1e-6
 
 
 @pytest.mark.parametrize(

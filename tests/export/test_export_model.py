@@ -22,6 +22,7 @@ from tests.export.exported import (
     as_detector,
     assert_same,
     every_anchor,
+    float32_error,
     lively_model,
     predicted,
     run_of,
@@ -238,6 +239,8 @@ def test_every_kind_of_model(case, name, end_to_end, tmp_path):
     assert_standard(tmp_path / name)
     expected = predicted(detector, images, **rows) if end_to_end else every_anchor(detector, images)
     unit = max(size) if end_to_end else anchor_sides(detector)
+    # 1e-4, or four times what float32 alone costs a model: the error of the file is another draw of that.
+    tolerance = 1e-4 if end_to_end else max(1e-4, 4 * float32_error(detector, images, expected))
     run = run_of(tmp_path / name)
     for batch in (1, 3):
-        assert_same(run(images[:batch]), {name: values[:batch] for name, values in expected.items()}, unit)
+        assert_same(run(images[:batch]), {name: values[:batch] for name, values in expected.items()}, unit, tolerance)
