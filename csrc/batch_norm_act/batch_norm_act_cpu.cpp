@@ -29,8 +29,8 @@ struct Moments {
     });
     A* out = partials + part.segment * 3 * s.c + part.channel;
     std::copy_n(pivot + part.channel, part.channels, out);
-    fold(sum, sums, part.channels, segments.per_plane > 0, out + s.c);
-    fold(squares, sums, part.channels, segments.per_plane > 0, out + 2 * s.c);
+    fold(sum, sums, part.channels, s.inner > 1, out + s.c);
+    fold(squares, sums, part.channels, s.inner > 1, out + 2 * s.c);
   }
   // Medians of three pixels: the first, one in the middle, the last.
   void set_pivots(const Part& part, A* pivot) const {
@@ -97,8 +97,8 @@ struct Sums {
                                         of(of_norm.bias), sum + k * width, products + k * width, kKeep ? kept + offset : nullptr);
     });
     A* out = in.partials + part.segment * 3 * s.c + part.channel;
-    fold(sum, sums, part.channels, segments.per_plane > 0, out);
-    fold(products, sums, part.channels, segments.per_plane > 0, out + s.c);
+    fold(sum, sums, part.channels, s.inner > 1, out);
+    fold(products, sums, part.channels, s.inner > 1, out + s.c);
   }
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 
+#include "../common/lanes.h"
 #include "../common/scratch.h"
 #include "batch_norm_act.h"
 
@@ -13,12 +14,6 @@ namespace ef::batch_norm_act {
 inline constexpr int64_t kSegment = 1 << 15;
 inline constexpr int64_t kRun = 1 << 11;  // fewer elements in one place of NCHW at a time lose the prefetcher
 inline constexpr int64_t kLanes = 64;
-
-template <typename A>
-struct Same {
-  A value;
-  EF_HD A operator[](int64_t) const { return value; }
-};
 
 // Runs of consecutive elements: one of all channels in channels_last, else one of each channel in each image.
 struct Part {
@@ -175,24 +170,6 @@ EF_CPU_CLONES void input_gradients(const scalar_t* grad, const scalar_t* __restr
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC pop_options
 #endif
-
-// The sum of each channel's lanes: neighbours in planes, else every `channels`-th.
-template <typename A>
-EF_CPU_CLONES void fold(const A* __restrict lanes, int64_t count, int64_t channels, bool planes, A* __restrict out) {
-  if (!planes) {
-    std::copy_n(lanes, channels, out);
-    for (int64_t i = channels; i < count; i += channels)
-      for (int64_t c = 0; c < channels; ++c) out[c] += lanes[i + c];
-    return;
-  }
-  const int64_t width = count / channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    A total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < width; ++j) total += lanes[c * width + j];
-    out[c] = total;
-  }
-}
 
 // rows[i, lane] = values(channel of the lane)[i], for some channels of c.
 template <typename A, class F>

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../common/dtypes.h"
+#include "../common/lanes.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "squeeze_excite.h"
@@ -63,21 +64,6 @@ EF_CPU_CLONES void add(const scalar_t* __restrict x, const scalar_t* __restrict 
   }
 }
 
-// The sums of the channels' lanes.
-template <typename A>
-EF_CPU_CLONES void fold(const A* __restrict lanes, int64_t width, int64_t channels, A* __restrict out) {
-  if (channels == 1) {
-    A total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < width; ++j) total += lanes[j];
-    out[0] = total;
-    return;
-  }
-  std::copy_n(lanes, channels, out);
-  for (int64_t i = channels; i < width; i += channels)
-    for (int64_t c = 0; c < channels; ++c) out[c] += lanes[i + c];
-}
-
 // To every lane the value of its channel.
 template <typename A>
 void repeat(const A* values, int64_t channels, int64_t width, A* lanes) {
@@ -116,22 +102,14 @@ EF_CPU_CLONES void prepare(const A* __restrict gate, const A* __restrict grad_me
   for (int64_t i = 0; i < count; ++i) shift[i] = grad_mean[i] * factor;
 }
 
-template <bool kShift, typename scalar_t>
-EF_CPU_CLONES void scale_part(const scalar_t* __restrict x, int64_t count, int64_t width, const acc_t<scalar_t>* __restrict scale,
-                              const acc_t<scalar_t>* __restrict shift, scalar_t* __restrict y) {
+template <bool kShift, typename scalar_t, class Of>
+EF_CPU_CLONES void scale_part(const scalar_t* __restrict x, int64_t count, int64_t width, Of scale, Of shift, scalar_t* __restrict y) {
   using A = acc_t<scalar_t>;
   for (int64_t i = 0; i < count; i += width) {
     const int64_t lanes = std::min(width, count - i);
 #pragma omp simd
     for (int64_t j = 0; j < lanes; ++j) y[i + j] = scalar_t(scaled<kShift>(A(x[i + j]), scale[j], kShift ? shift[j] : A(0)));
   }
-}
-
-template <bool kShift, typename scalar_t>
-EF_CPU_CLONES void scale_plane(const scalar_t* __restrict x, int64_t count, acc_t<scalar_t> scale, acc_t<scalar_t> shift,
-                               scalar_t* __restrict y) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) y[i] = scalar_t(scaled<kShift>(acc_t<scalar_t>(x[i]), scale, shift));
 }
 
 template <bool kProducts, typename scalar_t>
@@ -143,7 +121,7 @@ void reduce(const Shape& s, const Parts& parts, const Reduction<scalar_t>& in, a
       const int64_t offset = parts.offset(s, i);
       std::fill_n(sum, parts.width, A(0));
       add<kProducts>(in.x + offset, kProducts ? in.grad + offset : nullptr, parts.elements(s, i), parts.width, sum);
-      fold(sum, parts.width, s.channels, sums + i * s.channels);
+      fold(sum, parts.width, s.channels, s.channels == 1, sums + i * s.channels);
     }
   });
 }
@@ -159,7 +137,8 @@ void scale(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* of_rows, co
     const auto run = [&](int64_t i) {
       const int64_t row = i / parts.count, first = row * s.channels, offset = parts.offset(s, i), count = parts.elements(s, i);
       if (s.channels == 1) {
-        return scale_plane<kShift>(x + offset, count, of_rows[row], kShift ? shift_of_rows[row] : A(0), y + offset);
+        const Same<A> scale{of_rows[row]}, shift{kShift ? shift_of_rows[row] : A(0)};
+        return scale_part<kShift>(x + offset, count, count, scale, shift, y + offset);
       }
       if (!alone && row != last_row) {
         repeat(of_rows + first, s.channels, parts.width, lanes);

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast.ops._arguments import autocast_dtype, check_floating, check_integer, check_same_device, dtype_name
+from effdet_fast.ops._layout import detached
 
 MOST_DETECTIONS = 1 << 30  # as in csrc/common/detection_tensors.h
 _MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's
@@ -104,14 +105,14 @@ def check_boxes(op: str, boxes: Tensor, scores: Tensor, *, batched: bool) -> tup
             raise TypeError(f"{op}: scores must have the dtype of boxes, {expected}, got {got}")
         wider = torch.promote_types(boxes.dtype, scores.dtype)
         boxes, scores = boxes.to(wider), scores.to(wider)
-    return boxes.detach() if boxes.requires_grad else boxes, scores.detach() if scores.requires_grad else scores
+    return detached(boxes), detached(scores)
 
 
 def check_classes(op: str, name: str, classes: Tensor, scores: Tensor) -> Tensor:
     check_integer(op, name, classes)
     if classes.shape != scores.shape:
         raise ValueError(f"{op}: {name} must have shape {list(scores.shape)}, got {list(classes.shape)}")
-    if classes.device.type != "cpu":
+    if not classes.is_cpu:
         check_same_device(op, name, classes, "boxes", scores)
     if classes.dtype == torch.int64 and classes.device == scores.device:
         return classes

@@ -23,6 +23,11 @@ def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x if x.dtype == dtype else x.to(dtype)).contiguous()
 
 
+def detached(x: Tensor) -> Tensor:
+    """`x.detach()`, which costs nothing where there is nothing to detach from."""
+    return x.detach() if x.requires_grad else x
+
+
 def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
     """Uninitialised, of the dtype and on the device of x."""
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last))

@@ -17,7 +17,7 @@ from effdet_fast.ops._arguments import (
     may_read_values,
 )
 from effdet_fast.ops._boxes import encode_boxes, iou_with
-from effdet_fast.ops._layout import dense
+from effdet_fast.ops._layout import dense, detached
 
 # Numbered as in csrc/anchor_matching/anchor_matching_math.h.
 _CODERS: dict[str | None, int] = {None: 0, "effdet": 1, "torchvision": 2}
@@ -183,8 +183,8 @@ def match_anchors(
         )
     dtype = arithmetic_dtype(anchors)
     labels, boxes, counts = _match_anchors(
-        dense(anchors.detach() if anchors.requires_grad else anchors, dtype),
-        dense(gt_boxes.detach() if gt_boxes.requires_grad else gt_boxes, dtype),
+        dense(detached(anchors), dtype),
+        dense(detached(gt_boxes), dtype),
         dense(gt_labels, torch.int64),
         None if gt_counts is None else dense(gt_counts, torch.int64),
         float(pos_iou),

@@ -17,7 +17,7 @@ from effdet_fast.ops._arguments import (
     dtype_name,
     is_like,
 )
-from effdet_fast.ops._layout import dense_like, in_layout, is_channels_last
+from effdet_fast.ops._layout import dense, dense_like, in_layout, is_channels_last
 
 _PYTORCH_ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
@@ -271,7 +271,7 @@ def batch_norm_act(
     channels_last = is_channels_last(x)
     x = in_layout(x, channels_last)
     dtype = arithmetic_dtype(x)
-    weight, bias = _dense_of(weight, dtype), _dense_of(bias, dtype)
+    weight, bias = (None if values is None else dense(values, dtype) for values in (weight, bias))
     options = (float(eps), ACTIVATIONS[activation], channels_last)
     with_gradient = torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
@@ -303,12 +303,6 @@ def _by_batch_statistics(x: Tensor, running, momentum: float, weight, bias, opti
     if with_gradient:
         return _BatchStatistics.apply(x, *running, momentum, weight, bias, *options)
     return _batch_norm_act_train(x, *running, momentum, weight, bias, *options)[0]
-
-
-def _dense_of(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if values is None or (values.dtype == dtype and values.is_contiguous()):
-        return values
-    return values.to(dtype).contiguous()
 
 
 def _kernel_can_move(running_mean: Tensor | None, running_var: Tensor | None, dtype: torch.dtype, momentum) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import arithmetic_dtype, check_choice, check_floating, check_same_device, dtype_name
 from effdet_fast.ops._boxes import Detections, check_most_detections, check_number, decode_boxes
+from effdet_fast.ops._layout import dense
 from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
 
@@ -202,9 +203,9 @@ def decode_detections(
         _decode_candidates,
         [_dense(x) for x in cls_outputs],
         [_dense(x) for x in box_outputs],
-        anchors.detach().to(dtype).contiguous(),
+        dense(anchors.detach(), dtype),
         (
-            None if clip_sizes is None else clip_sizes.detach().to(dtype).contiguous(),
+            None if clip_sizes is None else dense(clip_sizes.detach(), dtype),
             num_classes,
             max_candidates,
             box_coder == "torchvision",

@@ -121,7 +121,7 @@ def test_no_graph_breaks(name, training):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_compiled_it_gives_the_same(name):
-    """It is as near to float64 as the original: in training float32 alone leaves three to five digits of a gradient."""
+    """Equal in float64; in float32, which leaves three to five digits of a gradient, as near to that as the original."""
     plain = plain_model(name)
     plain.drop_rate = 0.0
     for module in plain.modules():
@@ -135,10 +135,13 @@ def test_compiled_it_gives_the_same(name):
         return {"outputs": outputs.detach()}, {"gradient": model.get_parameter("conv_stem.weight").grad}
 
     exact = results(copy.deepcopy(plain).double(), torch.float64)
+    double = results(torch.compile(accelerated(plain).double(), fullgraph=True), torch.float64)
     originals = [results(rounded(plain, seed)) for seed in range(4)]
-    compiled = results(torch.compile(accelerated(plain), fullgraph=True))
-    for ours, truth, *theirs in zip(compiled, exact, *originals, strict=True):
-        assert distance(ours, truth) <= 2 * max(distance(each, truth) for each in theirs) + 1e-6
+    single = results(torch.compile(accelerated(plain), fullgraph=True))
+    for truth, ours, rounded_ours, *theirs in zip(exact, double, single, *originals, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-4)
+        assert distance(ours, truth) < 1e-7  # torch.compile puts the gradient of PyTorch's own Hardswish off by 7e-9
+        assert distance(rounded_ours, truth) <= 2 * max(distance(each, truth) for each in theirs) + 1e-6
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 -m tests.ops.shared_batch_norm FOLDER
 """
 
+import gc
 import hashlib
 import json
 import sys
@@ -90,6 +91,7 @@ def main(folder: Path) -> None:
     report["second derivative"] = second_derivative()
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
+    gc.collect()  # ends the group's threads, which must not need the interpreter while that ends
 
 
 if __name__ == "__main__":
