@@ -1,4 +1,4 @@
-"""The two memory formats that the kernels read in place."""
+"""Tensors as the kernels read them: dense, in one of two memory formats, without autograd."""
 
 import torch
 from torch import Tensor
