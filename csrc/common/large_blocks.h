@@ -1,5 +1,5 @@
-// Memory of large tensors on the host, kept for later ones of their size. The C library gives large blocks back to the kernel, which
-// must clear every page of the next: in a training step that took as long as the kernels that write them.
+// Memory of tensors on the host, but for small ones, kept for later ones of their size. The C library gives such blocks back to the
+// kernel, which must clear every page of the next: in a training step that took as long as the kernels that write them.
 #pragma once
 #include <pthread.h>
 
@@ -15,7 +15,7 @@
 namespace ef {
 class LargeBlocks {
  public:
-  static constexpr int64_t kUnit = int64_t(2) << 20;  // a huge page
+  static constexpr int64_t kLeast = int64_t(128) << 10;  // bytes; glibc maps no smaller ones by themselves
 
   static LargeBlocks& instance() {
     static LargeBlocks& blocks = *new LargeBlocks;  // never destroyed: tensors may live until the process ends
@@ -23,7 +23,7 @@ class LargeBlocks {
   }
 
   void* take(int64_t bytes) {
-    const int64_t size = (bytes + kUnit - 1) / kUnit * kUnit;
+    const int64_t unit = unit_of(bytes), size = (bytes + unit - 1) / unit * unit;
     const std::lock_guard lock(mutex_);
     const auto found = free_.lower_bound(size);
     void* block;
@@ -54,11 +54,17 @@ class LargeBlocks {
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); }, [] { instance().mutex_.unlock(); });
   }
 
+  // Whole huge pages, or whole pages where a block is smaller than a huge one.
+  static int64_t unit_of(int64_t bytes) {
+    constexpr int64_t kPage = 4096, kHugePage = int64_t(2) << 20;
+    return bytes < kHugePage ? kPage : kHugePage;
+  }
+
   void* new_block(int64_t size) {
-    void* block = std::aligned_alloc(kUnit, size);
+    void* block = std::aligned_alloc(unit_of(size), size);
     if (!block) {
       drop_down_to(0);
-      block = std::aligned_alloc(kUnit, size);
+      block = std::aligned_alloc(unit_of(size), size);
     }
     if (!block) throw std::bad_alloc();
     prefer_huge_pages(block, size);

@@ -65,7 +65,7 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   int64_t bytes = element_bytes(dtype);
   for (const int64_t size : sizes) bytes *= size;
-  if (like.is_cpu() && bytes >= LargeBlocks::kUnit) {
+  if (like.is_cpu() && bytes >= LargeBlocks::kLeast) {
     return torch::stable::from_blob(LargeBlocks::instance().take(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
                                     like.device(), dtype, [](void* block) { LargeBlocks::instance().give_back(block); });
   }
