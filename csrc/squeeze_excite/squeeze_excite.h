@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "../common/activation.h"
 #include "../common/platform.h"
 #include "squeeze_excite_math.h"
 
@@ -36,4 +37,39 @@ template <typename scalar_t>
 void launch_scale(Cpu, const Shape& shape, const scalar_t* x, const acc_t<scalar_t>* gate, const acc_t<scalar_t>* grad_mean, scalar_t* y);
 template <typename scalar_t>
 void launch_scale(Cuda, const Shape& shape, const scalar_t* x, const acc_t<scalar_t>* gate, const acc_t<scalar_t>* grad_mean, scalar_t* y);
+
+// From the means to the gates, before the sigmoid. Dense; biases may be null.
+template <typename A>
+struct Weights {
+  int64_t channels, squeezed;
+  const A* reduce;       // [squeezed, channels]
+  const A* reduce_bias;  // [squeezed]
+  const A* expand;       // [channels, squeezed]
+  const A* expand_bias;  // [channels]
+};
+// What belongs to an image; kept for the backward.
+template <typename A>
+struct Gates {
+  int64_t images;
+  A *mean, *gate;         // [images, channels]
+  A *reduced, *squeezed;  // [images, squeezed]: before and after the activation
+};
+template <typename A>
+void launch_gates(Cpu, const Weights<A>& weights, Activation activation, const Gates<A>& gates);
+template <typename A>
+void launch_gates(Cuda, const Weights<A>& weights, Activation activation, const Gates<A>& gates);
+
+// Gradients, null where not wanted.
+template <typename A>
+struct GateGradients {
+  const A* gate;       // [images, channels], given
+  A* reduced;          // [images, squeezed], working memory
+  A* mean;             // [images, channels]
+  A *reduce, *expand;  // as the weights
+  A *reduce_bias, *expand_bias;
+};
+template <typename A>
+void launch_gates_backward(Cpu, const Weights<A>& weights, Activation activation, const Gates<A>& gates, const GateGradients<A>& grad);
+template <typename A>
+void launch_gates_backward(Cuda, const Weights<A>& weights, Activation activation, const Gates<A>& gates, const GateGradients<A>& grad);
 }  // namespace ef::squeeze_excite

@@ -7,7 +7,7 @@
 #include "../common/lanes.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
-#include "squeeze_excite.h"
+#include "squeeze_excite_gates.h"
 
 namespace ef::squeeze_excite {
 namespace {
@@ -186,4 +186,8 @@ void launch_scale(Cpu, const Shape& s, const scalar_t* x, const acc_t<scalar_t>*
   template void launch_scale<T>(Cpu, const Shape&, const T*, const acc_t<T>*, const acc_t<T>*, T*);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE
+template void launch_gates<float>(Cpu, const Weights<float>&, Activation, const Gates<float>&);
+template void launch_gates<double>(Cpu, const Weights<double>&, Activation, const Gates<double>&);
+template void launch_gates_backward<float>(Cpu, const Weights<float>&, Activation, const Gates<float>&, const GateGradients<float>&);
+template void launch_gates_backward<double>(Cpu, const Weights<double>&, Activation, const Gates<double>&, const GateGradients<double>&);
 }  // namespace ef::squeeze_excite

@@ -2,6 +2,7 @@
 
 #include "../common/dtypes.h"
 #include "squeeze_excite.h"
+#include "squeeze_excite_gates_kernel.cuh"
 #include "squeeze_excite_kernel.cuh"
 
 namespace ef::squeeze_excite {
@@ -70,9 +71,43 @@ void launch_scale(Cuda device, const Shape& s, const scalar_t* x, const acc_t<sc
   });
 }
 
+template <typename A>
+void launch_gates(Cuda device, const Weights<A>& w, Activation activation, const Gates<A>& g) {
+  dispatch_activation(int64_t(activation), [&]<Activation kActivation>() {
+    launch("squeeze_excite_squeeze", squeeze_excite_squeeze_kernel<kActivation, A>, unsigned(ceil_div(g.images * w.squeezed, kGateWarps)),
+           kGateThreads, 0, device, w, g);
+  });
+  launch("squeeze_excite_gate", squeeze_excite_gate_kernel<A>, unsigned(ceil_div(g.images * w.channels, kGateThreads)), kGateThreads, 0,
+         device, w, g);
+}
+
+template <typename A>
+void launch_gates_backward(Cuda device, const Weights<A>& w, Activation activation, const Gates<A>& g, const GateGradients<A>& grad) {
+  const auto grad_weight = [&](int64_t rows, int64_t columns, const A* left, const A* right, A* out, A* bias) {
+    if (!out && !bias) return;
+    launch("squeeze_excite_grad_weight", squeeze_excite_grad_weight_kernel<A>, unsigned(ceil_div(rows * columns, kGateThreads)),
+           kGateThreads, 0, device, g.images, rows, columns, left, right, out, bias);
+  };
+  grad_weight(w.channels, w.squeezed, grad.gate, g.squeezed, grad.expand, grad.expand_bias);
+  if (!grad.reduced) return;
+  dispatch_activation(int64_t(activation), [&]<Activation kActivation>() {
+    launch("squeeze_excite_grad_reduced", squeeze_excite_grad_reduced_kernel<kActivation, A>,
+           dim3(unsigned(g.images), unsigned(ceil_div(w.squeezed, kWarpSize))), dim3(kWarpSize, kGateWarps), kGateThreads * sizeof(A),
+           device, w, g, grad);
+  });
+  grad_weight(w.squeezed, w.channels, grad.reduced, g.mean, grad.reduce, grad.reduce_bias);
+  if (!grad.mean) return;
+  launch("squeeze_excite_grad_mean", squeeze_excite_grad_mean_kernel<A>, unsigned(ceil_div(g.images * w.channels, kGateThreads)),
+         kGateThreads, 0, device, w, g, grad);
+}
+
 #define EF_DEFINE(T)                                                       \
   template void launch_reduce<T>(Cuda, const Shape&, const Reduction<T>&); \
   template void launch_scale<T>(Cuda, const Shape&, const T*, const acc_t<T>*, const acc_t<T>*, T*);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE
+template void launch_gates<float>(Cuda, const Weights<float>&, Activation, const Gates<float>&);
+template void launch_gates<double>(Cuda, const Weights<double>&, Activation, const Gates<double>&);
+template void launch_gates_backward<float>(Cuda, const Weights<float>&, Activation, const Gates<float>&, const GateGradients<float>&);
+template void launch_gates_backward<double>(Cuda, const Weights<double>&, Activation, const Gates<double>&, const GateGradients<double>&);
 }  // namespace ef::squeeze_excite

@@ -1,6 +1,7 @@
-// Squeeze-and-excite of one value, and the gradient; the two small matrix products from the means to the gates are PyTorch's:
-//   mean = sum x / pixels,  gate = expand(act(reduce(mean))),  y = x s,  s = sigmoid(gate)
-//   grad_gate = s (1 - s) sum(grad x),  grad_x = grad s + grad_mean / pixels
+// Squeeze-and-excite of one value, and the gradient:
+//   mean = sum x / pixels,  reduced = R mean + r,  squeezed = act(reduced),  gate = E squeezed + e,  y = x s,  s = sigmoid(gate)
+//   grad_gate = s (1 - s) sum(grad x),  grad_reduced = act'(reduced) E^T grad_gate,  grad_mean = R^T grad_reduced
+//   grad_x = grad s + grad_mean / pixels
 #pragma once
 #include "../common/math.h"
 

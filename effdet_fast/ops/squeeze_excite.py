@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
+    ACTIVATIONS,
     arithmetic_dtype,
     autocast_dtype,
     check_choice,
@@ -25,13 +25,7 @@ from effdet_fast.ops._layout import dense_like, in_layout, is_channels_last
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 _OP = "squeeze_excite"
-_aten = torch.ops.aten
 _ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
-_ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": _aten.silu_backward.default,
-    "relu": lambda grad, x: _aten.threshold_backward.default(grad, x, 0),
-    "relu6": lambda grad, x: _aten.hardtanh_backward.default(grad, x, 0.0, 6.0),
-}
 
 
 def squeeze_excite_reference(
@@ -48,23 +42,23 @@ def squeeze_excite_reference(
     weights = _to(dtype, reduce_weight, reduce_bias, expand_weight, expand_bias)
     wide = x.to(dtype)
     with _outside_autocast(x):
-        gate = _gate(wide.mean((2, 3)), weights, activation)[1]
+        gate = _gate(wide.mean((2, 3)), weights, activation)
     return (wide * gate.sigmoid()[:, :, None, None]).to(x.dtype)
 
 
 def _to(dtype, *weights) -> Weights:
-    # One that has the dtype is asked nothing more: this runs in every call.
+    # One that fits is asked nothing more: this runs in every call.
     reduce_weight, reduce_bias, expand_weight, expand_bias = [
-        t if t is None or t.dtype == dtype else t.to(dtype) for t in weights
+        t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in weights
     ]
     return reduce_weight, reduce_bias, expand_weight, expand_bias
 
 
-def _gate(mean: Tensor, weights: Weights, activation: str) -> tuple[Tensor, Tensor]:
-    """What the activation is applied to, [N, R], and the gate before the sigmoid, [N, C]."""
+def _gate(mean: Tensor, weights: Weights, activation: str) -> Tensor:
+    """The gate before the sigmoid, [N, C]."""
     reduce_weight, reduce_bias, expand_weight, expand_bias = weights
-    reduced = F.linear(mean, reduce_weight.flatten(1), reduce_bias)
-    return reduced, F.linear(_ACTIVATIONS[activation](reduced), expand_weight.flatten(1), expand_bias)
+    squeezed = _ACTIVATIONS[activation](F.linear(mean, reduce_weight.flatten(1), reduce_bias))
+    return F.linear(squeezed, expand_weight.flatten(1), expand_bias)
 
 
 def _outside_autocast(x: Tensor):
@@ -72,20 +66,29 @@ def _outside_autocast(x: Tensor):
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
-def _gates_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:2], dtype=arithmetic_dtype(x))
+# x and its gradients are dense in the layout that `channels_last` says; the rest is contiguous, in the dtype of the arithmetic.
+def _forward_fake(x, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, channels_last):
+    kept = 2 * x.shape[0] * (x.shape[1] + reduce_weight.shape[0])
+    return dense_like(x, channels_last), x.new_empty((kept,), dtype=arithmetic_dtype(x))
 
 
-# x and its gradients are dense in the layout that `channels_last` says; the rest is [N, C], in the dtype of the arithmetic.
-# The means of x over its pixels; given `grad` and `gate`, the gradient of the gate before the sigmoid.
-_reduce = _library.define(
-    "squeeze_excite_reduce(Tensor x, Tensor? grad, Tensor? gate, bool channels_last) -> Tensor",
-    lambda x, grad, gate, channels_last: _gates_like(x),
+def _backward_fake(grad, x, reduce_weight, expand_weight, kept, activation, channels_last, needs):
+    biases = [weight.new_empty((weight.shape[0],)) for weight in (reduce_weight, expand_weight)]
+    every = [dense_like(x, channels_last), reduce_weight, biases[0], expand_weight, biases[1]]
+    return [torch.empty_like(t) for t, need in zip(every, needs, strict=True) if need]
+
+
+# Returns, after the result, what the backward needs: means, gates before the sigmoid, reduced before and after the activation.
+_forward = _library.define(
+    "squeeze_excite(Tensor x, Tensor reduce_weight, Tensor? reduce_bias, Tensor expand_weight, Tensor? expand_bias, "
+    "int activation, bool channels_last) -> (Tensor, Tensor)",
+    _forward_fake,
 )
-# x * sigmoid(gate); given `grad_mean`, x is the gradient of that, and grad_mean / (H W) is added: the gradient of its x.
-_scale = _library.define(
-    "squeeze_excite_scale(Tensor x, Tensor gate, Tensor? grad_mean, bool channels_last) -> Tensor",
-    lambda x, gate, grad_mean, channels_last: dense_like(x, channels_last),
+# `needs`: of x, reduce_weight, reduce_bias, expand_weight, expand_bias.
+_backward = _library.define(
+    "squeeze_excite_backward(Tensor grad, Tensor x, Tensor reduce_weight, Tensor expand_weight, Tensor kept, int activation, "
+    "bool channels_last, bool[] needs) -> Tensor[]",
+    _backward_fake,
 )
 
 
@@ -93,54 +96,26 @@ class _SqueezeExcite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, reduce_weight, reduce_bias, expand_weight, expand_bias, activation, channels_last):
         weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
-        y, *small = _forward(x, weights, activation, channels_last)
-        ctx.save_for_backward(x, *weights, *small)
+        y, kept = _forward(x, *weights, ACTIVATIONS[activation], channels_last)
+        ctx.save_for_backward(x, *weights, kept)
         ctx.activation, ctx.channels_last = activation, channels_last
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors  # once: recomputed activations are handed out only once
-        x, *weights = saved[:5]
-        needed = ctx.needs_input_grad
+        x, reduce_weight, reduce_bias, expand_weight, expand_bias, kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
         if _library.wants_second_derivative():
-            leaves = [t for t, need in zip((x, *weights), needed, strict=False) if need]
-            y = squeeze_excite_reference(x, *weights, activation=ctx.activation)
-            found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-            return tuple(next(found) if need else None for need in needed)
-        with _outside_autocast(x):
-            return *_gradients(ctx, saved, in_layout(grad, ctx.channels_last)), None, None
-
-
-def _forward(
-    x: Tensor, weights: Weights, activation: str, channels_last: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and what the backward pass needs of the way to it."""
-    mean = _reduce(x, None, None, channels_last)
-    with _outside_autocast(x):
-        reduced, gate = _gate(mean, weights, activation)
-    return _scale(x, gate, None, channels_last), mean, reduced, gate
-
-
-def _gradients(ctx, saved: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
-    """Of x, weights and biases, as far as they are needed."""
-    x, reduce_weight, _, expand_weight, _, mean, reduced, gate = saved
-    need_x, need_reduce, need_reduce_bias, need_expand, need_expand_bias = ctx.needs_input_grad[:5]
-    grads: list[Tensor | None] = [None] * 5
-    grad_gate = _reduce(x, grad, gate, ctx.channels_last)
-    if need_expand:
-        grads[3] = grad_gate.t().mm(_ACTIVATIONS[ctx.activation](reduced)).view_as(expand_weight)
-    if need_expand_bias:
-        grads[4] = grad_gate.sum(0)
-    if need_x or need_reduce or need_reduce_bias:
-        grad_reduced = _ACTIVATION_GRADS[ctx.activation](grad_gate.mm(expand_weight.flatten(1)), reduced)
-        if need_reduce:
-            grads[1] = grad_reduced.t().mm(mean).view_as(reduce_weight)
-        if need_reduce_bias:
-            grads[2] = grad_reduced.sum(0)
-        if need_x:
-            grads[0] = _scale(grad, gate, grad_reduced.mm(reduce_weight.flatten(1)), ctx.channels_last)
-    return grads
+            every = (x, reduce_weight, reduce_bias, expand_weight, expand_bias)
+            y = squeeze_excite_reference(*every, activation=ctx.activation)
+            leaves = [t for t, need in zip(every, needs, strict=True) if need]
+            found = torch.autograd.grad(y, leaves, grad, create_graph=True)
+        else:
+            channels_last = ctx.channels_last
+            grad, number = in_layout(grad, channels_last), ACTIVATIONS[ctx.activation]
+            found = _backward(grad, x, reduce_weight, expand_weight, kept, number, channels_last, needs)
+        grads = iter(found)
+        return *[next(grads) if need else None for need in needs], None, None
 
 
 def squeeze_excite(
@@ -168,8 +143,7 @@ def squeeze_excite(
 
     Returns:
         A tensor like ``x``. Under autocast ``x`` is converted to, and the result returned in, the autocast dtype. Gradients flow
-        to ``x`` and to the weights and biases. Deterministic: the sums have the same bits in every run and for every thread
-        count; the small matrix products are PyTorch's.
+        to ``x`` and to the weights and biases. Deterministic: the same bits in every run and for every thread count.
 
     Raises:
         TypeError: a dtype is not supported, or does not fit that of ``x`` outside autocast.
@@ -192,7 +166,7 @@ def squeeze_excite(
     x, weights = in_layout(x, channels_last), _to(arithmetic_dtype(x), *weights)
     if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *weights)]):
         return _SqueezeExcite.apply(x, *weights, activation, channels_last)
-    return _forward(x, weights, activation, channels_last)[0]
+    return _forward(x, *weights, ACTIVATIONS[activation], channels_last)[0]
 
 
 def _check_weights(x: Tensor, reduce_weight, reduce_bias, expand_weight, expand_bias, any_dtype: bool) -> None:

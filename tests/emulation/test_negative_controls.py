@@ -84,6 +84,13 @@ DAMAGES = [
         "i = threadIdx.y; i < parts",
         "i = threadIdx.y + 1; i < parts",
     ),
+    (
+        "squeeze_excite",
+        "squeeze_excite",
+        "squeeze_excite_gates_kernel.cuh",
+        "share < kGateWarps; ++share",
+        "share + 1 < kGateWarps; ++share",
+    ),
 ]
 
 

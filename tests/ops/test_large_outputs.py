@@ -1,5 +1,5 @@
-"""Memory of large outputs on the CPU: in huge pages, as the first write to each small one is a trap into the kernel; kept for
-later outputs."""
+"""Memory of outputs on the CPU: kept for later ones, and in huge pages where large, as the first write to each small page is a trap
+into the kernel."""
 
 import subprocess
 import sys
@@ -15,10 +15,9 @@ pytestmark = pytest.mark.skipif(not is_native(torch.zeros(1)), reason="there is 
 SMAPS = Path("/proc/self/smaps")
 
 
-def output(mebibytes: int) -> torch.Tensor:
-    return batch_norm_act(
-        torch.zeros(1, 1, 1, mebibytes << 18), torch.zeros(1), torch.ones(1), bias=torch.ones(1), activation="relu"
-    )
+def output(mebibytes: float) -> torch.Tensor:
+    x = torch.zeros(1, 1, 1, int(mebibytes * 2**18))
+    return batch_norm_act(x, torch.zeros(1), torch.ones(1), bias=torch.ones(1), activation="relu")
 
 
 def flags_of(x: torch.Tensor) -> list[str]:
@@ -42,16 +41,17 @@ def test_they_ask_for_huge_pages(mebibytes):
     assert "hg" in flags_of(y) and (y == 1).all()
 
 
-def test_only_a_freed_one_gives_its_memory_to_the_next():
-    first, second = output(47), output(47)  # a size that no other test leaves free
+@pytest.mark.parametrize("mebibytes", [0.75, 47])  # sizes that no other test leaves free
+def test_only_a_freed_one_gives_its_memory_to_the_next(mebibytes):
+    first, second = output(mebibytes), output(mebibytes)
     place = first.data_ptr()
     assert second.data_ptr() != place
     row = first[0, 0]
     del first
-    third = output(47)
+    third = output(mebibytes)
     assert third.data_ptr() not in (place, second.data_ptr())  # a view still holds it
     del row
-    fourth = output(47)
+    fourth = output(mebibytes)
     assert fourth.data_ptr() == place
     assert all((y == 1).all() for y in (second, third, fourth))
 
