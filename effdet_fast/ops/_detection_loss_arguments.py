@@ -60,44 +60,53 @@ def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[
     first = outputs[0]
     check_floating(op, "cls_outputs[0]", first)
     dtype, device = first.dtype, first.device
+    one_dtype = True
     for i, x in enumerate(outputs):
         if isinstance(x, Tensor) and x.dtype == dtype and x.device == device:
             continue
+        one_dtype = False
         name = f"cls_outputs[{i}]" if i < len(cls_outputs) else f"box_outputs[{i - len(cls_outputs)}]"
         check_floating(op, name, x)
         check_same_device(op, name, x, "cls_outputs[0]", first)
     if first.dim() != 4 or first.shape[1] == 0 or first.shape[1] % num_classes:
         raise ValueError(f"{op}: cls_outputs[0] must have shape [B, A * {num_classes}, H, W], got {list(first.shape)}")
-    batch, per_cell = first.shape[0], first.shape[1] // num_classes
+    batch, channels = first.shape[:2]
+    box_channels = 4 * (channels // num_classes)
     for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
-        if cls.dim() != 4 or cls.shape[0] != batch or cls.shape[1] != first.shape[1]:
-            expected = f"[{batch}, {first.shape[1]}, H, W]"
-            raise ValueError(f"{op}: cls_outputs[{i}] must have shape {expected}, got {list(cls.shape)}")
-        expected_box = (batch, 4 * per_cell, *cls.shape[2:])
-        if box.shape != expected_box:
-            raise ValueError(f"{op}: box_outputs[{i}] must have shape {list(expected_box)}, got {list(box.shape)}")
-    dtypes = {x.dtype for x in outputs}
-    if len(dtypes) > 1:
-        if autocast_dtype(first) is None:
-            found = ", ".join(sorted(map(dtype_name, dtypes)))
-            raise TypeError(f"{op}: cls_outputs and box_outputs must have one dtype outside autocast, got {found}")
-        widest = first.dtype
-        for dtype in dtypes:
-            widest = torch.promote_types(widest, dtype)
-        outputs = [x.to(widest) for x in outputs]
+        shape = cls.shape
+        if len(shape) != 4 or shape[0] != batch or shape[1] != channels:
+            raise ValueError(
+                f"{op}: cls_outputs[{i}] must have shape [{batch}, {channels}, H, W], got {list(cls.shape)}"
+            )
+        if box.shape != (batch, box_channels, shape[2], shape[3]):
+            expected = [batch, box_channels, *shape[2:]]
+            raise ValueError(f"{op}: box_outputs[{i}] must have shape {expected}, got {list(box.shape)}")
+    if not one_dtype:
+        outputs = _of_one_dtype(op, outputs)
     return outputs[: len(cls_outputs)], outputs[len(cls_outputs) :]
+
+
+def _of_one_dtype(op: str, outputs: list[Tensor]) -> list[Tensor]:
+    dtypes = {x.dtype for x in outputs}
+    if len(dtypes) > 1 and autocast_dtype(outputs[0]) is None:
+        found = ", ".join(sorted(map(dtype_name, dtypes)))
+        raise TypeError(f"{op}: cls_outputs and box_outputs must have one dtype outside autocast, got {found}")
+    widest = outputs[0].dtype
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return [x.to(widest) for x in outputs]
 
 
 def check_targets(
     op: str, cls_outputs: list[Tensor], cls_targets, box_targets, num_positives, num_classes: int, normalizer: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels [B, N] and codes [B, N, 4] of all levels, and the numbers of positives."""
-    batch, per_cell = cls_outputs[0].shape[0], cls_outputs[0].shape[1] // num_classes
-    cells = [(x.shape[2], x.shape[3]) for x in cls_outputs]
-    count = per_cell * sum(height * width for height, width in cells)
-    per_level = [[batch, height, width, per_cell] for height, width in cells]
-    _check_target_shapes(op, "cls_targets", cls_targets, [batch, count], per_level)
-    _check_target_shapes(op, "box_targets", box_targets, [batch, count, 4], [[*s[:3], 4 * s[3]] for s in per_level])
+    first = cls_outputs[0]
+    batch, per_cell = first.shape[0], first.shape[1] // num_classes
+    sizes = [x.shape[2:] for x in cls_outputs]
+    count = per_cell * sum([height * width for height, width in sizes])
+    _check_target_shapes(op, "cls_targets", cls_targets, (batch, count), sizes, per_cell)
+    _check_target_shapes(op, "box_targets", box_targets, (batch, count, 4), sizes, 4 * per_cell)
     labels, codes = joined_labels(cls_targets), joined_codes(box_targets)
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")
@@ -106,21 +115,23 @@ def check_targets(
     if num_positives.shape != (batch,) and not (normalizer == "batch" and num_positives.dim() == 0):
         raise ValueError(f"{op}: num_positives must have shape [{batch}], got {list(num_positives.shape)}")
     for name, x in (("cls_targets", labels), ("box_targets", codes), ("num_positives", num_positives)):
-        check_same_device(op, name, x, "cls_outputs[0]", cls_outputs[0])
+        check_same_device(op, name, x, "cls_outputs[0]", first)
         if x.requires_grad:
             raise ValueError(f"{op}: {name} must not require a gradient, got a tensor with requires_grad=True")
     check_label_values(op, labels, num_classes)
     return labels, codes, num_positives
 
 
-def _check_target_shapes(op: str, name: str, targets, shape: list[int], per_level: list[list[int]]) -> None:
+def _check_target_shapes(op: str, name: str, targets, shape: tuple[int, ...], sizes, channels: int) -> None:
+    """Of all levels in one, `shape`; or of each, [B, H, W, channels]."""
     if not isinstance(targets, (list, tuple)):
         check_tensor(op, name, targets)
-        if list(targets.shape) != shape:
-            raise ValueError(f"{op}: {name} must have shape {shape}, got {list(targets.shape)}")
+        if targets.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(targets.shape)}")
         return
     for i, level in enumerate(targets):
         check_tensor(op, f"{name}[{i}]", level)
+    per_level = [[shape[0], height, width, channels] for height, width in sizes]
     if (got := [list(level.shape) for level in targets]) != per_level:
         raise ValueError(f"{op}: {name} must have shapes {per_level}, got {got}")
 
