@@ -1,5 +1,5 @@
-"""Memory of outputs on the CPU: kept for later ones, and in huge pages where large, as the first write to each small page is a trap
-into the kernel."""
+"""Memory of outputs on the CPU: kept for later ones; in huge pages where large, as the first write to each small one is a trap into
+the kernel."""
 
 import subprocess
 import sys
