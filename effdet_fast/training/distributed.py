@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -150,6 +151,8 @@ def _host_group(_world: Any) -> Any:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+    _host_group.cache_clear()
+    gc.collect()  # ends the groups' threads, which need the interpreter while they end
 
 
 def wrap_model(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:

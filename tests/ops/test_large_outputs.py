@@ -1,5 +1,4 @@
-"""Memory of outputs on the CPU: kept for later ones; in huge pages where large, as the first write to each small one is a trap into
-the kernel."""
+"""Memory of outputs on the CPU: kept for later ones; in huge pages where large, as each first write to a small one is a trap."""
 
 import subprocess
 import sys
