@@ -57,8 +57,8 @@ class Walker {
 
   // Buffers of one thread.
   struct Buffers {
-    std::vector<A> inputs[kMaxInputs], grad, taps;
-    explicit Buffers(const Walker& walker) : grad(walker.segment_size()), taps(walker.segment_size()) {
+    std::vector<A> inputs[kMaxInputs], grad;
+    explicit Buffers(const Walker& walker) : grad(walker.segment_size()) {
       for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
     }
   };
@@ -77,13 +77,14 @@ class Walker {
     }
     if constexpr (std::is_same_v<scalar_t, A>)
       if (maxima) out = maxima + at;
+    uint8_t* taps = maxima ? pooled.taps[i] + at : nullptr;
     for (int64_t r = 0, run; r < rows; r += run) {
       const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
       run = std::min(rows - r, p_.h - y);  // rows of one image
       const scalar_t* source = in.x + image * in.h * in.w * p_.c;
       if (in.resample == Resample::kMaxPool && p_.c == 1) {
         const auto pool = maxima ? pool_lines<true, scalar_t> : pool_lines<false, scalar_t>;
-        pool(source, in.h, in.w, y, y + run, x, columns, out + r * m, maxima ? pooled.taps[i] + at + r * m : nullptr);
+        pool(source, in.h, in.w, y, y + run, x, columns, out + r * m, maxima ? taps + r * m : nullptr);
         continue;
       }
       for (int64_t k = 0; k < run; ++k) {
@@ -93,12 +94,11 @@ class Walker {
           doubled(i) ? doubled_row(line + x / 2, m / 2, to) : nearest_row(line, columns_[i].data() + x, columns, p_.c, to);
         } else {
           const auto pool = maxima ? pool_row<true, scalar_t> : pool_row<false, scalar_t>;
-          pool(source, in.h, in.w, p_.c, y + k, x, columns, to, buffers.taps.data() + (r + k) * m);
+          pool(source, in.h, in.w, p_.c, y + k, x, columns, to, maxima ? taps + (r + k) * m : nullptr);
         }
       }
     }
     if (!maxima) return out;
-    if (p_.c > 1) convert(buffers.taps.data(), rows * m, pooled.taps[i] + at);
     if constexpr (!std::is_same_v<scalar_t, A>) convert(out, rows * m, maxima + at);
     return out;
   }

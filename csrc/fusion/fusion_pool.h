@@ -14,7 +14,7 @@ namespace ef::fusion {
 template <typename T>
 struct Window {
   const T* values[9];  // [run]
-  acc_t<T> taps[9];    // their numbers, in the type of the maxima so that both fill one kind of vector
+  acc_t<T> taps[9];    // their numbers, in the type of the maxima: GCC selects both alike
 
   // at(row, column): where the values of a tap inside an image [h, w] start; (top, left) is the first tap's place in it.
   template <class At>
@@ -32,35 +32,6 @@ struct Window {
 template <typename scalar_t>
 Window<scalar_t> window_of(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t top, int64_t left) {
   return Window<scalar_t>(h, w, top, left, [&](int row, int column) { return x + ((top + row) * w + left + column) * c; });
-}
-
-// out[k] = the largest of the window's values; taps only where wanted.
-template <bool kTaps, typename T>
-EF_CPU_CLONES void pool_window(const Window<T> window, int64_t run, acc_t<T>* __restrict out, acc_t<T>* __restrict taps) {
-  using A = acc_t<T>;
-#pragma GCC ivdep
-  for (int64_t k = 0; k < run; ++k) {
-    A highest = A(window.values[0][k]);
-    A tap = window.taps[0];
-#pragma GCC unroll 8
-    for (int i = 1; i < 9; ++i) {
-      const A value = A(window.values[i][k]), number = window.taps[i];
-      const bool take = is_new_maximum(value, highest);
-      highest = take ? value : highest;
-      if constexpr (kTaps) tap = take ? number : tap;
-    }
-    out[k] = highest;
-    if constexpr (kTaps) taps[k] = tap;
-  }
-}
-
-// Maxima of the windows (row, first + j), j < m, of the image x [h, w, c].
-template <bool kTaps, typename scalar_t>
-void pool_row(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t row, int64_t first, int64_t m, acc_t<scalar_t>* out,
-              acc_t<scalar_t>* taps) {
-  const int64_t top = 2 * row - pool_before(h), left = 2 * first - pool_before(w);
-  for (int64_t j = 0; j < m; ++j)
-    pool_window<kTaps>(window_of(x, h, w, c, top, left + 2 * j), c, out + j * c, kTaps ? taps + j * c : nullptr);
 }
 
 // Vectors of values, and of tap numbers beside them.
@@ -116,17 +87,70 @@ EF_HD void store_taps(uint8_t* p, const typename Lanes<A>::Numbers& taps, int64_
 }
 
 // The largest value so far and the number of its tap.
-template <typename A>
+template <typename V, typename Numbers>
 struct Maximum {
-  typename Lanes<A>::V value;
-  typename Lanes<A>::Numbers tap;
+  V value;
+  Numbers tap;
 
-  EF_HD void see(const typename Lanes<A>::V& x, const typename Lanes<A>::Numbers& number) {
-    const auto take = (x > value) | (x != x);  // as is_new_maximum
+  // As is_new_maximum; where there is no NaN one comparison will do.
+  template <bool kNaN = true>
+  EF_HD void see(const V& x, const Numbers& number) {
+    const auto take = kNaN ? (x > value) | (x != x) : x > value;
     value = take ? x : value;
     tap = take ? number : tap;
   }
 };
+template <typename V>
+EF_HD bool has_nan(const V& v) {
+  const auto lanes = v != v;
+  int64_t words[sizeof(V) / 8], any = 0;
+  std::memcpy(words, &lanes, sizeof(V));
+  for (const int64_t word : words) any |= word;
+  return any != 0;
+}
+
+// Of the taps of a vector of windows: the maximum of each line by itself, then of the three: shorter chains than nine in a row.
+template <bool kNaN, typename V, typename A>
+EF_HD Maximum<V, V> maximum_of(const V (&values)[9], const A (&taps)[9]) {
+  const V zero{};
+  Maximum<V, V> maximum;
+#pragma GCC unroll 3
+  for (int i = 0; i < 9; i += 3) {
+    Maximum<V, V> in_line{values[i], zero + taps[i]};
+    in_line.template see<kNaN>(values[i + 1], zero + taps[i + 1]);
+    in_line.template see<kNaN>(values[i + 2], zero + taps[i + 2]);
+    i == 0 ? void(maximum = in_line) : maximum.template see<kNaN>(in_line.value, in_line.tap);
+  }
+  return maximum;
+}
+
+// out[k] = the largest of the window's values; taps only where wanted.
+template <bool kTaps, typename T>
+EF_CPU_CLONES void pool_window(const Window<T> window, int64_t run, acc_t<T>* __restrict out, uint8_t* __restrict taps) {
+  using A = acc_t<T>;
+  using V = typename Lanes<A>::V;
+  constexpr int kCount = Lanes<A>::kCount;
+  for (int64_t k = 0; k < run; k += kCount) {
+    const int64_t count = std::min<int64_t>(kCount, run - k);
+    V v[9];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) v[i] = load_part(window.values[i] + k, count);
+    // A sum is NaN where one of its terms is; where infinities cancel it only takes the longer way.
+    const bool nan = has_nan(((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])) + v[8]);
+    const Maximum<V, V> maximum = nan ? maximum_of<true>(v, window.taps) : maximum_of<false>(v, window.taps);
+    store_part(out + k, maximum.value, count);
+    if constexpr (kTaps) store_taps<A>(taps + k, __builtin_convertvector(maximum.tap, typename Lanes<A>::Numbers), count);
+  }
+}
+
+// Maxima of the windows (row, first + j), j < m, of the image x [h, w, c].
+template <bool kTaps, typename scalar_t>
+void pool_row(const scalar_t* x, int64_t h, int64_t w, int64_t c, int64_t row, int64_t first, int64_t m, acc_t<scalar_t>* out,
+              uint8_t* taps) {
+  const int64_t top = 2 * row - pool_before(h), left = 2 * first - pool_before(w);
+  for (int64_t j = 0; j < m; ++j)
+    pool_window<kTaps>(window_of(x, h, w, c, top, left + 2 * j), c, out + j * c, kTaps ? taps + j * c : nullptr);
+}
 
 // Every kStep-th lane of a and b joined, from lane kFirst on.
 template <int kFirst, int kStep, typename V, size_t... kLane>
@@ -171,7 +195,7 @@ EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t r
     }
     for (int64_t j = (m - 1) / kCount * kCount; j >= 0; j -= kCount) {
       const int64_t column = left + 2 * j, count = std::min<int64_t>(kCount, m - j);
-      Maximum<A> maximum;
+      Maximum<V, Numbers> maximum;
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
         V low, high;
@@ -187,7 +211,7 @@ EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t r
         const Numbers number = Numbers{} + numbers[i];
         const V even = picked<0, 2>(low, high, lanes), odd = picked<1, 2>(low, high, lanes), last = picked<1, 1>(even, next[i], lanes);
         next[i] = even;
-        Maximum<A> in_line{even, number};
+        Maximum<V, Numbers> in_line{even, number};
         if (i == 0 && column < 0) in_line.tap[0] += 1;
         in_line.see(odd, number + 1);
         in_line.see(last, number + 2);
