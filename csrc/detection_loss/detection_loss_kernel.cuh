@@ -19,6 +19,7 @@ namespace ef::detection_loss {
 using focal_loss::all_background;
 using focal_loss::background;
 using focal_loss::Marks;
+using focal_loss::Stride;
 inline constexpr int kThreads = 256, kSteps = 4, kClasses = 16;
 
 // How the levels are cut; parts 0 .. level_count - 1 are the classes', the next level_count the boxes'.
@@ -45,18 +46,15 @@ __device__ acc_t<scalar_t> labelled(const Vec<scalar_t, kVec>& x, const Marks& m
 }
 
 template <Modulator kModulator, int kVec, typename scalar_t, typename label_t>
-__device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level<scalar_t>& level, const label_t* labels, int64_t image,
-                                         int64_t tile, acc_t<scalar_t> scale) {
+__device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level<scalar_t>& level, const label_t* labels,
+                                         const Stride& stride, int64_t image, int64_t tile, acc_t<scalar_t> scale) {
   using A = acc_t<scalar_t>;
   const int classes = int(p.classes);
   const int64_t n = level.pixels * p.per_cell * classes, first = (tile * kSteps * kThreads + threadIdx.x) * kVec;
   const scalar_t* x = level.cls.x + image * level.cls.image_stride + first;
   scalar_t* grad = level.cls.grad + image * n + first;
   const focal_loss::Slope<A> slope(p.focal, scale * p.focal.alpha_negative);
-  const int64_t row = quotient(first, p.classes);
-  labels += image * p.anchors + level.first_anchor + row;  // rows are counted from there
-  focal_loss::Place<int> at{0, int(first - row * classes)};
-  const auto stride = focal_loss::place_of<int>(kThreads * kVec, classes);
+  auto at = focal_loss::Place<label_t, int>::of(labels + image * p.anchors + level.first_anchor, first, p.classes);
   const int64_t left = ceil_div(n - first, int64_t(kThreads * kVec));
   const int steps = left < kSteps ? int(left) : kSteps;
   A of_background = 0, of_labelled = 0;
@@ -64,10 +62,10 @@ __device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level
   for (int step = 0; step < steps; ++step) {
     const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
     Vec<scalar_t, kVec> out;
-    if (all_background<kVec>(labels, at, classes)) {
+    if (all_background<kVec>(at, classes)) {
       of_background += background<kModulator>(in, p.focal, slope, out);
     } else {
-      of_labelled += labelled<kModulator>(in, focal_loss::marks_of<kVec>(labels, at.row, at.column, classes), p.focal, scale, out);
+      of_labelled += labelled<kModulator>(in, focal_loss::marks_of<kVec>(at, classes), p.focal, scale, out);
     }
     if (p.with_grad) store_vec<kVec>(grad, out);
     x += kThreads * kVec;
@@ -182,6 +180,7 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
     factor = batch_factor(scratch[kWarpSize]);
   }
   const A cls_upstream = cls_scale(p), box_upstream = box_scale(p);
+  const auto stride = Stride::of(kThreads * kVec, p.classes);  // from one vector of a thread to the next
   A cls = 0, box = 0;
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     int part = 0;
@@ -203,8 +202,8 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
     } else if (!tiles.vectors[part]) {
       sum = single_channels_tile<kModulator>(p, level, image, of_image, scale);
     } else {
-      sum = p.labels.wide ? channels_tile<kModulator, kVec>(p, level, p.labels.wide, image, of_image, scale)
-                          : channels_tile<kModulator, kVec>(p, level, p.labels.narrow, image, of_image, scale);
+      sum = p.labels.wide ? channels_tile<kModulator, kVec>(p, level, p.labels.wide, stride, image, of_image, scale)
+                          : channels_tile<kModulator, kVec>(p, level, p.labels.narrow, stride, image, of_image, scale);
     }
     cls += factor * sum;
   }

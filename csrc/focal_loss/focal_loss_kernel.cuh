@@ -34,15 +34,19 @@ struct SoftTarget {
   __device__ A grad(A x, const Parameters<A>& p) const { return soft_grad<kModulator>(x, t, p); }
 };
 
-// The targets of the logits i .. i + kVec - 1, the first of which is at (row, column).
+using VectorPlace = Place<int64_t, int>;
+using SinglePlace = Place<int64_t, int64_t>;
+
+// The targets of the logits i .. i + kVec - 1, the first of which is at a place.
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 class Targets {
  public:
-  __device__ Targets(const Problem<scalar_t>& in, int64_t i, const Place<int64_t>& at) {
+  template <class At>
+  __device__ Targets(const Problem<scalar_t>& in, int64_t i, const At& at) {
     if constexpr (kSoft) {
       soft_ = load_vec<kVec>(in.soft + i);
     } else {
-      marks_ = marks_of<kVec>(in.labels, at.row, at.column, in.classes);
+      marks_ = marks_of<kVec>(at, in.classes);
     }
   }
   __device__ auto operator[](int k) const {
@@ -59,30 +63,34 @@ class Targets {
   Vec<scalar_t, kSoft ? kVec : 1> soft_;
 };
 
-// Calls f.template operator()<vector size>(i, place of i) for the vectors of the logits that fall to this thread.
-template <int kVec, typename scalar_t, class F>
+// Calls f.template operator()<vector size>(i, place of i) for the vectors of the logits that fall to this thread; soft targets need no
+// place.
+template <bool kSoft, int kVec, typename scalar_t, class F>
 __device__ void for_each_vector(const Problem<scalar_t>& in, F&& f) {
   const int64_t n = in.rows * in.classes, vectors = n / kVec;
   const int64_t threads = int64_t(gridDim.x) * blockDim.x, first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto single = [&](int64_t i) { f.template operator()<1>(i, kSoft ? SinglePlace{} : SinglePlace::of(in.labels, i, in.classes)); };
   if constexpr (kVec == 1) {
-    for (int64_t i = first; i < n; i += threads) f.template operator()<1>(i, place_of<int64_t>(i, in.classes));
+    for (int64_t i = first; i < n; i += threads) single(i);
   } else {
-    const int classes = int(in.classes);
-    const auto stride = place_of<int64_t>(threads * kVec, in.classes);
-    auto at = place_of<int64_t>(first * kVec, in.classes);
+    VectorPlace at{};
+    Stride stride{};
+    if constexpr (!kSoft) {
+      at = VectorPlace::of(in.labels, first * kVec, in.classes);
+      stride = Stride::of(threads * kVec, in.classes);
+    }
     for (int64_t i = first; i < vectors; i += threads) {
       f.template operator()<kVec>(i * kVec, at);
-      at.advance(stride, classes);
+      if constexpr (!kSoft) at.advance(stride, int(in.classes));
     }
-    const int64_t rest = vectors * kVec + first;
-    if (rest < n) f.template operator()<1>(rest, place_of<int64_t>(rest, in.classes));
+    if (const int64_t rest = vectors * kVec + first; rest < n) single(rest);
   }
 }
 
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 __global__ void focal_loss_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_t>> p,
                                   scalar_t* __restrict__ loss) {  // [rows, classes]
-  for_each_vector<kVec>(in, [&]<int kSize>(int64_t i, const Place<int64_t>& at) {
+  for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
     const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
     Vec<scalar_t, kSize> out;
@@ -96,10 +104,10 @@ template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 __global__ void focal_loss_sum_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_t>> p,
                                       acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.x]
   acc_t<scalar_t> sum = 0, of_background = 0;
-  for_each_vector<kVec>(in, [&]<int kSize>(int64_t i, const Place<int64_t>& at) {
+  for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
     if constexpr (!kSoft && kSize > 1) {
-      if (all_background<kSize>(in.labels, at, int(in.classes))) {
+      if (all_background<kSize>(at, int(in.classes))) {
         Vec<scalar_t, kSize> unused;
         of_background += background<kModulator>(x, p, Slope<acc_t<scalar_t>>(p, 0), unused);
         return;
@@ -129,7 +137,7 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
                                            const acc_t<scalar_t>* __restrict__ grad_sum,  // [1], instead
                                            scalar_t* __restrict__ grad_logits) {          // [rows, classes]
   using A = acc_t<scalar_t>;
-  const auto store = [&]<int kSize>(int64_t i, const Place<int64_t>& at, const Vec<scalar_t, kSize>& x, auto upstream) {
+  const auto store = [&]<int kSize>(int64_t i, const auto& at, const Vec<scalar_t, kSize>& x, auto upstream) {
     const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
     Vec<scalar_t, kSize> out;
 #pragma unroll
@@ -137,7 +145,7 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
     store_vec<kSize>(grad_logits + i, out);
   };
   if (grad_loss) {
-    for_each_vector<kVec>(in, [&]<int kSize>(int64_t i, const Place<int64_t>& at) {
+    for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
       const Vec<scalar_t, kSize> upstream = load_vec<kSize>(grad_loss + i);
       store(i, at, load_vec<kSize>(in.logits + i), [&](int k) { return A(upstream.v[k]); });
     });
@@ -145,10 +153,10 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
   }
   const A scale = *grad_sum;
   const Slope<A> slope(p, scale * p.alpha_negative);
-  for_each_vector<kVec>(in, [&]<int kSize>(int64_t i, const Place<int64_t>& at) {
+  for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
     if constexpr (!kSoft && kSize > 1) {
-      if (all_background<kSize>(in.labels, at, int(in.classes))) {
+      if (all_background<kSize>(at, int(in.classes))) {
         Vec<scalar_t, kSize> out;
         background<kModulator>(x, p, slope, out);
         store_vec<kSize>(grad_logits + i, out);

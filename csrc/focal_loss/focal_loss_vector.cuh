@@ -5,30 +5,39 @@
 #include "focal_loss_math.h"
 
 namespace ef::focal_loss {
-// A place in memory order, stepped by additions: a division costs as much as a logit. Classes are fewer than kMostClasses.
-inline constexpr int64_t kMostClasses = int64_t(1) << 30;
-template <typename row_t>
-struct Place {
-  row_t row;
-  int column;
-  __device__ void advance(const Place& by, int classes) {
-    row += by.row;
-    column += by.column;
-    if (column < classes) return;
-    column -= classes;
-    ++row;
+// How many rows and columns a number of logits is.
+struct Stride {
+  int64_t rows;
+  int columns;
+  __device__ static Stride of(int64_t logits, int64_t classes) {
+    const int64_t rows = quotient(logits, classes);
+    return {rows, int(logits - rows * classes)};
   }
 };
-template <typename row_t>
-__device__ Place<row_t> place_of(int64_t i, int64_t classes) {
-  const int64_t row = quotient(i, classes);
-  return {row_t(row), int(i - row * classes)};
-}
+
+// A logit's place: its row's label and its column. Stepped by additions: a division costs as much as a logit.
+template <typename label_t, typename column_t>
+struct Place {
+  const label_t* label;
+  column_t column;
+  __device__ static Place of(const label_t* labels, int64_t i, int64_t classes) {
+    const int64_t row = quotient(i, classes);
+    return {labels + row, column_t(i - row * classes)};
+  }
+  __device__ void advance(const Stride& by, int classes) {
+    label += by.rows;
+    column += by.columns;
+    if (column < classes) return;
+    column -= classes;
+    ++label;
+  }
+};
+inline constexpr int64_t kMostClasses = int64_t(1) << 30;  // fewer than these have int for a column
 
 // Whether none of the logits from a place on is positive or ignored. Unsure of a vector that may have more than two rows, it says no.
-template <int kVec, typename label_t, typename row_t>
-__device__ bool all_background(const label_t* labels, const Place<row_t>& at, int classes) {
-  const bool labelled = (labels[at.row] & labels[at.row + (at.column + kVec > classes ? 1 : 0)]) != -1;
+template <int kVec, typename label_t>
+__device__ bool all_background(const Place<label_t, int>& at, int classes) {
+  const bool labelled = (at.label[0] & at.label[at.column + kVec > classes ? 1 : 0]) != -1;
   return !labelled & (classes >= kVec);
 }
 
@@ -36,12 +45,12 @@ __device__ bool all_background(const label_t* labels, const Place<row_t>& at, in
 struct Marks {
   uint32_t positive = 0, ignored = 0;
 };
-template <int kVec, typename label_t>
-__device__ Marks marks_of(const label_t* labels, int64_t row, int64_t column, int64_t classes) {
+template <int kVec, typename label_t, typename column_t>
+__device__ Marks marks_of(const Place<label_t, column_t>& at, int64_t classes) {
   Marks marks;
-  for (int begin = 0; begin < kVec; column = 0, ++row) {
-    const int64_t label = labels[row], end = begin + classes - column, place = begin + label - column;
-    const int last = end < kVec ? int(end) : kVec;
+  const label_t* row = at.label;
+  for (int64_t begin = 0, column = at.column; begin < kVec; column = 0, ++row) {
+    const int64_t label = *row, end = begin + classes - column, place = begin + label - column, last = end < kVec ? end : kVec;
     if (label >= 0 && place >= begin && place < last) marks.positive |= 1u << place;
     if (label == -2) marks.ignored |= (1u << last) - (1u << begin);
     begin = last;

@@ -32,8 +32,8 @@ DAMAGES = [
         "detection_loss",
         "detection_loss",
         "detection_loss_kernel.cuh",
-        "level.first_anchor + row;",
-        "level.first_anchor;",
+        "level.first_anchor, first, p.classes);",
+        "level.first_anchor, first + 1, p.classes);",
     ),
     (
         "detection_loss",
