@@ -16,11 +16,17 @@ template <int kSize, typename T>
 EF_HD Vec<T, kSize> load_vec(const T* p) {
   return *reinterpret_cast<const Vec<T, kSize>*>(p);
 }
-// Halves go out as words: nvcc would store a struct of them member by member.
+// To global memory. 16 bytes go out by an instruction of their own: whether nvcc merges a struct's members is up to the code around it.
+// Fewer halves go out as words, for the same reason.
 template <int kSize, typename T>
 EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
+  if constexpr (sizeof(value) == 16) {
+    uint32_t w[4];
+    std::memcpy(w, &value, sizeof(w));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]));
+    return;
+  } else if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
     Vec<uint32_t, kSize / 2> words;
     std::memcpy(&words, &value, sizeof(words));
     *reinterpret_cast<Vec<uint32_t, kSize / 2>*>(p) = words;

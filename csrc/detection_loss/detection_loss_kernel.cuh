@@ -1,19 +1,25 @@
 // Detection loss and its gradient, all levels and images in one launch; formulas in detection_loss_math.h and focal_loss_math.h.
 // The work is cut into tiles of one image of one level, first those of the classes, then those of the boxes; a block takes every
 // gridDim-th tile. A thread owns, in a tile of
-//   classes, channels innermost   kSteps 16-byte vectors of logits; one may straddle anchors, so its first anchor and class come from
-//                                 one division and are counted on from there
+//   classes, channels innermost   kSteps 16-byte vectors of logits; one may straddle anchors. Their first anchor and class come from one
+//                                 division and are stepped from there
 //   classes, pixels innermost     16 bytes of neighbouring pixels of one anchor, whose labels it keeps for kClasses classes
 //   boxes                         one anchor
-// Other strides, sizes and addresses take vectors of one element. Bytes per logit of size s: 2 s with the gradient, s without; labels
-// add 8 / classes (pixels innermost: 8 / kClasses, of which all but the first reading come from the cache).
+// Vectors of nothing but background, nearly all, take a shorter way (focal_loss_vector.cuh). Other strides, sizes and addresses, and
+// 2^30 classes, take vectors of one element. Bytes per logit of size s: 2 s with the gradient, s without; labels add 8 / classes (pixels
+// innermost: 8 / kClasses, of which all but the first reading come from the cache).
 // Sums are per thread, per block in a fixed tree, then over the blocks' partials by one block: no atomics.
 #pragma once
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
+#include "../focal_loss/focal_loss_vector.cuh"
 #include "detection_loss.h"
 
 namespace ef::detection_loss {
+using focal_loss::all_background;
+using focal_loss::background;
+using focal_loss::Marks;
+using focal_loss::Stride;
 inline constexpr int kThreads = 256, kSteps = 4, kClasses = 16;
 
 // How the levels are cut; parts 0 .. level_count - 1 are the classes', the next level_count the boxes'.
@@ -24,38 +30,68 @@ struct Tiles {
   int64_t count;
 };
 
+// The logits of a vector whatever their labels: the sum of their losses, and their gradients.
 template <Modulator kModulator, int kVec, typename scalar_t>
-__device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level<scalar_t>& level, int64_t image, int64_t tile,
-                                         acc_t<scalar_t> scale) {
+__device__ acc_t<scalar_t> labelled(const Vec<scalar_t, kVec>& x, const Marks& marks, const focal_loss::Parameters<acc_t<scalar_t>>& p,
+                                    acc_t<scalar_t> scale, Vec<scalar_t, kVec>& grad) {
+  using A = acc_t<scalar_t>;
+  A sum = 0;
+#pragma unroll
+  for (int k = 0; k < kVec; ++k) {
+    const Element<A> f = focal<kModulator>(A(x.v[k]), (marks.positive >> k & 1) != 0, (marks.ignored >> k & 1) != 0, p);
+    sum += f.loss;
+    grad.v[k] = scalar_t(scale * f.grad);
+  }
+  return sum;
+}
+
+template <Modulator kModulator, int kVec, typename scalar_t, typename label_t>
+__device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level<scalar_t>& level, const label_t* labels,
+                                         const Stride& stride, int64_t image, int64_t tile, acc_t<scalar_t> scale) {
+  using A = acc_t<scalar_t>;
+  const int classes = int(p.classes);
+  const int64_t n = level.pixels * p.per_cell * classes, first = (tile * kSteps * kThreads + threadIdx.x) * kVec;
+  const scalar_t* x = level.cls.x + image * level.cls.image_stride + first;
+  scalar_t* grad = level.cls.grad + image * n + first;
+  const focal_loss::Slope<A> slope(p.focal, scale * p.focal.alpha_negative);
+  auto at = focal_loss::Place<label_t, int>::of(labels + image * p.anchors + level.first_anchor, first, p.classes);
+  const int64_t left = ceil_div(n - first, int64_t(kThreads * kVec));
+  const int steps = left < kSteps ? int(left) : kSteps;
+  A of_background = 0, of_labelled = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
+    Vec<scalar_t, kVec> out;
+    if (all_background<kVec>(at, classes)) {
+      of_background += background<kModulator>(in, p.focal, slope, out);
+    } else {
+      of_labelled += labelled<kModulator>(in, focal_loss::marks_of<kVec>(at, classes), p.focal, scale, out);
+    }
+    if (p.with_grad) store_vec<kVec>(grad, out);
+    x += kThreads * kVec;
+    grad += kThreads * kVec;
+    at.advance(stride, classes);
+  }
+  return p.focal.alpha_negative * of_background + of_labelled;
+}
+
+// The same logit by logit, with any strides.
+template <Modulator kModulator, typename scalar_t>
+__device__ acc_t<scalar_t> single_channels_tile(const Problem<scalar_t>& p, const Level<scalar_t>& level, int64_t image, int64_t tile,
+                                                acc_t<scalar_t> scale) {
   using A = acc_t<scalar_t>;
   const int64_t channels = p.per_cell * p.classes, n = level.pixels * channels;
-  const scalar_t* x = level.cls.x + image * level.cls.image_stride;
-  scalar_t* grad = level.cls.grad + image * n;
-  const int64_t first_label = image * p.anchors + level.first_anchor;
   A sum = 0;
   for (int step = 0; step < kSteps; ++step) {
-    const int64_t i = ((tile * kSteps + step) * kThreads + threadIdx.x) * kVec;
+    const int64_t i = (tile * kSteps + step) * kThreads + threadIdx.x;
     if (i >= n) break;
-    int64_t row = quotient(i, p.classes), column = i - row * p.classes;
-    Vec<scalar_t, kVec> in, out;
-    if constexpr (kVec > 1) {
-      in = load_vec<kVec>(x + i);
-    } else {
-      const int64_t pixel = quotient(row, p.per_cell);
-      in.v[0] = x[pixel * level.cls.pixel_stride + (i - pixel * channels) * level.cls.channel_stride];
-    }
-    int64_t label = p.labels[first_label + row];
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      if (column == p.classes) {
-        column = 0;
-        label = p.labels[first_label + ++row];
-      }
-      const Element<A> f = focal<kModulator>(A(in.v[k]), label == column++, label == -2, p.focal);
-      sum += f.loss;
-      out.v[k] = scalar_t(scale * f.grad);
-    }
-    if (p.with_grad) store_vec<kVec>(grad + i, out);
+    const int64_t row = quotient(i, p.classes), pixel = quotient(row, p.per_cell);
+    const int64_t label = p.labels[image * p.anchors + level.first_anchor + row];
+    const scalar_t x =
+        level.cls.x[image * level.cls.image_stride + pixel * level.cls.pixel_stride + (i - pixel * channels) * level.cls.channel_stride];
+    const Element<A> f = focal<kModulator>(A(x), label == i - row * p.classes, label == -2, p.focal);
+    sum += f.loss;
+    if (p.with_grad) level.cls.grad[image * n + i] = scalar_t(scale * f.grad);
   }
   return sum;
 }
@@ -65,28 +101,40 @@ __device__ acc_t<scalar_t> pixels_tile(const Problem<scalar_t>& p, const Level<s
                                        acc_t<scalar_t> scale) {
   using A = acc_t<scalar_t>;
   const int64_t runs = ceil_div(level.pixels, int64_t(kThreads) * kVec), groups = ceil_div(p.classes, int64_t(kClasses));
-  const int64_t rest = quotient(tile, runs), anchor = quotient(rest, groups), group = rest - anchor * groups;
+  const int64_t rest = quotient(tile, runs), anchor = quotient(rest, groups), first = (rest - anchor * groups) * kClasses;
   const int64_t pixel = ((tile - rest * runs) * kThreads + threadIdx.x) * kVec;
   if (pixel >= level.pixels) return A(0);
-  int64_t labels[kVec];
+  uint32_t positive[kVec], ignored = 0, special = 0;  // a bit for each class; for each pixel; for each class that is not all background
 #pragma unroll
-  for (int k = 0; k < kVec; ++k) labels[k] = p.labels[image * p.anchors + level.first_anchor + (pixel + k) * p.per_cell + anchor];
-  const int64_t last = group * kClasses + kClasses < p.classes ? group * kClasses + kClasses : p.classes;
-  A sum = 0;
-  for (int64_t label = group * kClasses; label < last; ++label) {
-    const int64_t channel = anchor * p.classes + label;
-    const scalar_t* x = level.cls.x + image * level.cls.image_stride + channel * level.cls.channel_stride + pixel * level.cls.pixel_stride;
+  for (int k = 0; k < kVec; ++k) {
+    const int64_t label = p.labels[image * p.anchors + level.first_anchor + (pixel + k) * p.per_cell + anchor];
+    positive[k] = label >= first && label < first + kClasses ? 1u << (label - first) : 0u;
+    special |= label == -2 ? ~0u : positive[k];
+    ignored |= uint32_t(label == -2) << k;
+  }
+  const int64_t channel = anchor * p.classes + first;
+  const scalar_t* x = level.cls.x + image * level.cls.image_stride + channel * level.cls.channel_stride + pixel * level.cls.pixel_stride;
+  scalar_t* grad = level.cls.grad + (image * p.per_cell * p.classes + channel) * level.pixels + pixel;
+  const focal_loss::Slope<A> slope(p.focal, scale * p.focal.alpha_negative);
+  const int count = p.classes - first < kClasses ? int(p.classes - first) : kClasses;
+  A of_background = 0, of_labelled = 0;
+#pragma unroll 1
+  for (int c = 0; c < count; ++c) {
     const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
     Vec<scalar_t, kVec> out;
+    if ((special >> c & 1) == 0) {
+      of_background += background<kModulator>(in, p.focal, slope, out);
+    } else {
+      Marks marks{0, ignored};
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      const Element<A> f = focal<kModulator>(A(in.v[k]), labels[k] == label, labels[k] == -2, p.focal);
-      sum += f.loss;
-      out.v[k] = scalar_t(scale * f.grad);
+      for (int k = 0; k < kVec; ++k) marks.positive |= (positive[k] >> c & 1) << k;
+      of_labelled += labelled<kModulator>(in, marks, p.focal, scale, out);
     }
-    if (p.with_grad) store_vec<kVec>(level.cls.grad + (image * p.per_cell * p.classes + channel) * level.pixels + pixel, out);
+    if (p.with_grad) store_vec<kVec>(grad, out);
+    x += level.cls.channel_stride;
+    grad += level.pixels;
   }
-  return sum;
+  return p.focal.alpha_negative * of_background + of_labelled;
 }
 
 template <typename scalar_t>
@@ -132,6 +180,7 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
     factor = batch_factor(scratch[kWarpSize]);
   }
   const A cls_upstream = cls_scale(p), box_upstream = box_scale(p);
+  const auto stride = Stride::of(kThreads * kVec, p.classes);  // from one vector of a thread to the next
   A cls = 0, box = 0;
   for (int64_t tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     int part = 0;
@@ -143,15 +192,20 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
     if (p.normalizer == Normalizer::kPerImage) factor = image_factor(p.positives[image], p.images);
     if (of_boxes) {
       box += factor * boxes_tile(p, level, image, of_image, factor * box_upstream);
-    } else if (level.cls.channels_last) {
-      const A scale = factor * cls_upstream;
-      cls += factor * (tiles.vectors[part] ? channels_tile<kModulator, kVec>(p, level, image, of_image, scale)
-                                           : channels_tile<kModulator, 1>(p, level, image, of_image, scale));
-    } else {
-      const A scale = factor * cls_upstream;
-      cls += factor * (tiles.vectors[part] ? pixels_tile<kModulator, kVec>(p, level, image, of_image, scale)
-                                           : pixels_tile<kModulator, 1>(p, level, image, of_image, scale));
+      continue;
     }
+    const A scale = factor * cls_upstream;
+    A sum;
+    if (!level.cls.channels_last) {
+      sum = tiles.vectors[part] ? pixels_tile<kModulator, kVec>(p, level, image, of_image, scale)
+                                : pixels_tile<kModulator, 1>(p, level, image, of_image, scale);
+    } else if (!tiles.vectors[part]) {
+      sum = single_channels_tile<kModulator>(p, level, image, of_image, scale);
+    } else {
+      sum = p.labels.wide ? channels_tile<kModulator, kVec>(p, level, p.labels.wide, stride, image, of_image, scale)
+                          : channels_tile<kModulator, kVec>(p, level, p.labels.narrow, stride, image, of_image, scale);
+    }
+    cls += factor * sum;
   }
   cls = block_sum(cls, scratch + 2 * kWarpSize);
   box = block_sum(box, scratch + 3 * kWarpSize);

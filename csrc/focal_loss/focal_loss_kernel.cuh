@@ -1,14 +1,16 @@
 // Focal loss over a dense [rows, classes] buffer; formulas in focal_loss_math.h.
-// A thread owns one 16-byte vector of logits per step of a grid-stride loop; a vector may straddle rows, so its first row and class
-// come from one division and are counted on from there. What is left behind the last whole vector is done one logit per thread.
+// A thread owns one 16-byte vector of logits per step of a grid-stride loop; a vector may straddle rows. Its first row and class come
+// from a division once, and are stepped from there. What is left behind the last whole vector is done one logit per thread. Vectors of
+// nothing but background, nearly all, take a shorter way to the sum and to its gradient (focal_loss_vector.cuh).
 // Bytes per logit of size s: forward 2 s (reads x, writes loss), sum s, backward 2 s, or 3 s with an elementwise upstream gradient;
-// soft targets add s; labels add 8 / classes. Misaligned buffers take kVec = 1.
+// soft targets add s; labels add 8 / classes. Misaligned buffers, and 2^30 classes, take kVec = 1.
 // The sum is per thread, per block in a fixed tree, then over the blocks' partials by one block: no atomics.
 #pragma once
 #include "../common/reduce.cuh"
 #include "../common/vec.cuh"
 #include "focal_loss.h"
 #include "focal_loss_math.h"
+#include "focal_loss_vector.cuh"
 
 namespace ef::focal_loss {
 // A target maps a logit to its loss and gradient.
@@ -32,22 +34,19 @@ struct SoftTarget {
   __device__ A grad(A x, const Parameters<A>& p) const { return soft_grad<kModulator>(x, t, p); }
 };
 
-// The targets of the logits i .. i + kVec - 1.
+using VectorPlace = Place<int64_t, int>;
+using SinglePlace = Place<int64_t, int64_t>;
+
+// The targets of the logits i .. i + kVec - 1, the first of which is at a place.
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 class Targets {
  public:
-  __device__ Targets(const Problem<scalar_t>& in, int64_t i) {
+  template <class At>
+  __device__ Targets(const Problem<scalar_t>& in, int64_t i, const At& at) {
     if constexpr (kSoft) {
       soft_ = load_vec<kVec>(in.soft + i);
     } else {
-      int64_t row = quotient(i, in.classes), column = i - row * in.classes;
-      for (int begin = 0; begin < kVec; column = 0, ++row) {  // the rows that the vector touches: one or two, if there are many classes
-        const int64_t label = in.labels[row], end = begin + in.classes - column, place = begin + label - column;
-        const int last = end < kVec ? int(end) : kVec;
-        if (label >= 0 && place >= begin && place < last) positive_ |= 1u << place;
-        if (label == -2) ignored_ |= (1u << last) - (1u << begin);
-        begin = last;
-      }
+      marks_ = marks_of<kVec>(at, in.classes);
     }
   }
   __device__ auto operator[](int k) const {
@@ -55,30 +54,45 @@ class Targets {
     if constexpr (kSoft) {
       return SoftTarget<kModulator, A>{A(soft_.v[k])};
     } else {
-      return HardTarget<kModulator, A>{(ignored_ >> k & 1) != 0, (positive_ >> k & 1) != 0};
+      return HardTarget<kModulator, A>{(marks_.ignored >> k & 1) != 0, (marks_.positive >> k & 1) != 0};
     }
   }
 
  private:
-  uint32_t positive_ = 0, ignored_ = 0;  // a bit for each logit
+  Marks marks_;
   Vec<scalar_t, kSoft ? kVec : 1> soft_;
 };
 
-// Calls f.template operator()<vector size>(i) for the vectors of n logits that fall to this thread.
-template <int kVec, class F>
-__device__ void for_each_vector(int64_t n, F&& f) {
-  const int64_t vectors = n / kVec, threads = int64_t(gridDim.x) * blockDim.x, first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  for (int64_t i = first; i < vectors; i += threads) f.template operator()<kVec>(i * kVec);
-  const int64_t rest = vectors * kVec + first;
-  if (kVec > 1 && rest < n) f.template operator()<1>(rest);
+// Calls f.template operator()<vector size>(i, place of i) for the vectors of the logits that fall to this thread; soft targets need no
+// place.
+template <bool kSoft, int kVec, typename scalar_t, class F>
+__device__ void for_each_vector(const Problem<scalar_t>& in, F&& f) {
+  const int64_t n = in.rows * in.classes, vectors = n / kVec;
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x, first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const auto single = [&](int64_t i) { f.template operator()<1>(i, kSoft ? SinglePlace{} : SinglePlace::of(in.labels, i, in.classes)); };
+  if constexpr (kVec == 1) {
+    for (int64_t i = first; i < n; i += threads) single(i);
+  } else {
+    VectorPlace at{};
+    Stride stride{};
+    if constexpr (!kSoft) {
+      at = VectorPlace::of(in.labels, first * kVec, in.classes);
+      stride = Stride::of(threads * kVec, in.classes);
+    }
+    for (int64_t i = first; i < vectors; i += threads) {
+      f.template operator()<kVec>(i * kVec, at);
+      if constexpr (!kSoft) at.advance(stride, int(in.classes));
+    }
+    if (const int64_t rest = vectors * kVec + first; rest < n) single(rest);
+  }
 }
 
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 __global__ void focal_loss_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_t>> p,
                                   scalar_t* __restrict__ loss) {  // [rows, classes]
-  for_each_vector<kVec>(in.rows * in.classes, [&]<int kSize>(int64_t i) {
+  for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
-    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
+    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
     Vec<scalar_t, kSize> out;
 #pragma unroll
     for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets[k].loss(acc_t<scalar_t>(x.v[k]), p));
@@ -89,14 +103,21 @@ __global__ void focal_loss_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 __global__ void focal_loss_sum_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_t>> p,
                                       acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.x]
-  acc_t<scalar_t> sum = 0;
-  for_each_vector<kVec>(in.rows * in.classes, [&]<int kSize>(int64_t i) {
+  acc_t<scalar_t> sum = 0, of_background = 0;
+  for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
-    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
+    if constexpr (!kSoft && kSize > 1) {
+      if (all_background<kSize>(at, int(in.classes))) {
+        Vec<scalar_t, kSize> unused;
+        of_background += background<kModulator>(x, p, Slope<acc_t<scalar_t>>(p, 0), unused);
+        return;
+      }
+    }
+    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) sum += targets[k].loss(acc_t<scalar_t>(x.v[k]), p);
   });
-  sum = block_sum(sum, shared_memory<acc_t<scalar_t>>());
+  sum = block_sum(p.alpha_negative * of_background + sum, shared_memory<acc_t<scalar_t>>());
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
@@ -113,20 +134,36 @@ __global__ void add_partials_kernel(const A* __restrict__ partials,  // [count]
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_t>> p,
                                            const scalar_t* __restrict__ grad_loss,        // [rows, classes], or null
-                                           const acc_t<scalar_t>* __restrict__ grad_sum,  // [1], or null
+                                           const acc_t<scalar_t>* __restrict__ grad_sum,  // [1], instead
                                            scalar_t* __restrict__ grad_logits) {          // [rows, classes]
   using A = acc_t<scalar_t>;
-  const A scale = grad_sum ? *grad_sum : A(0);
-  for_each_vector<kVec>(in.rows * in.classes, [&]<int kSize>(int64_t i) {
-    const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
-    Vec<scalar_t, kSize> upstream{}, out;
-    if (grad_loss) upstream = load_vec<kSize>(grad_loss + i);
-    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i);
+  const auto store = [&]<int kSize>(int64_t i, const auto& at, const Vec<scalar_t, kSize>& x, auto upstream) {
+    const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
+    Vec<scalar_t, kSize> out;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      out.v[k] = scalar_t((grad_loss ? A(upstream.v[k]) : scale) * targets[k].grad(A(x.v[k]), p));
-    }
+    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(upstream(k) * targets[k].grad(A(x.v[k]), p));
     store_vec<kSize>(grad_logits + i, out);
+  };
+  if (grad_loss) {
+    for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
+      const Vec<scalar_t, kSize> upstream = load_vec<kSize>(grad_loss + i);
+      store(i, at, load_vec<kSize>(in.logits + i), [&](int k) { return A(upstream.v[k]); });
+    });
+    return;
+  }
+  const A scale = *grad_sum;
+  const Slope<A> slope(p, scale * p.alpha_negative);
+  for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
+    const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
+    if constexpr (!kSoft && kSize > 1) {
+      if (all_background<kSize>(at, int(in.classes))) {
+        Vec<scalar_t, kSize> out;
+        background<kModulator>(x, p, slope, out);
+        store_vec<kSize>(grad_logits + i, out);
+        return;
+      }
+    }
+    store(i, at, x, [&](int) { return scale; });
   });
 }
 }  // namespace ef::focal_loss

@@ -42,12 +42,18 @@ struct Logistic {  // everything the formulas need of z, from one exponential
 };
 template <typename acc_t>
 EF_HD Logistic<acc_t> logistic(acc_t z) {
-  const acc_t u = exp_of(z < acc_t(0) ? z : -z);  // exp(-|z|)
-  const acc_t r = quotient_of(acc_t(1), acc_t(1) + u), l = log1p_of(u);
-  const bool negative = z < acc_t(0);
-  const acc_t ur = u * r;
-  return {negative ? ur : r, negative ? r : ur, (negative ? acc_t(0) : z) + l, (negative ? z : acc_t(0)) - l};
+  const acc_t e = bounded_exp(-z), y = quotient_of(acc_t(1), acc_t(1) + e), one_minus_y = e * y;
+  const acc_t l = minus_log1m(min_of(y, one_minus_y));  // log(1 + exp(-|z|))
+  return {y, one_minus_y, positive_part(z) + l, -positive_part(-z) - l};
 }
+
+// What the derivative is made of, times a factor that the caller would multiply it by.
+template <typename acc_t>
+struct Slope {
+  acc_t unit, gamma, half_smoothing;
+  EF_HD Slope(const Parameters<acc_t>& p, acc_t factor)
+      : unit(factor), gamma(factor * p.gamma), half_smoothing(factor * acc_t(0.5) * p.smoothing) {}
+};
 
 // Hard target: the loss for z and its derivative with respect to z, without alpha_t; they share the exponential, logarithm and power.
 template <typename acc_t>
@@ -55,12 +61,17 @@ struct LossAndGrad {
   acc_t loss, grad;
 };
 template <Modulator kModulator, typename acc_t>
-EF_HD LossAndGrad<acc_t> hard_loss_and_grad(acc_t z, const Parameters<acc_t>& p) {
+EF_HD LossAndGrad<acc_t> hard_loss_and_grad(acc_t z, const Parameters<acc_t>& p, const Slope<acc_t>& slope) {
   const Logistic<acc_t> f = logistic(z);
-  const acc_t half_smoothing = acc_t(0.5) * p.smoothing, cross_entropy = f.softplus - z * half_smoothing;
+  const acc_t cross_entropy = f.softplus - z * (acc_t(0.5) * p.smoothing);
   const acc_t power = modulate<kModulator>(f.y, f.log_y, p.gamma);
   // d(y^gamma)/dz = gamma y^gamma (1 - y): no power below gamma, so nothing diverges as y -> 0.
-  return {power * cross_entropy, power * (p.gamma * f.one_minus_y * cross_entropy + f.y - half_smoothing)};
+  const acc_t rest = slope.unit * f.y - slope.half_smoothing;
+  return {power * cross_entropy, power * (slope.gamma * f.one_minus_y * cross_entropy + rest)};
+}
+template <Modulator kModulator, typename acc_t>
+EF_HD LossAndGrad<acc_t> hard_loss_and_grad(acc_t z, const Parameters<acc_t>& p) {
+  return hard_loss_and_grad<kModulator>(z, p, Slope<acc_t>(p, acc_t(1)));
 }
 template <Modulator kModulator, typename acc_t>
 EF_HD acc_t hard_loss(acc_t z, const Parameters<acc_t>& p) {

@@ -58,8 +58,12 @@ EF_HD void weight_gradients(const A* w, int count, Method method, A eps, A* grad
   }
 }
 
-// Nearest: output i reads input floor(i in / out), so input j is read by the outputs [first_child(j), first_child(j + 1)).
-EF_HD int64_t nearest_source(int64_t i, int64_t n_in, int64_t n_out) { return n_in == n_out ? i : quotient(i * n_in, n_out); }
+// Nearest: output i reads input floor(i in / out), so input j is read by the outputs [first_child(j), first_child(j + 1)). A pyramid
+// doubles, which needs no division.
+EF_HD int64_t nearest_source(int64_t i, int64_t n_in, int64_t n_out) {
+  if (n_in == n_out) return i;
+  return 2 * n_in == n_out ? i >> 1 : quotient(i * n_in, n_out);
+}
 EF_HD int64_t first_child(int64_t j, int64_t n_in, int64_t n_out) { return n_in == n_out ? j : quotient(j * n_out + n_in - 1, n_in); }
 
 // Max pooling of kernel 3 and stride 2: window o starts at 2 o - pool_before(size). Its taps are numbered 3 row + column; the first

@@ -12,7 +12,8 @@ from tests.emulation.damage import assert_noticed, check
 
 # (op, self-test, file, the text to damage, what it becomes)
 DAMAGES = [
-    ("focal_loss", "sigmoid_focal_loss", "focal_loss_kernel.cuh", "column = 0, ++row", "column = 1, ++row"),
+    ("focal_loss", "sigmoid_focal_loss", "focal_loss_vector.cuh", "column = 0, ++row", "column = 1, ++row"),
+    ("focal_loss", "sigmoid_focal_loss", "focal_loss_vector.cuh", "at.column + kVec > classes", "at.column > classes"),
     (
         "focal_loss",
         "sigmoid_focal_loss",
@@ -31,8 +32,8 @@ DAMAGES = [
         "detection_loss",
         "detection_loss",
         "detection_loss_kernel.cuh",
-        "if (column == p.classes) {",
-        "if (column == p.classes + 1) {",
+        "level.first_anchor, first, p.classes);",
+        "level.first_anchor, first + 1, p.classes);",
     ),
     (
         "detection_loss",

@@ -61,6 +61,33 @@ def test_targets_are_codes_whatever_the_box_loss(backend):
     assert losses["huber"] == 0 and losses["l1"] > 0 and losses["smooth_l1"] > 0
 
 
+@pytest.mark.parametrize("label", ["first", "last", -2])
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [3, 8, 9, 20])
+def test_one_anchor_that_is_not_background(backend, dtype, layout, label, classes):
+    """Vectors of background only take a way of their own; here each of 32 neighbours in turn is the one they must not miss."""
+    given = problem([(4, 8)], 2, classes, dtype, backend.device, layout, batch=32, positives=0.0)
+    outputs, labels, codes, positives, anchors = given
+    labels.fill_(-1)
+    each = torch.arange(32, device=labels.device)
+    labels[each, 2 * each + each % 2] = {"first": 0, "last": classes - 1}.get(label, label)
+    assert_right(detection_loss, given, num_classes=classes)
+    assert_right(detection_loss, (outputs, labels.int(), codes, positives, anchors), num_classes=classes)
+
+
+def test_a_nan_logit_that_counts_makes_its_own_gradient_nan(native_backend):
+    for layout in (CONTIGUOUS, CHANNELS_LAST):
+        given = problem([(4, 8)], 2, 8, torch.float32, native_backend.device, layout, batch=2)
+        outputs, labels = given[0], given[1]
+        outputs[0][0, 3, 1, 2] = outputs[0][1, 3, 1, 2] = float("nan")
+        labels[0, :], labels[1, :] = -1, -2
+        loss, grads = evaluate(detection_loss, *given, num_classes=8)
+        expected = torch.zeros_like(grads[0], dtype=torch.bool)
+        expected[0, 3, 1, 2] = True
+        assert loss[1].isnan() and torch.equal(grads[0].isnan(), expected)
+
+
 @pytest.mark.parametrize("upstream", [(1.0, 0, 0), (8.0, 0, 0), (0, 1.0, 50.0), (0, 3.0, 0), (2.0, 0.5, 0.25)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_upstream_gradients_of_every_result(native_backend, upstream, dtype):

@@ -73,6 +73,33 @@ def test_labels_against_float64(backend, dtype, shape, alpha, gamma, label_smoot
     assert_accurate(grad_x, grad64, peer_grad, scale=grad.abs().double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("label", ["first", "last", -2])
+@pytest.mark.parametrize("classes", [7, 8, 13, 90])
+def test_one_row_that_is_not_background(backend, dtype, label, classes):
+    """Vectors of background only take a way of their own; here each row in turn is the one they must not miss."""
+    inputs, _ = make((12, classes), dtype, backend.device, "labels")
+    for row in range(12):
+        targets = torch.full((12,), -1, device=backend.device)
+        targets[row] = {"first": 0, "last": classes - 1}.get(label, label)
+        for reduction in ("none", "sum"):
+            loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, 0.25, 1.5, reduction)
+            loss64, grad64 = exact(inputs, targets, 0.25, 1.5, reduction)
+            peer_loss, peer_grad = with_gradient(eager, inputs, targets, 0.25, 1.5, reduction)
+            assert_accurate(loss, loss64, peer_loss, scale=1e-2)
+            assert_accurate(grad_x, grad64, peer_grad, scale=1)
+
+
+def test_more_logits_than_threads(native_backend):
+    """So many that each thread of the largest grid takes a second vector, at a place it steps to."""
+    inputs, targets = make((24300, 90), torch.float32, native_backend.device, "labels")
+    targets[::2] = -1
+    loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, 0.25, 2.0, "sum")
+    loss64, grad64 = exact(inputs, targets, 0.25, 2.0, "sum")
+    assert_accurate(loss, loss64)
+    assert_accurate(grad_x, grad64, scale=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 1.5, 2.0])
