@@ -1,16 +1,14 @@
 // Depthwise convolution, k x k, stride s, of one or several maps [n, c, h, w] in either layout; `a` = prologue(x), 0 outside.
 //   forward      y[oy, ox] = bias + sum over ky, kx of weight[ky, kx] a[oy s - top + ky, ox s - left + kx]
 //   grad input   a thread owns the columns that s kColumns outputs begin at, and adds each gradient row to the k rows it reaches
-//   grad weight  sum over n, oy, ox of grad[oy, ox] a[oy s - top + ky, ox s - left + kx]
 // Forward and grad input: a thread owns kVec channels x a few columns and marches down a slab of rows, with the rows that are not yet
 // complete as accumulators in registers, so that every row is loaded once per slab and column group; lanes lie along the channels
 // (channels_last) or along the columns. Bytes per element of size e: forward 2 e, grad input 2 e (3 e with a prologue).
-// Grad weight: a block owns a group of channels and a slab of rows; a thread keeps the k^2 sums of its channels over its share of the
-// positions; the threads' sums are added in a fixed order, then the slabs' by a second kernel: no atomics. Bytes: 2 e and the partials.
+// The gradient of the filter lies in depthwise_conv_grad_weight_kernel.cuh.
 // The maps travel with the launch as a table; each has a range of blocks, so that a block finds its map once and it is the same for all
 // of its threads.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "depthwise_conv.h"
 
@@ -19,10 +17,6 @@ inline constexpr int kThreads = 128;
 // Blocks on a multiprocessor; 2, 3 or 4 leave 255, 168 or 128 registers: as many as the sums and the filter take.
 template <int kKernel, typename scalar_t>
 inline constexpr int kMinBlocks = kKernel == 5 || sizeof(scalar_t) == 8 ? 2 : 4;
-template <int kKernel, typename scalar_t>
-inline constexpr int kMinWeightBlocks = sizeof(scalar_t) == 8 ? 2
-                                        : kKernel == 5        ? 3
-                                                              : 4;
 
 struct Strides {
   int64_t image, channel, row, column;
@@ -38,6 +32,7 @@ template <typename scalar_t>
 struct Task {
   Level<scalar_t> level;
   int64_t first_block, slab_rows;
+  int64_t chunk_units;  // of the filter's gradient: units of a block
   bool wide;
 };
 template <typename scalar_t>
@@ -93,14 +88,15 @@ template <int kBefore, int kCenter, int kCount, int kVec, typename scalar_t, typ
 __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, bool wide, A (&values)[kCount][kVec]) {
   if constexpr (kVec == 1) {
     if (wide) {
-      const auto loaded = load_vec<kCenter>(row + kBefore);
+      A center[kCenter];
+      unpack(load_vec<kCenter>(row + kBefore), center);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const bool halo = i < kBefore || i >= kBefore + kCenter;
         if (halo) {
           values[i][0] = valid >> i & 1 ? A(row[i]) : A(0);
         } else {
-          values[i][0] = A(loaded.v[halo ? 0 : i - kBefore]);
+          values[i][0] = center[halo ? 0 : i - kBefore];
         }
       }
       return;
@@ -109,13 +105,12 @@ __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, 
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (valid >> i & 1) {
-      const auto loaded = load_vec<kVec>(row + i * step);
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) values[i][v] = A(loaded.v[v]);
+      unpack(load_vec<kVec>(row), values[i]);
     } else {
 #pragma unroll
       for (int v = 0; v < kVec; ++v) values[i][v] = A(0);  // and every prologue keeps it zero
     }
+    row += step;
   }
 }
 
@@ -132,11 +127,11 @@ __device__ void store_columns(scalar_t* row, unsigned valid, int64_t step, bool 
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (!(valid >> i & 1)) continue;
     Vec<scalar_t, kVec> result;
 #pragma unroll
     for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(values[i][v]);
-    store_vec<kVec>(row + i * step, result);
+    if (valid >> i & 1) store_vec<kVec>(row, result);
+    row += step;
   }
 }
 
@@ -291,108 +286,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
           sum[ky][j][v] = ky + kStride < kKernel ? sum[ky + kStride < kKernel ? ky + kStride : ky][j][v] : A(0);
       }
     }
-  }
-}
-
-// blockDim.x channel groups x blockDim.y shares of the slab's (row, column group) positions. In nchw the lanes of a warp share one
-// channel: blockDim.x = 1, kLanesShare, and shares are added over the warp first.
-template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, scalar_t>)
-    depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks,
-                                      acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
-  using A = acc_t<scalar_t>;
-  constexpr int kTaps = kKernel * kKernel, kLoaded = (kColumns - 1) * kStride + kKernel;
-  const Task<scalar_t>& task = task_of(tasks, blockIdx.y);
-  const Shape& s = task.level.shape;
-  const scalar_t* __restrict__ grad = task.level.grad;
-  const scalar_t* __restrict__ x = task.level.x;
-  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
-  const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
-  const int64_t column_groups = ceil_div(s.ow, kColumns), rows = s.n * s.oh;
-  const int64_t slab_rows = task.slab_rows, first_row = (blockIdx.y - task.first_block) * slab_rows;
-  const int64_t last_row = first_row + slab_rows < rows ? first_row + slab_rows : rows;
-
-  const bool wide = kStride == 1 && task.wide;
-  A sum[kTaps + 1][kVec];
-#pragma unroll
-  for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
-  if (c < s.c) {
-    for (int64_t p = threadIdx.y; p < (last_row - first_row) * column_groups; p += blockDim.y) {
-      const int64_t row = first_row + p / column_groups, ox = p % column_groups * kColumns;
-      const int64_t n = row / s.oh, oy = row % s.oh;
-      A g[kColumns][kVec];
-      const int64_t ix = ox * kStride - s.left;
-      const unsigned valid = inside<kLoaded>(ix, s.w), kept = inside<kColumns>(ox, s.ow);
-      load_columns<0, kColumns>(grad + n * out.image + c * out.channel + oy * out.row + ox * out.column, kept, out.column, wide, g);
-#pragma unroll
-      for (int j = 0; j < kColumns * kVec; ++j) sum[kTaps][j % kVec] += g[j / kVec][j % kVec];
-#pragma unroll
-      for (int ky = 0; ky < kKernel; ++ky) {
-        const int64_t iy = oy * kStride - s.top + ky;
-        if (iy < 0 || iy >= s.h) continue;
-        A values[kLoaded][kVec];
-        load_columns<kKernel / 2, kColumns>(x + n * in.image + c * in.channel + iy * in.row + ix * in.column, valid, in.column, wide,
-                                            values);
-        activate_all(s.prologue, values);
-#pragma unroll
-        for (int kx = 0; kx < kKernel; ++kx) {
-#pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            if (!(kept >> j & 1)) break;  // x may be infinite there: zero times it would not be zero
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) sum[ky * kKernel + kx][v] += g[j][v] * values[j * kStride + kx][v];
-          }
-        }
-      }
-    }
-  }
-  // shared: [tap][share][channel of the block]
-  A* shared = shared_memory<A>();
-  const int shares = kLanesShare ? blockDim.y / kWarpSize : blockDim.y, width = blockDim.x * kVec;
-  const int share = kLanesShare ? threadIdx.y / kWarpSize : threadIdx.y;
-#pragma unroll
-  for (int t = 0; t <= kTaps; ++t) {
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      const A value = kLanesShare ? warp_sum(sum[t][v]) : sum[t][v];
-      if (!kLanesShare || threadIdx.y % kWarpSize == 0) shared[(t * shares + share) * width + threadIdx.x * kVec + v] = value;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < (kTaps + 1) * width; i += blockDim.x * blockDim.y) {
-    const int t = i / width, channel = i % width;
-    if (first_channel + channel >= s.c) continue;
-    A total = 0;
-    for (int k = 0; k < shares; ++k) total += shared[(t * shares + k) * width + channel];
-    partials[(int64_t(blockIdx.y) * (kTaps + 1) + t) * s.c + first_channel + channel] = total;
-  }
-}
-
-// A thread column of a block owns a tap of a channel; row k of the kSlabShares thread rows adds the slabs k, k + kSlabShares, ... in
-// order, and the first row adds the rows' sums in order.
-inline constexpr int kSlabShares = 16;
-template <typename scalar_t>
-__global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
-                                 const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
-                                 scalar_t* __restrict__ grad_weight,            // [channels][taps]
-                                 scalar_t* __restrict__ grad_bias) {            // [channels], or null
-  using A = acc_t<scalar_t>;
-  const int64_t i = int64_t(blockIdx.x) * kWarpSize + threadIdx.x, count = (taps + 1) * channels;
-  A sum = 0;
-  if (i < count) {
-#pragma unroll 8
-    for (int64_t slab = threadIdx.y; slab < slabs; slab += kSlabShares) sum += partials[slab * count + i];
-  }
-  A* shared = shared_memory<A>();  // [kSlabShares][kWarpSize]
-  shared[threadIdx.y * kWarpSize + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || i >= count) return;
-  for (int share = 1; share < kSlabShares; ++share) sum += shared[share * kWarpSize + threadIdx.x];
-  const int64_t t = i / channels, c = i % channels;
-  if (t < taps) {
-    grad_weight[c * taps + t] = scalar_t(sum);
-  } else if (grad_bias) {
-    grad_bias[c] = scalar_t(sum);
   }
 }
 }  // namespace ef::depthwise_conv
