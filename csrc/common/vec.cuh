@@ -45,6 +45,14 @@ EF_HD void unpack(const Vec<T, kSize>& packed, A (&values)[kSize]) {
     for (int i = 0; i < kSize; ++i) values[i] = A(packed.v[i]);
   }
 }
+// Hides from nvcc how a pointer to global memory was computed, so that it is stepped on from and not computed anew from its beginnings.
+template <typename T>
+EF_HD void forget_origin(T*& p) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+#endif
+}
 template <typename... T>
 bool is_vec_aligned(const T*... p) {
   return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);

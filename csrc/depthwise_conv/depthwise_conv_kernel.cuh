@@ -85,7 +85,8 @@ __device__ unsigned inside(int64_t first, int64_t columns) {
 }
 
 // values[i] = row[i step] where `valid` has bit i, else zero. `wide`: kCenter columns from kBefore on are one aligned vector.
-template <int kBefore, int kCenter, int kCount, int kVec, typename scalar_t, typename A>
+// `kSteps`: each address is a step from the one before, which the counts of instructions favour in all kernels but one.
+template <int kBefore, int kCenter, bool kSteps = true, int kCount, int kVec, typename scalar_t, typename A>
 __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, bool wide, A (&values)[kCount][kVec]) {
   if constexpr (kVec == 1) {
     if (wide) {
@@ -112,6 +113,7 @@ __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, 
       for (int v = 0; v < kVec; ++v) values[i][v] = A(0);  // and every prologue keeps it zero
     }
     row += step;
+    if constexpr (kSteps) forget_origin(row);
   }
 }
 
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
       if (m >= steps) return;
       if (there.has(m)) {
         A values[kLoaded][kVec];
-        load_columns<kKernel / 2, kColumns>(grad, valid, out.column, wide, values);
+        load_columns<kKernel / 2, kColumns, false>(grad, valid, out.column, wide, values);
 #pragma unroll
         for (int ky = 0; ky < kKernel; ++ky) {
 #pragma unroll
@@ -308,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
           auto& row = sum[(i * kStride + u) % kKernel];
           if (prologue != Activation::kNone) {
             A z[kOwned][kVec];
-            load_columns<0, kOwned>(x, kept, in.column, wide, z);
+            load_columns<0, kOwned, false>(x, kept, in.column, wide, z);
 #pragma unroll
             for (int j = 0; j < kOwned * kVec; ++j) {
               const A value = z[j / kVec][j % kVec];
