@@ -1,5 +1,7 @@
 // Vector memory access: the only place where a pointer is reinterpreted.
 #pragma once
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <cstring>
 
 #include "platform.h"
@@ -34,6 +36,28 @@ EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
   }
 #endif
   *reinterpret_cast<Vec<T, kSize>*>(p) = value;
+}
+// values[i] = packed.v[i]. A bfloat16 is the upper half of a float: two in a word are one shift and one mask, where nvcc takes three.
+template <int kSize, typename T, typename A>
+EF_HD void unpack(const Vec<T, kSize>& packed, A (&values)[kSize]) {
+  if constexpr (std::is_same_v<T, c10::BFloat16> && kSize % 2 == 0) {
+    uint32_t words[kSize / 2], bits[kSize];
+    std::memcpy(words, &packed, sizeof(words));
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) bits[i] = i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u;
+    std::memcpy(values, bits, sizeof(bits));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = A(packed.v[i]);
+  }
+}
+// Hides from nvcc how a pointer to global memory was computed, so that it is stepped on from and not computed anew from its beginnings.
+template <typename T>
+EF_HD void forget_origin(T*& p) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+#endif
 }
 template <typename... T>
 bool is_vec_aligned(const T*... p) {

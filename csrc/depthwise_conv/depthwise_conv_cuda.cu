@@ -3,6 +3,7 @@
 
 #include "../common/dtypes.h"
 #include "depthwise_conv.h"
+#include "depthwise_conv_grad_weight_kernel.cuh"
 #include "depthwise_conv_kernel.cuh"
 
 namespace ef::depthwise_conv {
@@ -53,7 +54,7 @@ template <typename scalar_t>
 Tasks<scalar_t> tasks_of(const Levels<scalar_t>& levels) {
   Tasks<scalar_t> tasks;
   for (int i = 0; i < kMaxLevels; ++i) {
-    tasks.task[i] = {i < levels.count ? levels.level[i] : Level<scalar_t>{}, std::numeric_limits<int64_t>::max(), 0,
+    tasks.task[i] = {i < levels.count ? levels.level[i] : Level<scalar_t>{}, std::numeric_limits<int64_t>::max(), 0, 0,
                      i < levels.count && is_wide(levels.level[i])};
   }
   return tasks;
@@ -128,21 +129,24 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
   const Shape& any = levels.level[0].shape;
   const int taps = any.kernel * any.kernel;
   Tasks<scalar_t> tasks = tasks_of(levels);
-  int64_t slabs = 0;
-  for (int i = 0; i < levels.count; ++i) {
-    const Shape& s = levels.level[i].shape;
-    const int64_t count = chunk_count(device, s);
-    tasks.task[i].first_block = slabs;
-    tasks.task[i].slab_rows = ceil_div(s.n * s.oh, count);
-    slabs += count;
-  }
+  int64_t chunks = 0;
   specialise<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
     const dim3 block = weight_block(any, kVec);
-    const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(slabs));
+    for (int i = 0; i < levels.count; ++i) {
+      Task<scalar_t>& task = tasks.task[i];
+      const Shape& s = task.level.shape;
+      const int64_t count = chunk_count(device, s);
+      task.first_block = chunks;
+      task.slab_rows = kSlabRows;
+      while (task.slab_rows > kMinSlabRows && units_of(s, kColumns, task.slab_rows).count < count * block.y) task.slab_rows /= 2;
+      task.chunk_units = ceil_div(units_of(s, kColumns, task.slab_rows).count, count);
+      chunks += count;
+    }
+    const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(chunks));
     const size_t bytes = (taps + 1) * size_t(kThreads) * kVec * sizeof(acc_t<scalar_t>);
     const auto run = [&]<bool kLanesShare>() {
       launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns, kVec, kLanesShare, scalar_t>, grid,
-             block, kLanesShare ? bytes / kWarpSize : bytes, device, tasks, partials);
+             block, kLanesShare ? bytes / kWarpSize : bytes, device, tasks, grad_bias != nullptr, partials);
     };
     if constexpr (kVec == 1) {
       if (!any.channels_last) return run.template operator()<true>();
@@ -150,8 +154,8 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
     run.template operator()<false>();
   });
   launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kWarpSize)),
-         dim3(kWarpSize, kSlabShares), kSlabShares * kWarpSize * sizeof(acc_t<scalar_t>), device, any.c, taps, slabs, partials, grad_weight,
-         grad_bias);
+         dim3(kWarpSize, kSlabShares), kSlabShares * kWarpSize * sizeof(acc_t<scalar_t>), device, any.c, taps, chunks, partials,
+         grad_weight, grad_bias);
 }
 
 #define EF_DEFINE(scalar_t)                                                                      \

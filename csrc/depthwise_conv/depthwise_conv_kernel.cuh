@@ -1,16 +1,14 @@
 // Depthwise convolution, k x k, stride s, of one or several maps [n, c, h, w] in either layout; `a` = prologue(x), 0 outside.
 //   forward      y[oy, ox] = bias + sum over ky, kx of weight[ky, kx] a[oy s - top + ky, ox s - left + kx]
 //   grad input   a thread owns the columns that s kColumns outputs begin at, and adds each gradient row to the k rows it reaches
-//   grad weight  sum over n, oy, ox of grad[oy, ox] a[oy s - top + ky, ox s - left + kx]
 // Forward and grad input: a thread owns kVec channels x a few columns and marches down a slab of rows, with the rows that are not yet
 // complete as accumulators in registers, so that every row is loaded once per slab and column group; lanes lie along the channels
 // (channels_last) or along the columns. Bytes per element of size e: forward 2 e, grad input 2 e (3 e with a prologue).
-// Grad weight: a block owns a group of channels and a slab of rows; a thread keeps the k^2 sums of its channels over its share of the
-// positions; the threads' sums are added in a fixed order, then the slabs' by a second kernel: no atomics. Bytes: 2 e and the partials.
+// The gradient of the filter lies in depthwise_conv_grad_weight_kernel.cuh.
 // The maps travel with the launch as a table; each has a range of blocks, so that a block finds its map once and it is the same for all
 // of its threads.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "depthwise_conv.h"
 
@@ -19,10 +17,6 @@ inline constexpr int kThreads = 128;
 // Blocks on a multiprocessor; 2, 3 or 4 leave 255, 168 or 128 registers: as many as the sums and the filter take.
 template <int kKernel, typename scalar_t>
 inline constexpr int kMinBlocks = kKernel == 5 || sizeof(scalar_t) == 8 ? 2 : 4;
-template <int kKernel, typename scalar_t>
-inline constexpr int kMinWeightBlocks = sizeof(scalar_t) == 8 ? 2
-                                        : kKernel == 5        ? 3
-                                                              : 4;
 
 struct Strides {
   int64_t image, channel, row, column;
@@ -38,6 +32,7 @@ template <typename scalar_t>
 struct Task {
   Level<scalar_t> level;
   int64_t first_block, slab_rows;
+  int64_t chunk_units;  // of the filter's gradient: units of a block
   bool wide;
 };
 template <typename scalar_t>
@@ -66,7 +61,6 @@ struct Cell {
 
 template <int kCount, int kVec, typename A>
 __device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
-  if (prologue == Activation::kNone) return;
   const auto apply = [&]<Activation kPrologue>() {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -74,9 +68,11 @@ __device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
       for (int v = 0; v < kVec; ++v) x[i][v] = activate<kPrologue>(x[i][v]);
     }
   };
-  if (prologue == Activation::kSilu) return apply.template operator()<Activation::kSilu>();
-  if (prologue == Activation::kRelu) return apply.template operator()<Activation::kRelu>();
-  apply.template operator()<Activation::kRelu6>();
+  if (prologue > Activation::kSilu) {  // by order: of equalities nvcc makes a table of jumps, dearer than the usual case deserves
+    prologue == Activation::kRelu ? apply.template operator()<Activation::kRelu>() : apply.template operator()<Activation::kRelu6>();
+  } else if (prologue > Activation::kNone) {
+    apply.template operator()<Activation::kSilu>();
+  }
 }
 
 // The columns first + i of a row, i < kCount, that are inside it, as bits: they are the same in every row.
@@ -89,18 +85,20 @@ __device__ unsigned inside(int64_t first, int64_t columns) {
 }
 
 // values[i] = row[i step] where `valid` has bit i, else zero. `wide`: kCenter columns from kBefore on are one aligned vector.
-template <int kBefore, int kCenter, int kCount, int kVec, typename scalar_t, typename A>
+// `kSteps`: each address is a step from the one before, which the counts of instructions favour in all kernels but one.
+template <int kBefore, int kCenter, bool kSteps = true, int kCount, int kVec, typename scalar_t, typename A>
 __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, bool wide, A (&values)[kCount][kVec]) {
   if constexpr (kVec == 1) {
     if (wide) {
-      const auto loaded = load_vec<kCenter>(row + kBefore);
+      A center[kCenter];
+      unpack(load_vec<kCenter>(row + kBefore), center);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const bool halo = i < kBefore || i >= kBefore + kCenter;
         if (halo) {
           values[i][0] = valid >> i & 1 ? A(row[i]) : A(0);
         } else {
-          values[i][0] = A(loaded.v[halo ? 0 : i - kBefore]);
+          values[i][0] = center[halo ? 0 : i - kBefore];
         }
       }
       return;
@@ -109,13 +107,13 @@ __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, 
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (valid >> i & 1) {
-      const auto loaded = load_vec<kVec>(row + i * step);
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) values[i][v] = A(loaded.v[v]);
+      unpack(load_vec<kVec>(row), values[i]);
     } else {
 #pragma unroll
       for (int v = 0; v < kVec; ++v) values[i][v] = A(0);  // and every prologue keeps it zero
     }
+    row += step;
+    if constexpr (kSteps) forget_origin(row);
   }
 }
 
@@ -132,12 +130,23 @@ __device__ void store_columns(scalar_t* row, unsigned valid, int64_t step, bool 
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (!(valid >> i & 1)) continue;
     Vec<scalar_t, kVec> result;
 #pragma unroll
     for (int v = 0; v < kVec; ++v) result.v[v] = scalar_t(values[i][v]);
-    store_vec<kVec>(row + i * step, result);
+    if (valid >> i & 1) store_vec<kVec>(row, result);
+    row += step;
   }
+}
+
+// Those of `count` rows from row `first` of a map on that lie inside it, without the first `skipped`; counted from `first`.
+struct RowRange {
+  int begin;
+  unsigned count;
+  __device__ bool has(int row) const { return unsigned(row - begin) < count; }
+};
+__device__ inline RowRange rows_inside(int64_t first, int count, int64_t height, int skipped = 0) {
+  const int64_t begin = first + skipped < 0 ? -first : skipped, end = first + count < height ? count : height - first;
+  return {int(begin), unsigned(begin < end ? end - begin : 0)};
 }
 
 template <int kKernel, int kVec, typename scalar_t, typename A>
@@ -149,15 +158,16 @@ __device__ void load_filter(const scalar_t* weight, A (&filter)[kKernel][kKernel
   }
 }
 
-// In the step of row m the input rows m s, ..., m s + s - 1 (counted from the padding's first) are added to the outputs m - a that
-// they reach through the taps ky = u + a s; then output m - (k - 1) / s is complete.
+// In step m of a slab the input rows m s, ..., m s + s - 1 (counted from the first that it reaches) are added to its outputs m - a,
+// through the taps ky = u + a s; then output m - kDepth is complete. Output m stays in the registers m % (kDepth + 1), which the loop's
+// unrolling makes constants, and its first product is added to the bias.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
     depthwise_conv_kernel(const Tasks<scalar_t> tasks,
                           const scalar_t* __restrict__ weight,  // [c, k, k]
                           const scalar_t* __restrict__ bias) {  // [c], or null
   using A = acc_t<scalar_t>;
-  constexpr int kDepth = (kKernel - 1) / kStride, kLoaded = (kColumns - 1) * kStride + kKernel;
+  constexpr int kDepth = (kKernel - 1) / kStride, kRows = kDepth + 1, kLoaded = (kColumns - 1) * kStride + kKernel;
   const Task<scalar_t>& task = task_of(tasks, blockIdx.x);
   const Shape& s = task.level.shape;
   const scalar_t* __restrict__ x = task.level.x;
@@ -168,54 +178,64 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
   const Cell cell(s, i, channel_groups, column_groups, kVec);
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
   const int64_t ox = cell.group * kColumns, ix = ox * kStride - s.left;
-  const int64_t first_row = blockIdx.y * slab_rows, last_row = first_row + slab_rows < s.oh ? first_row + slab_rows : s.oh;
+  const int64_t oy = blockIdx.y * slab_rows, iy = oy * kStride - s.top;
+  const int rows = int(oy + slab_rows < s.oh ? slab_rows : s.oh - oy);
+  const RowRange there = rows_inside(iy, (rows + kDepth) * kStride, s.h);
   const unsigned valid = inside<kLoaded>(ix, s.w), kept = inside<kColumns>(ox, s.ow);
   const bool wide = kStride == 1 && task.wide;
-  x += cell.n * in.image + cell.c * in.channel + ix * in.column;
-  y += cell.n * out.image + cell.c * out.channel + ox * out.column;
+  const Activation prologue = tasks.task[0].level.shape.prologue;  // of all; at a constant address
+  x += cell.n * in.image + cell.c * in.channel + iy * in.row + ix * in.column;
+  y += cell.n * out.image + cell.c * out.channel + oy * out.row + ox * out.column;
 
-  A filter[kKernel][kKernel][kVec], init[kVec], sum[kDepth + 1][kColumns][kVec];
+  A filter[kKernel][kKernel][kVec], init[kVec], sum[kRows][kColumns][kVec];
   load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) init[v] = bias ? A(bias[cell.c + v]) : A(0);
 #pragma unroll
-  for (int a = 0; a <= kDepth; ++a) {
+  for (int j = 0; j < kRows * kColumns * kVec; ++j) sum[j / (kColumns * kVec)][j / kVec % kColumns][j % kVec] = init[j % kVec];
+  for (int first = 0;; first += kRows) {
 #pragma unroll
-    for (int j = 0; j < kColumns * kVec; ++j) sum[a][j / kVec][j % kVec] = init[j % kVec];
-  }
-  for (int64_t m = first_row; m < last_row + kDepth; ++m) {
+    for (int i = 0; i < kRows; ++i) {
+      const int m = first + i;
+      if (m >= rows + kDepth) return;
 #pragma unroll
-    for (int u = 0; u < kStride; ++u) {
-      const int64_t iy = m * kStride + u - s.top;
-      if (iy < 0 || iy >= s.h) continue;
-      A values[kLoaded][kVec];
-      load_columns<kKernel / 2, kColumns>(x + iy * in.row, valid, in.column, wide, values);
-      activate_all(s.prologue, values);
+      for (int u = 0; u < kStride; ++u) {
+        if (there.has(m * kStride + u)) {
+          A values[kLoaded][kVec];
+          load_columns<kKernel / 2, kColumns>(x, valid, in.column, wide, values);
+          activate_all(prologue, values);
 #pragma unroll
-      for (int ky = u; ky < kKernel; ky += kStride) {
+          for (int ky = u; ky < kKernel; ky += kStride) {
 #pragma unroll
-        for (int kx = 0; kx < kKernel; ++kx) {
+            for (int kx = 0; kx < kKernel; ++kx) {
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
+              for (int j = 0; j < kColumns; ++j) {
 #pragma unroll
-            for (int v = 0; v < kVec; ++v) sum[(ky - u) / kStride][j][v] += filter[ky][kx][v] * values[j * kStride + kx][v];
+                for (int v = 0; v < kVec; ++v) {
+                  A& total = sum[(i - ky / kStride + kRows) % kRows][j][v];
+                  total = (ky == 0 && kx == 0 ? init[v] : total) + filter[ky][kx][v] * values[j * kStride + kx][v];
+                }
+              }
+            }
           }
+        } else if (u == 0) {
+#pragma unroll
+          for (int j = 0; j < kColumns * kVec; ++j) sum[i][j / kVec][j % kVec] = init[j % kVec];
         }
+        x += in.row;
       }
-    }
-    if (m - kDepth >= first_row) store_columns(y + (m - kDepth) * out.row, kept, out.column, wide, sum[kDepth]);
-#pragma unroll
-    for (int a = kDepth; a >= 0; --a) {
-#pragma unroll
-      for (int j = 0; j < kColumns * kVec; ++j)
-        sum[a][j / kVec][j % kVec] = a > 0 ? sum[a > 0 ? a - 1 : 0][j / kVec][j % kVec] : init[j % kVec];
+      if (m >= kDepth) {
+        store_columns(y, kept, out.column, wide, sum[(i + 1) % kRows]);
+        y += out.row;
+      }
     }
   }
 }
 
 // Rows and columns of the input are counted from the first zero of the padding: r = iy + top. Gradient row m reaches r = m s + ky;
-// after it the rows m s, ..., m s + s - 1 are complete. So are columns: those of the thread are group s kColumns + [0, s kColumns),
-// but for stride 1 counted from the first column of the image, which leaves vectors of them aligned.
+// after it the rows m s, ..., m s + s - 1 are complete. Row r stays in the registers r % k, counted from the slab's first step. So are
+// columns: those of the thread are group s kColumns + [0, s kColumns), but for stride 1 counted from the first column of the image, which
+// leaves vectors of them aligned.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
     depthwise_conv_grad_input_kernel(const Tasks<scalar_t> tasks,
@@ -236,163 +256,75 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
   const Cell cell(s, i, channel_groups, column_groups, kVec);
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
   const int64_t ix = cell.group * kOwned - (kStride == 1 ? 0 : s.left), ox = kStride == 1 ? ix + s.left : cell.group * kColumns;
-  const int64_t first_step = blockIdx.y * slab_rows, last_step = first_step + slab_rows < rows ? first_step + slab_rows : rows;
+  const int64_t oy = blockIdx.y * slab_rows - kBefore, iy = oy * kStride - s.top;  // of the first step
+  const int steps = int(oy + kBefore + slab_rows < rows ? slab_rows : rows - oy - kBefore) + kBefore;
+  const RowRange there = rows_inside(oy, steps, s.oh), stored = rows_inside(iy, steps * kStride, s.h, kBefore * kStride);
   const unsigned valid = inside<kLoaded>(ox - kBefore, s.ow), kept = inside<kOwned>(ix, s.w);
   const bool wide = kStride == 1 && task.wide;
-  grad += cell.n * out.image + cell.c * out.channel + (ox - kBefore) * out.column;
-  const int64_t base = cell.n * in.image + cell.c * in.channel + ix * in.column;
+  const Activation prologue = tasks.task[0].level.shape.prologue;
+  grad += cell.n * out.image + cell.c * out.channel + oy * out.row + (ox - kBefore) * out.column;
+  const int64_t at = cell.n * in.image + cell.c * in.channel + iy * in.row + ix * in.column;
+  x += at;
+  grad_x += at;
 
   A filter[kKernel][kKernel][kVec], sum[kKernel][kOwned][kVec];
   load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
 #pragma unroll
   for (int j = 0; j < kKernel * kOwned * kVec; ++j) sum[j / (kOwned * kVec)][j / kVec % kOwned][j % kVec] = A(0);
-  for (int64_t m = first_step - kBefore; m < last_step; ++m) {
-    if (m >= 0 && m < s.oh) {
-      A values[kLoaded][kVec];
-      load_columns<kKernel / 2, kColumns>(grad + m * out.row, valid, out.column, wide, values);
+  for (int first = 0;; first += kKernel) {
 #pragma unroll
-      for (int ky = 0; ky < kKernel; ++ky) {
-#pragma unroll
-        for (int j = 0; j < kOwned; ++j) {
-#pragma unroll
-          for (int l = 0; l < kLoaded; ++l) {
-            const int kx = j - (l - kBefore) * kStride;
-            if (kx < 0 || kx >= kKernel) continue;
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) sum[ky][j][v] += filter[ky][kx][v] * values[l][v];
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kStride; ++u) {
-      const int64_t iy = m * kStride + u - s.top;
-      if (m < first_step || iy < 0 || iy >= s.h) continue;
-      const int64_t at = base + iy * in.row;
-      if (s.prologue != Activation::kNone) {
-        A z[kOwned][kVec];
-        load_columns<0, kOwned>(x + at, kept, in.column, wide, z);
-#pragma unroll
-        for (int j = 0; j < kOwned * kVec; ++j) {
-          const A value = z[j / kVec][j % kVec];
-          sum[u][j / kVec][j % kVec] *= s.prologue == Activation::kSilu   ? activate_grad<Activation::kSilu>(value)
-                                        : s.prologue == Activation::kRelu ? activate_grad<Activation::kRelu>(value)
-                                                                          : activate_grad<Activation::kRelu6>(value);
-        }
-      }
-      store_columns(grad_x + at, kept, in.column, wide, sum[u]);
-    }
-#pragma unroll
-    for (int ky = 0; ky < kKernel; ++ky) {
-#pragma unroll
-      for (int j = 0; j < kOwned; ++j) {
-#pragma unroll
-        for (int v = 0; v < kVec; ++v)
-          sum[ky][j][v] = ky + kStride < kKernel ? sum[ky + kStride < kKernel ? ky + kStride : ky][j][v] : A(0);
-      }
-    }
-  }
-}
-
-// blockDim.x channel groups x blockDim.y shares of the slab's (row, column group) positions. In nchw the lanes of a warp share one
-// channel: blockDim.x = 1, kLanesShare, and shares are added over the warp first.
-template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, scalar_t>)
-    depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks,
-                                      acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
-  using A = acc_t<scalar_t>;
-  constexpr int kTaps = kKernel * kKernel, kLoaded = (kColumns - 1) * kStride + kKernel;
-  const Task<scalar_t>& task = task_of(tasks, blockIdx.y);
-  const Shape& s = task.level.shape;
-  const scalar_t* __restrict__ grad = task.level.grad;
-  const scalar_t* __restrict__ x = task.level.x;
-  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
-  const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
-  const int64_t column_groups = ceil_div(s.ow, kColumns), rows = s.n * s.oh;
-  const int64_t slab_rows = task.slab_rows, first_row = (blockIdx.y - task.first_block) * slab_rows;
-  const int64_t last_row = first_row + slab_rows < rows ? first_row + slab_rows : rows;
-
-  const bool wide = kStride == 1 && task.wide;
-  A sum[kTaps + 1][kVec];
-#pragma unroll
-  for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
-  if (c < s.c) {
-    for (int64_t p = threadIdx.y; p < (last_row - first_row) * column_groups; p += blockDim.y) {
-      const int64_t row = first_row + p / column_groups, ox = p % column_groups * kColumns;
-      const int64_t n = row / s.oh, oy = row % s.oh;
-      A g[kColumns][kVec];
-      const int64_t ix = ox * kStride - s.left;
-      const unsigned valid = inside<kLoaded>(ix, s.w), kept = inside<kColumns>(ox, s.ow);
-      load_columns<0, kColumns>(grad + n * out.image + c * out.channel + oy * out.row + ox * out.column, kept, out.column, wide, g);
-#pragma unroll
-      for (int j = 0; j < kColumns * kVec; ++j) sum[kTaps][j % kVec] += g[j / kVec][j % kVec];
-#pragma unroll
-      for (int ky = 0; ky < kKernel; ++ky) {
-        const int64_t iy = oy * kStride - s.top + ky;
-        if (iy < 0 || iy >= s.h) continue;
+    for (int i = 0; i < kKernel; ++i) {
+      const int m = first + i;
+      if (m >= steps) return;
+      if (there.has(m)) {
         A values[kLoaded][kVec];
-        load_columns<kKernel / 2, kColumns>(x + n * in.image + c * in.channel + iy * in.row + ix * in.column, valid, in.column, wide,
-                                            values);
-        activate_all(s.prologue, values);
+        load_columns<kKernel / 2, kColumns, false>(grad, valid, out.column, wide, values);
 #pragma unroll
-        for (int kx = 0; kx < kKernel; ++kx) {
+        for (int ky = 0; ky < kKernel; ++ky) {
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
-            if (!(kept >> j & 1)) break;  // x may be infinite there: zero times it would not be zero
+          for (int j = 0; j < kOwned; ++j) {
 #pragma unroll
-            for (int v = 0; v < kVec; ++v) sum[ky * kKernel + kx][v] += g[j][v] * values[j * kStride + kx][v];
+            for (int l = 0; l < kLoaded; ++l) {
+              const int kx = j - (l - kBefore) * kStride;
+              if (kx < 0 || kx >= kKernel) continue;
+              const bool is_first = ky + kStride >= kKernel && kx + kStride >= kKernel;
+#pragma unroll
+              for (int v = 0; v < kVec; ++v) {
+                A& total = sum[(i * kStride + ky) % kKernel][j][v];
+                total = (is_first ? A(0) : total) + filter[ky][kx][v] * values[l][v];
+              }
+            }
           }
         }
+      } else {
+#pragma unroll
+        for (int ky = kKernel - kStride; ky < kKernel; ++ky) {
+#pragma unroll
+          for (int j = 0; j < kOwned * kVec; ++j) sum[(i * kStride + ky) % kKernel][j / kVec][j % kVec] = A(0);
+        }
+      }
+      grad += out.row;
+#pragma unroll
+      for (int u = 0; u < kStride; ++u) {
+        if (stored.has(m * kStride + u)) {
+          auto& row = sum[(i * kStride + u) % kKernel];
+          if (prologue != Activation::kNone) {
+            A z[kOwned][kVec];
+            load_columns<0, kOwned, false>(x, kept, in.column, wide, z);
+#pragma unroll
+            for (int j = 0; j < kOwned * kVec; ++j) {
+              const A value = z[j / kVec][j % kVec];
+              row[j / kVec][j % kVec] *= prologue == Activation::kSilu   ? activate_grad<Activation::kSilu>(value)
+                                         : prologue == Activation::kRelu ? activate_grad<Activation::kRelu>(value)
+                                                                         : activate_grad<Activation::kRelu6>(value);
+            }
+          }
+          store_columns(grad_x, kept, in.column, wide, row);
+        }
+        x += in.row;
+        grad_x += in.row;
       }
     }
-  }
-  // shared: [tap][share][channel of the block]
-  A* shared = shared_memory<A>();
-  const int shares = kLanesShare ? blockDim.y / kWarpSize : blockDim.y, width = blockDim.x * kVec;
-  const int share = kLanesShare ? threadIdx.y / kWarpSize : threadIdx.y;
-#pragma unroll
-  for (int t = 0; t <= kTaps; ++t) {
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      const A value = kLanesShare ? warp_sum(sum[t][v]) : sum[t][v];
-      if (!kLanesShare || threadIdx.y % kWarpSize == 0) shared[(t * shares + share) * width + threadIdx.x * kVec + v] = value;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < (kTaps + 1) * width; i += blockDim.x * blockDim.y) {
-    const int t = i / width, channel = i % width;
-    if (first_channel + channel >= s.c) continue;
-    A total = 0;
-    for (int k = 0; k < shares; ++k) total += shared[(t * shares + k) * width + channel];
-    partials[(int64_t(blockIdx.y) * (kTaps + 1) + t) * s.c + first_channel + channel] = total;
-  }
-}
-
-// A thread column of a block owns a tap of a channel; row k of the kSlabShares thread rows adds the slabs k, k + kSlabShares, ... in
-// order, and the first row adds the rows' sums in order.
-inline constexpr int kSlabShares = 16;
-template <typename scalar_t>
-__global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
-                                 const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
-                                 scalar_t* __restrict__ grad_weight,            // [channels][taps]
-                                 scalar_t* __restrict__ grad_bias) {            // [channels], or null
-  using A = acc_t<scalar_t>;
-  const int64_t i = int64_t(blockIdx.x) * kWarpSize + threadIdx.x, count = (taps + 1) * channels;
-  A sum = 0;
-  if (i < count) {
-#pragma unroll 8
-    for (int64_t slab = threadIdx.y; slab < slabs; slab += kSlabShares) sum += partials[slab * count + i];
-  }
-  A* shared = shared_memory<A>();  // [kSlabShares][kWarpSize]
-  shared[threadIdx.y * kWarpSize + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || i >= count) return;
-  for (int share = 1; share < kSlabShares; ++share) sum += shared[share * kWarpSize + threadIdx.x];
-  const int64_t t = i / channels, c = i % channels;
-  if (t < taps) {
-    grad_weight[c * taps + t] = scalar_t(sum);
-  } else if (grad_bias) {
-    grad_bias[c] = scalar_t(sum);
   }
 }
 }  // namespace ef::depthwise_conv

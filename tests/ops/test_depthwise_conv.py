@@ -266,6 +266,29 @@ def test_not_finite_input_stays_where_the_filter_reaches(native_backend, kernel,
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
+def test_not_finite_input_beside_outputs_that_are_not_there(native_backend, kernel, stride, channels_last):
+    """In the image's first and last rows and columns, and beside slabs of rows and groups of columns, no tap may add 0 * inf."""
+    for height, width in ((37, 7), (5, 6), (2, 9)):
+        x, weight, bias = make((1, 4, height, width), kernel, torch.float32, native_backend.device, channels_last)
+        for channel, (row, column) in enumerate(((0, 1), (-1, 2), (1, -1), (height // 2, 0))):
+            x[:, channel, row, column] = float("inf")
+        expected = with_gradients(lambda *t: formula(*t, stride, "same", None), [x, weight, bias])
+        actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, "same"), [x, weight, bias])
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
+def test_weight_gradient_over_slabs_of_every_height(native_backend, kernel, stride, channels_last):
+    """Slabs of a whole image, of many rows, and shorter than the filter; columns in groups and left over."""
+    for height in (1, 2, 4, 5, 8, 33, 67):
+        for padding in ("same", (1, 2, 4, 0)):
+            check(native_backend, (2, 2, height, 10), kernel, stride, padding, channels_last=channels_last)
+
+
 def test_weight_gradient_of_a_large_bf16_batch(native_backend):
     """More than a million terms with a mean far from zero: half precision sums would stop growing."""
     if native_backend.name == "emulated":

@@ -1,0 +1,174 @@
+// Gradient of the filter of a depthwise convolution, and of its bias, for maps in either layout; `a` = prologue(x), 0 outside.
+//   grad weight[ky, kx] = sum over n, oy, ox of grad[oy, ox] a[oy s - top + ky, ox s - left + kx]
+// The outputs are cut into units: kColumns columns (or one, for those left over) of a slab of rows of one image. A thread owns kVec
+// channels of a unit and marches down its rows with the last rows of grad in registers: each row of x is loaded, and its prologue
+// computed, once, and meets every row of grad that it reaches. The k^2 + 1 sums of a channel stay in registers over all of the thread's
+// units; those of a block's threads are added in a fixed order, then those of the blocks by a second kernel: no atomics.
+// Bytes per element of size e: 2 e, and the partials.
+#pragma once
+#include "../common/reduce.cuh"
+#include "depthwise_conv_kernel.cuh"
+
+namespace ef::depthwise_conv {
+// As few registers as hold the sums and the rows of grad without a spill: 255, 168 or 128.
+template <int kKernel, int kStride, typename scalar_t>
+inline constexpr int kMinWeightBlocks = sizeof(scalar_t) == 8 || kKernel == 5 ? 2
+                                        : kStride == 2                        ? 3
+                                                                              : 4;
+
+// How the outputs of a map are cut into units, in the order (image, slab, columns).
+struct Units {
+  int64_t groups, across, slabs, count;  // groups of kColumns columns; units side by side; slabs of an image; all
+};
+EF_HD Units units_of(const Shape& s, int columns, int64_t slab_rows) {
+  const int64_t groups = s.ow / columns, across = groups + s.ow % columns, slabs = ceil_div(s.oh, slab_rows);
+  return {groups, across, slabs, s.n * slabs * across};
+}
+
+// Adds a unit of `rows` rows of grad. grad and x point to its first output and the first input that it reaches, which lies in row iy of
+// the image and may be outside. Step m loads row m of grad and the input rows m s, ..., m s + s - 1, which meet the rows m - a of grad
+// through the taps ky = u + a s. Row m of grad stays in the registers m % (kDepth + 1), which the loop's unrolling makes constants.
+// In all steps but the first and last few every row is there: nothing else is asked in them.
+template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t, typename A>
+__device__ void add_unit(const Shape& s, Activation prologue, const Strides& in, const Strides& out, const scalar_t* grad,
+                         const scalar_t* x, int rows, int64_t iy, int64_t ix, bool wide, int with_bias,
+                         A (&sum)[kKernel * kKernel + 1][kVec]) {
+  constexpr int kDepth = (kKernel - 1) / kStride, kRows = kDepth + 1, kLoaded = (kColumns - 1) * kStride + kKernel;
+  const unsigned valid = inside<kLoaded>(ix, s.w), all = (1u << kColumns) - 1;
+  const auto is_inside = [&](int64_t y) { return y >= 0 && y < s.h; };
+  int first_full = kDepth, end_full = rows;
+  while (first_full < rows && !is_inside(iy + first_full * kStride)) ++first_full;
+  while (end_full > first_full && !is_inside(iy + end_full * kStride - 1)) --end_full;
+  const unsigned full_steps = end_full > first_full ? end_full - first_full : 0;
+  A g[kRows][kColumns][kVec];
+  for (int first = 0; first < rows + kDepth; first += kRows) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int m = first + i;
+      const auto step = [&]<bool kFull>() {
+        if (kFull || m < rows) {
+          load_columns<0, kColumns>(grad, all, out.column, wide, g[i]);
+          if (with_bias) {
+#pragma unroll
+            for (int j = 0; j < kColumns * kVec; ++j) sum[kKernel * kKernel][j % kVec] += g[i][j / kVec][j % kVec];
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kStride; ++u) {
+          if (!kFull && !is_inside(iy + m * kStride + u)) continue;
+          A values[kLoaded][kVec];
+          load_columns<kKernel / 2, kColumns>(x + u * in.row, valid, in.column, wide, values);
+          activate_all(prologue, values);
+#pragma unroll
+          for (int a = 0; u + a * kStride < kKernel; ++a) {
+            if (!kFull && (m < a || m - a >= rows)) continue;  // x may be infinite there: zero times it would not be zero
+#pragma unroll
+            for (int kx = 0; kx < kKernel; ++kx) {
+#pragma unroll
+              for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) {
+                  sum[(u + a * kStride) * kKernel + kx][v] += g[(i - a + kRows) % kRows][j][v] * values[j * kStride + kx][v];
+                }
+              }
+            }
+          }
+        }
+      };
+      if (unsigned(m - first_full) < full_steps) [[likely]] {
+        step.template operator()<true>();
+      } else {
+        if (m >= rows + kDepth) break;
+        step.template operator()<false>();
+      }
+      grad += out.row;
+      x += kStride * in.row;
+    }
+  }
+}
+
+// blockDim.x channel groups x blockDim.y shares of the chunk's units. In nchw the lanes of a warp share one channel: blockDim.x = 1,
+// kLanesShare, and shares are added over the warp first.
+template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
+__global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, scalar_t>)
+    depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks, int with_bias,
+                                      acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
+  using A = acc_t<scalar_t>;
+  constexpr int kTaps = kKernel * kKernel;
+  const Task<scalar_t>& task = task_of(tasks, blockIdx.y);
+  const Shape& s = task.level.shape;
+  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
+  const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
+  const Units units = units_of(s, kColumns, task.slab_rows);
+  const int64_t first_unit = (blockIdx.y - task.first_block) * task.chunk_units, end = first_unit + task.chunk_units;
+  const int64_t last_unit = end < units.count ? end : units.count;
+  const Activation prologue = tasks.task[0].level.shape.prologue;  // of all; at a constant address
+  A sum[kTaps + 1][kVec];
+#pragma unroll
+  for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
+  if (c < s.c) {
+    for (int64_t unit = first_unit + threadIdx.y; unit < last_unit; unit += blockDim.y) {
+      const int64_t across = unit % units.across, slab = unit / units.across % units.slabs, n = unit / units.across / units.slabs;
+      const bool is_group = across < units.groups;
+      const int64_t ox = is_group ? across * kColumns : units.groups * kColumns + across - units.groups, oy = slab * task.slab_rows;
+      const int64_t ix = ox * kStride - s.left, iy = oy * kStride - s.top;
+      const int rows = int(oy + task.slab_rows < s.oh ? task.slab_rows : s.oh - oy);
+      const scalar_t* grad = task.level.grad + n * out.image + c * out.channel + oy * out.row + ox * out.column;
+      const scalar_t* x = task.level.x + n * in.image + c * in.channel + iy * in.row + ix * in.column;
+      if (is_group) {
+        add_unit<kKernel, kStride, kColumns, kVec>(s, prologue, in, out, grad, x, rows, iy, ix, kStride == 1 && task.wide, with_bias, sum);
+      } else {
+        add_unit<kKernel, kStride, 1, kVec>(s, prologue, in, out, grad, x, rows, iy, ix, false, with_bias, sum);
+      }
+    }
+  }
+  // shared: [tap][share][channel of the block]
+  A* shared = shared_memory<A>();
+  const int shares = kLanesShare ? blockDim.y / kWarpSize : blockDim.y, width = blockDim.x * kVec;
+  const int share = kLanesShare ? threadIdx.y / kWarpSize : threadIdx.y;
+#pragma unroll
+  for (int t = 0; t <= kTaps; ++t) {
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      const A value = kLanesShare ? warp_sum(sum[t][v]) : sum[t][v];
+      if (!kLanesShare || threadIdx.y % kWarpSize == 0) shared[(t * shares + share) * width + threadIdx.x * kVec + v] = value;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < (kTaps + 1) * width; i += blockDim.x * blockDim.y) {
+    const int t = i / width, channel = i % width;
+    if (first_channel + channel >= s.c) continue;
+    A total = 0;
+    for (int k = 0; k < shares; ++k) total += shared[(t * shares + k) * width + channel];
+    partials[(int64_t(blockIdx.y) * (kTaps + 1) + t) * s.c + first_channel + channel] = total;
+  }
+}
+
+// A thread column of a block owns a tap of a channel; row k of the kSlabShares thread rows adds the slabs k, k + kSlabShares, ... in
+// order, and the first row adds the rows' sums in order.
+inline constexpr int kSlabShares = 16;
+template <typename scalar_t>
+__global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
+                                 const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
+                                 scalar_t* __restrict__ grad_weight,            // [channels][taps]
+                                 scalar_t* __restrict__ grad_bias) {            // [channels], or null
+  using A = acc_t<scalar_t>;
+  const int64_t i = int64_t(blockIdx.x) * kWarpSize + threadIdx.x, count = (taps + 1) * channels;
+  A sum = 0;
+  if (i < count) {
+#pragma unroll 8
+    for (int64_t slab = threadIdx.y; slab < slabs; slab += kSlabShares) sum += partials[slab * count + i];
+  }
+  A* shared = shared_memory<A>();  // [kSlabShares][kWarpSize]
+  shared[threadIdx.y * kWarpSize + threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0 || i >= count) return;
+  for (int share = 1; share < kSlabShares; ++share) sum += shared[share * kWarpSize + threadIdx.x];
+  const int64_t t = i / channels, c = i % channels;
+  if (t < taps) {
+    grad_weight[c * taps + t] = scalar_t(sum);
+  } else if (grad_bias) {
+    grad_bias[c] = scalar_t(sum);
+  }
+}
+}  // namespace ef::depthwise_conv
