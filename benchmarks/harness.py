@@ -96,7 +96,7 @@ def passing(
         compared = workload.results_of_peers if is_peer else None
         try:
             errors[implementation.name] = check(
-                implementation, expected, upstream, dtype, is_peer, compared, workload.joined
+                implementation, expected, upstream, dtype, is_peer, compared, workload.gradient_tolerance
             )
         except WrongResultError as error:
             problems[implementation.name] = f"wrong result: {error}"

@@ -42,7 +42,7 @@ class Workload:
     peers: list[Implementation] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)  # peers that cannot run here, and why
     results_of_peers: int | None = None  # how many of the results a peer must get right; None for all
-    joined: bool = False  # all results are compared as one vector, as some are zero but for round-off
+    gradient_tolerance: float | None = None  # gradients are compared as one vector, as some are zero but for round-off
     images: int | None = None  # in a training step
 
     @property

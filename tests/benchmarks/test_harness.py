@@ -107,16 +107,22 @@ def test_shapes_and_number_of_results_are_checked():
         check(Implementation("x", lambda: (torch.ones(2, 3), torch.ones(1))), expected, None, torch.float32, False)
 
 
-def test_joined_results_share_one_scale():
-    exact = [torch.ones(100).double(), torch.zeros(100).double()]
-    implementation = Implementation("x", lambda: (torch.ones(100), torch.full((100,), 1e-5)))
-    with pytest.raises(WrongResultError, match="result 1 is off"):
-        check(implementation, exact, None, torch.float32, False)
-    assert check(implementation, exact, None, torch.float32, False, joined=True) == pytest.approx(1e-5)
-    far = Implementation("x", lambda: (torch.ones(100), torch.full((100,), 5e-4)))
-    check(far, exact, None, torch.float32, True, joined=True)
-    with pytest.raises(WrongResultError, match="the vector of all results is off by 5.0e-04 of its norm"):
-        check(far, exact, None, torch.float32, False, joined=True)
+def test_gradients_may_share_one_scale():
+    """And a tolerance; what comes before them is held to its own."""
+    exact = [torch.ones(()).double(), torch.ones(100).double(), torch.zeros(100).double()]
+
+    def off_by(loss: float, gradient: float) -> Implementation:
+        return Implementation("x", lambda: (torch.tensor(1 + loss), torch.ones(100), torch.full((100,), gradient)))
+
+    with pytest.raises(WrongResultError, match="result 2 is off"):
+        check(off_by(0, 1e-5), exact, None, torch.float32, False)
+    given = (exact, None, torch.float32, False)
+    assert check(off_by(0, 1e-5), *given, gradient_tolerance=1e-3) == pytest.approx(1e-5)
+    assert check(off_by(5e-5, 1e-5), *given, gradient_tolerance=1e-3) == pytest.approx(5e-5, rel=1e-2)
+    with pytest.raises(WrongResultError, match="the vector of all gradients is off by 5.0e-03 of its norm"):
+        check(off_by(0, 5e-3), *given, gradient_tolerance=1e-3)
+    with pytest.raises(WrongResultError, match="result 0 is off"):
+        check(off_by(5e-3, 0), *given, gradient_tolerance=1e-2)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
