@@ -185,9 +185,9 @@ def workload(
         oracle=Implementation("float64", exact_loss, tuple(exact.parameters())),
         # Images and parameters are read, gradients written, and the optimiser reads and writes parameters, gradients, momenta.
         bytes={STEP: 4 * (images.numel() + 7 * sum(parameter.numel() for parameter in model.parameters()))},
-        # The biases before a BatchNorm have no gradient but round-off. Two values of a max-pool's window may be nearly equal: which of
-        # them gets the gradient then is up to round-off, and moves the whole: D0 by 2e-5 to 3e-3 in eight trials, any implementation,
-        # and by 1e-5 without max-pools.
+        # The biases before a BatchNorm have no gradient but round-off. Two values of a max-pool window may be nearly equal: then
+        # round-off says which of them gets the gradient, and moves the whole. D0's was off by 2e-5 to 3e-3 in eight trials, with
+        # PyTorch's operators as with ours, and by 1e-5 without max-pools.
         gradient_tolerance=1e-2,
         # PyTorch's BatchNorm in channels_last sums a batch in plain float32: its statistics have five digits, and gradients on
         # top of them two, at 512 pixels. The tests compare those of a smaller one.
