@@ -40,24 +40,25 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
   while (first_full < rows && !is_inside(iy + first_full * kStride)) ++first_full;
   while (end_full > first_full && !is_inside(iy + end_full * kStride - 1)) --end_full;
   const unsigned full_steps = end_full > first_full ? end_full - first_full : 0;
+  // Others leave no registers for it; 3x3 has warps enough to hide the wait.
+  constexpr bool kAhead = kVec > 1 && kKernel == 5 && sizeof(scalar_t) == 2;
+  Rows<0, kColumns, kColumns, kVec, true, kAhead, scalar_t> outputs(grad, {0, unsigned(rows)}, out.row, all, out.column, wide);
+  Rows<kKernel / 2, kColumns, kLoaded, kVec, true, kAhead, scalar_t> inputs(x, rows_inside(iy, (rows + kDepth) * kStride, s.h), in.row,
+                                                                            valid, in.column, wide);
   A g[kRows][kColumns][kVec];
   for (int first = 0; first < rows + kDepth; first += kRows) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int m = first + i;
       const auto step = [&]<bool kFull>() {
-        if (kFull || m < rows) {
-          load_columns<0, kColumns>(grad, all, out.column, wide, g[i]);
-          if (with_bias) {
+        if (outputs.template next<kFull>(g[i]) && with_bias) {
 #pragma unroll
-            for (int j = 0; j < kColumns * kVec; ++j) sum[kKernel * kKernel][j % kVec] += g[i][j / kVec][j % kVec];
-          }
+          for (int j = 0; j < kColumns * kVec; ++j) sum[kKernel * kKernel][j % kVec] += g[i][j / kVec][j % kVec];
         }
 #pragma unroll
         for (int u = 0; u < kStride; ++u) {
-          if (!kFull && !is_inside(iy + m * kStride + u)) continue;
           A values[kLoaded][kVec];
-          load_columns<kKernel / 2, kColumns>(x + u * in.row, valid, in.column, wide, values);
+          if (!inputs.template next<kFull>(values)) continue;
           activate_all(prologue, values);
 #pragma unroll
           for (int a = 0; u + a * kStride < kKernel; ++a) {
@@ -81,8 +82,6 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
         if (m >= rows + kDepth) break;
         step.template operator()<false>();
       }
-      grad += out.row;
-      x += kStride * in.row;
     }
   }
 }

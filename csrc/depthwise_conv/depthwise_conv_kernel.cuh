@@ -149,6 +149,54 @@ __device__ inline RowRange rows_inside(int64_t first, int count, int64_t height,
   return {int(begin), unsigned(begin < end ? end - begin : 0)};
 }
 
+// Columns of one row after the other of a map, as load_columns reads them. With `kAhead` the next row is asked for before this one's
+// arithmetic, which then hides the wait: as they lie in memory, columns take few registers.
+template <int kBefore, int kCenter, int kCount, int kVec, bool kSteps, bool kAhead, typename scalar_t>
+class Rows {
+ public:
+  __device__ Rows(const scalar_t* first, RowRange there, int64_t row_step, unsigned valid, int64_t column_step, bool wide)
+      : row_(first), there_(there), row_step_(row_step), column_step_(column_step), valid_(valid), wide_(wide) {
+    if constexpr (kAhead) fetch();
+  }
+  // The next row's; false, and nothing, where it does not exist. `kExists`: it is known to.
+  template <bool kExists = false, typename A>
+  __device__ bool next(A (&values)[kCount][kVec]) {
+    const bool exists = kExists || there_.has(index_);
+    if (exists) {
+      if constexpr (kAhead) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) unpack(ahead_[i], values[i]);
+      } else {
+        load_columns<kBefore, kCenter, kSteps>(row_, valid_, column_step_, wide_, values);
+      }
+    }
+    ++index_;
+    row_ += row_step_;
+    if constexpr (kAhead) fetch();
+    return exists;
+  }
+
+ private:
+  __device__ void fetch() {
+    if (!there_.has(index_)) return;
+    const scalar_t* column = row_;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (valid_ >> i & 1) ahead_[i] = load_vec<kVec>(column);
+      column += column_step_;
+      if constexpr (kSteps) forget_origin(column);
+    }
+  }
+
+  const scalar_t* row_;
+  RowRange there_;
+  int64_t row_step_, column_step_;
+  unsigned valid_;
+  bool wide_;
+  int index_ = 0;
+  Vec<scalar_t, kVec> ahead_[kAhead ? kCount : 1] = {};  // columns outside stay zero, and every prologue keeps it
+};
+
 template <int kKernel, int kVec, typename scalar_t, typename A>
 __device__ void load_filter(const scalar_t* weight, A (&filter)[kKernel][kKernel][kVec]) {
 #pragma unroll
@@ -187,6 +235,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
   x += cell.n * in.image + cell.c * in.channel + iy * in.row + ix * in.column;
   y += cell.n * out.image + cell.c * out.channel + oy * out.row + ox * out.column;
 
+  Rows<kKernel / 2, kColumns, kLoaded, kVec, true, (kVec > 1), scalar_t> input(x, there, in.row, valid, in.column, wide);
   A filter[kKernel][kKernel][kVec], init[kVec], sum[kRows][kColumns][kVec];
   load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
 #pragma unroll
@@ -200,9 +249,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
       if (m >= rows + kDepth) return;
 #pragma unroll
       for (int u = 0; u < kStride; ++u) {
-        if (there.has(m * kStride + u)) {
-          A values[kLoaded][kVec];
-          load_columns<kKernel / 2, kColumns>(x, valid, in.column, wide, values);
+        A values[kLoaded][kVec];
+        if (input.next(values)) {
           activate_all(prologue, values);
 #pragma unroll
           for (int ky = u; ky < kKernel; ky += kStride) {
@@ -222,7 +270,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
 #pragma unroll
           for (int j = 0; j < kColumns * kVec; ++j) sum[i][j / kVec][j % kVec] = init[j % kVec];
         }
-        x += in.row;
       }
       if (m >= kDepth) {
         store_columns(y, kept, out.column, wide, sum[(i + 1) % kRows]);
@@ -267,6 +314,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
   x += at;
   grad_x += at;
 
+  Rows<kKernel / 2, kColumns, kLoaded, kVec, false, (kVec > 1), scalar_t> output(grad, there, out.row, valid, out.column, wide);
   A filter[kKernel][kKernel][kVec], sum[kKernel][kOwned][kVec];
   load_filter<kKernel, kVec>(weight + cell.c * kKernel * kKernel, filter);
 #pragma unroll
@@ -276,9 +324,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
     for (int i = 0; i < kKernel; ++i) {
       const int m = first + i;
       if (m >= steps) return;
-      if (there.has(m)) {
-        A values[kLoaded][kVec];
-        load_columns<kKernel / 2, kColumns, false>(grad, valid, out.column, wide, values);
+      A values[kLoaded][kVec];
+      if (output.next(values)) {
 #pragma unroll
         for (int ky = 0; ky < kKernel; ++ky) {
 #pragma unroll
@@ -303,7 +350,6 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
           for (int j = 0; j < kOwned * kVec; ++j) sum[(i * kStride + ky) % kKernel][j / kVec][j % kVec] = A(0);
         }
       }
-      grad += out.row;
 #pragma unroll
       for (int u = 0; u < kStride; ++u) {
         if (stored.has(m * kStride + u)) {
