@@ -1,5 +1,6 @@
 // The arithmetic of the CPU kernels, on lines [column][lane]: a tile is some columns of one row times one vector of lanes, with its sums
-// in registers. Enough sums to hide the latency of the multiply-add, few enough to stay in the 16 registers of AVX2.
+// in registers. Enough sums to hide the latency of the multiply-add, few enough to stay in the 16 registers of AVX2. Processors with
+// AVX-512 take twice as many lanes at once where the lanes allow it.
 #pragma once
 #include <algorithm>
 
@@ -64,9 +65,8 @@ EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t lane
 }
 
 // A line is cut into tiles of eight columns, a rest of up to four of them into one of four; the last tile may overlap the one before.
-template <int kTaps, int kStep, typename A>
-EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
-  using V = typename VectorOf<A>::type;
+template <int kTaps, int kStep, typename V, typename A>
+EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
   for (int64_t j = 0; j < job.columns;) {
     const int64_t left = job.columns - j, width = left > 4 && job.columns >= kTileColumns ? kTileColumns : job.columns >= 4 ? 4 : 1;
     const int64_t column = std::min(j, job.columns - width), start = column * kStep + job.offset;
@@ -86,6 +86,12 @@ EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
     }
     j = column + width;
   }
+}
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
+  using Wide = typename WideVectorOf<A>::type;
+  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, Wide>(job);
+  convolve_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
 }
 
 template <typename A>
@@ -156,9 +162,8 @@ EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t j, int64_
   }
 }
 
-template <int kTaps, int kStep, typename A>
-EF_CPU_CLONES void correlate_line(const CorrelateJob<A>& job) {
-  using V = typename VectorOf<A>::type;
+template <int kTaps, int kStep, typename V, typename A>
+EF_HD void correlate_tiles(const CorrelateJob<A>& job) {
   constexpr int kRows = kTaps == 3 ? 3 : 2;  // as many as have their sums in registers
   for (int64_t first = 0; first < job.columns; first += kCorrelateColumns) {
     const int64_t last = std::min(job.columns, first + kCorrelateColumns), width = last - first;
@@ -176,6 +181,13 @@ EF_CPU_CLONES void correlate_line(const CorrelateJob<A>& job) {
       }
     }
   }
+}
+
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES void correlate_line(const CorrelateJob<A>& job) {
+  using Wide = typename WideVectorOf<A>::type;
+  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return correlate_tiles<kTaps, kStep, Wide>(job);
+  correlate_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
 }
 
 template <typename A>
