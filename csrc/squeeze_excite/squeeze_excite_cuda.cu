@@ -71,14 +71,22 @@ void launch_scale(Cuda device, const Shape& s, const scalar_t* x, const acc_t<sc
   });
 }
 
+namespace {
+template <typename A>
+void multiply(Cuda device, int64_t images, int64_t rows, int64_t count, const A* in, const A* weight, int64_t row, int64_t step,
+              const A* bias, A* out) {
+  launch("squeeze_excite_multiply", squeeze_excite_multiply_kernel<A>, unsigned(ceil_div(images * rows, kGateThreads)), kGateThreads, 0,
+         device, images, rows, count, in, weight, row, step, bias, out);
+}
+}  // namespace
+
 template <typename A>
 void launch_gates(Cuda device, const Weights<A>& w, Activation activation, const Gates<A>& g) {
   dispatch_activation(int64_t(activation), [&]<Activation kActivation>() {
     launch("squeeze_excite_squeeze", squeeze_excite_squeeze_kernel<kActivation, A>, unsigned(ceil_div(g.images * w.squeezed, kGateWarps)),
            kGateThreads, 0, device, w, g);
   });
-  launch("squeeze_excite_gate", squeeze_excite_gate_kernel<A>, unsigned(ceil_div(g.images * w.channels, kGateThreads)), kGateThreads, 0,
-         device, w, g);
+  multiply(device, g.images, w.channels, w.squeezed, g.squeezed, w.expand, w.squeezed, 1, w.expand_bias, g.gate);
 }
 
 template <typename A>
@@ -97,8 +105,7 @@ void launch_gates_backward(Cuda device, const Weights<A>& w, Activation activati
   });
   grad_weight(w.squeezed, w.channels, grad.reduced, g.mean, grad.reduce, grad.reduce_bias);
   if (!grad.mean) return;
-  launch("squeeze_excite_grad_mean", squeeze_excite_grad_mean_kernel<A>, unsigned(ceil_div(g.images * w.channels, kGateThreads)),
-         kGateThreads, 0, device, w, g, grad);
+  multiply(device, g.images, w.channels, w.squeezed, grad.reduced, w.reduce, 1, w.channels, static_cast<const A*>(nullptr), grad.mean);
 }
 
 #define EF_DEFINE(T)                                                       \

@@ -26,18 +26,20 @@ __global__ void squeeze_excite_squeeze_kernel(Weights<A> w, Gates<A> g) {
   g.squeezed[index] = activate<kActivation>(sum);
 }
 
-// A thread per gate.
+// out[n, i] = bias[i] + sum over k < count of in[n, k] weight[i row + k step] for n < images, i < rows, a thread each.
 template <typename A>
-__global__ void squeeze_excite_gate_kernel(Weights<A> w, Gates<A> g) {
+__global__ void squeeze_excite_multiply_kernel(int64_t images, int64_t rows, int64_t count,
+                                               const A* __restrict__ in,  // [images, count]
+                                               const A* __restrict__ weight, int64_t row, int64_t step,
+                                               const A* __restrict__ bias,  // [rows], or null
+                                               A* __restrict__ out) {       // [images, rows]
   const int64_t index = int64_t(blockIdx.x) * kGateThreads + threadIdx.x;
-  if (index >= g.images * w.channels) return;
-  const int64_t image = quotient(index, w.channels), channel = index - image * w.channels;
-  const A* weight = w.expand + channel * w.squeezed;
-  const A* squeezed = g.squeezed + image * w.squeezed;
-  A sum = w.expand_bias ? w.expand_bias[channel] : A(0);
+  if (index >= images * rows) return;
+  const int64_t image = quotient(index, rows), i = index - image * rows;
+  A sum = bias ? bias[i] : A(0);
 #pragma unroll 4
-  for (int64_t r = 0; r < w.squeezed; ++r) sum += weight[r] * squeezed[r];
-  g.gate[index] = sum;
+  for (int64_t k = 0; k < count; ++k) sum += in[image * count + k] * weight[i * row + k * step];
+  out[index] = sum;
 }
 
 // out[i, j] = sum over k < count of left[k, i] right[k, j] for i < rows, j < columns, a thread each; bias[i] = sum over k of left[k, i].
@@ -75,18 +77,5 @@ __global__ void squeeze_excite_grad_reduced_kernel(Weights<A> w, Gates<A> g, Gat
   if (threadIdx.y > 0 || r >= w.squeezed) return;
   for (int share = 1; share < kGateWarps; ++share) sum += shared[share * kWarpSize + threadIdx.x];
   grad.reduced[image * w.squeezed + r] = sum * activate_grad<kActivation>(g.reduced[image * w.squeezed + r]);
-}
-
-// A thread per mean.
-template <typename A>
-__global__ void squeeze_excite_grad_mean_kernel(Weights<A> w, Gates<A> g, GateGradients<A> grad) {
-  const int64_t index = int64_t(blockIdx.x) * kGateThreads + threadIdx.x;
-  if (index >= g.images * w.channels) return;
-  const int64_t image = quotient(index, w.channels), channel = index - image * w.channels;
-  const A* reduced = grad.reduced + image * w.squeezed;
-  A sum = 0;
-#pragma unroll 4
-  for (int64_t r = 0; r < w.squeezed; ++r) sum += reduced[r] * w.reduce[r * w.channels + channel];
-  grad.mean[index] = sum;
 }
 }  // namespace ef::squeeze_excite

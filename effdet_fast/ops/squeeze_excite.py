@@ -39,10 +39,13 @@ def squeeze_excite_reference(
 ) -> Tensor:
     """The formula in plain PyTorch, differentiable by PyTorch. Half precision is computed in float32."""
     dtype = arithmetic_dtype(x)
-    weights = _to(dtype, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    reduce_weight, reduce_bias, expand_weight, expand_bias = _to(
+        dtype, reduce_weight, reduce_bias, expand_weight, expand_bias
+    )
     wide = x.to(dtype)
     with _outside_autocast(x):
-        gate = _gate(wide.mean((2, 3)), weights, activation)
+        reduced = F.linear(wide.mean((2, 3)), reduce_weight.flatten(1), reduce_bias)
+        gate = F.linear(_ACTIVATIONS[activation](reduced), expand_weight.flatten(1), expand_bias)
     return (wide * gate.sigmoid()[:, :, None, None]).to(x.dtype)
 
 
@@ -52,13 +55,6 @@ def _to(dtype, *weights) -> Weights:
         t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in weights
     ]
     return reduce_weight, reduce_bias, expand_weight, expand_bias
-
-
-def _gate(mean: Tensor, weights: Weights, activation: str) -> Tensor:
-    """The gate before the sigmoid, [N, C]."""
-    reduce_weight, reduce_bias, expand_weight, expand_bias = weights
-    squeezed = _ACTIVATIONS[activation](F.linear(mean, reduce_weight.flatten(1), reduce_bias))
-    return F.linear(squeezed, expand_weight.flatten(1), expand_bias)
 
 
 def _outside_autocast(x: Tensor):
