@@ -35,6 +35,7 @@ void check_dense(const std::optional<Tensor>& values, int64_t count, const Tenso
 }
 int64_t checked_squeezed(const Tensor& x, const Tensor& reduce, const Tensor& expand) {
   const int64_t channels = x.size(1), squeezed = reduce.dim() ? reduce.size(0) : 0;
+  STD_TORCH_CHECK(squeezed > 0, "squeeze_excite: reduce_weight must have at least one row");
   check_dense(reduce, squeezed * channels, x, "reduce_weight");
   check_dense(expand, channels * squeezed, x, "expand_weight");
   return squeezed;

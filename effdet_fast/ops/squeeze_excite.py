@@ -156,7 +156,7 @@ def squeeze_excite(
     _check_weights(x, *weights, any_dtype=dtype is not None)
     if dtype is not None and x.dtype != torch.float64:
         x = x.to(dtype)
-    if not _library.is_native(x):
+    if not _library.is_native(x) or reduce_weight.shape[0] == 0:
         return squeeze_excite_reference(x, *weights, activation=activation)
     channels_last = is_channels_last(x)
     x, weights = in_layout(x, channels_last), _to(arithmetic_dtype(x), *weights)

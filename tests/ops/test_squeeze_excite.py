@@ -125,6 +125,17 @@ def test_empty(backend):
         assert not any(gradient.any() for gradient in results[2:])
 
 
+def test_squeezed_to_nothing(backend):
+    """The gate is the bias of the expansion."""
+    x, grad, *_, bias = make((2, 8, 3, 4), torch.float32, backend.device)
+    weights = x.new_zeros(0, 8, 1, 1), x.new_zeros(0), x.new_zeros(8, 0, 1, 1), bias
+    y, grad_x, *_, grad_bias = with_gradients(squeeze_excite, x, grad, *weights)
+    gate = bias.sigmoid()[:, None, None]
+    torch.testing.assert_close(y, x * gate)
+    torch.testing.assert_close(grad_x, grad * gate)
+    torch.testing.assert_close(grad_bias, (grad * x * gate * (1 - gate)).sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+
+
 def test_without_biases(backend):
     x, grad, reduce, _, expand, _ = make((2, 8, 3, 4), torch.float32, backend.device)
     zeros = torch.zeros(2, device=x.device), torch.zeros(8, device=x.device)
