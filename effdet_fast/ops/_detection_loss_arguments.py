@@ -14,6 +14,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     check_tensor,
     dtype_name,
+    is_like,
 )
 from effdet_fast.ops.focal_loss import check_label_values
 
@@ -105,9 +106,25 @@ def check_targets(
     batch, per_cell = first.shape[0], first.shape[1] // num_classes
     sizes = [x.shape[2:] for x in cls_outputs]
     count = per_cell * sum([height * width for height, width in sizes])
-    _check_target_shapes(op, "cls_targets", cls_targets, (batch, count), sizes, per_cell)
-    _check_target_shapes(op, "box_targets", box_targets, (batch, count, 4), sizes, 4 * per_cell)
-    labels, codes = joined_labels(cls_targets), joined_codes(box_targets)
+    device = first.device
+    if not (
+        is_like(cls_targets, (batch, count), torch.int64, device)
+        and is_like(box_targets, (batch, count, 4), torch.float32, device)
+        and is_like(num_positives, (batch,), torch.float32, device)
+        and not (box_targets.requires_grad or num_positives.requires_grad)
+    ):
+        _check_target_shapes(op, "cls_targets", cls_targets, (batch, count), sizes, per_cell)
+        _check_target_shapes(op, "box_targets", box_targets, (batch, count, 4), sizes, 4 * per_cell)
+        cls_targets, box_targets = joined_labels(cls_targets), joined_codes(box_targets)
+        _check_targets(op, first, cls_targets, box_targets, num_positives, normalizer)
+    check_label_values(op, cls_targets, num_classes)
+    return cls_targets, box_targets, num_positives
+
+
+def _check_targets(
+    op: str, first: Tensor, labels: Tensor, codes: Tensor, num_positives: Tensor, normalizer: str
+) -> None:
+    batch = first.shape[0]
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")
     check_floating(op, "box_targets", codes)
@@ -118,8 +135,6 @@ def check_targets(
         check_same_device(op, name, x, "cls_outputs[0]", first)
         if x.requires_grad:
             raise ValueError(f"{op}: {name} must not require a gradient, got a tensor with requires_grad=True")
-    check_label_values(op, labels, num_classes)
-    return labels, codes, num_positives
 
 
 def _check_target_shapes(op: str, name: str, targets, shape: tuple[int, ...], sizes, channels: int) -> None:

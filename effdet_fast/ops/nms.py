@@ -148,6 +148,12 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     check_number("batched_nms", "iou_threshold", iou_threshold)
     if not _library.is_native(boxes):
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
+    if 0 < len(scores) <= _MOST_IN_ORDER:  # as the one image of a batch, whose kernel takes classes in any order
+        ranked, order = scores.unsqueeze(0).sort(dim=1, descending=True, stable=True)
+        picks = _hard_nms_padded(
+            boxes.unsqueeze(0), ranked, order, idxs.unsqueeze(0), iou_threshold, None, len(scores)
+        ).indices
+        return picks.masked_select(picks >= 0)
     ranking = scores.argsort(descending=True, stable=True)
     # The kernel wants each class in one piece. `index_select` is the cheaper call where indexing would do the same.
     classes, by_class = idxs.index_select(0, ranking).sort(stable=True)
