@@ -25,7 +25,7 @@ def steps(sanitizer: str | None, output: Path, pictures: bool) -> list[Step]:
     common = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     build_command = [python, "setup.py", "build_ext", "--inplace"]
     build = Step("build", build_command, BUILD, {**common, "EFFDET_FAST_CUDA": "1"}, output_lines=1)
-    options = ["-q", "-m", "cuda", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    options = ["-q", "-m", "cuda and not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     tests = Step(
         "tests",
         [python, "-m", "pytest", *options, *files_with_cuda_tests()],

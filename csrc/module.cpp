@@ -1,6 +1,8 @@
-// The Python extension module. Loading it registers the ops; pybind11 only tells what was built. No tensor crosses here.
+// The Python extension module. Loading it registers the ops; pybind11 only tells what was built and frees kept memory. No tensor crosses here.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include "common/large_blocks.h"
 
 #if defined(EF_WITH_CUDA)
 #include <cuda_runtime.h>
@@ -43,4 +45,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
+  m.def("empty_cache", [] { ef::LargeBlocks::instance().empty(); });
 }

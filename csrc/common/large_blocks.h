@@ -48,6 +48,13 @@ class LargeBlocks {
     free_.emplace(size, block);
   }
 
+  // Frees what is kept, and counts anew how much is in use at once.
+  void empty() {
+    const std::lock_guard lock(mutex_);
+    drop_down_to(0);
+    most_used_ = used_bytes_;
+  }
+
  private:
   LargeBlocks() {
     // A process may fork while another thread holds the lock.

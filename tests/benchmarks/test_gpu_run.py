@@ -122,7 +122,7 @@ def test_the_plan():
     ]
     by_name = {s.name: s for s in planned}
     assert by_name["build"].environment["EFFDET_FAST_CUDA"] == "1"
-    assert by_name["tests"].command[1:6] == ["-m", "pytest", "-q", "-m", "cuda"]
+    assert by_name["tests"].command[1:6] == ["-m", "pytest", "-q", "-m", "cuda and not slow"]
     assert "tests/ops/test_focal_loss.py" in by_name["tests"].command
     assert "tests/benchmarks/test_report.py" not in by_name["tests"].command
     assert by_name["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]

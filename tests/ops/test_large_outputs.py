@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import effdet_fast
 from effdet_fast.ops import batch_norm_act
 from effdet_fast.ops._library import is_native
 
@@ -72,6 +73,18 @@ for mebibytes in range(80, 5, -4):
     output(mebibytes)
 print(resident() - before)
 """
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+def test_kept_memory_can_be_freed():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+    y = output(90)
+    output(100)
+    before = resident()
+    effdet_fast.empty_cache()
+    assert 90 < before - resident() < 120 and (y == 1).all()
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
