@@ -27,8 +27,9 @@ def build_info() -> dict[str, Any] | None:
 def empty_cache() -> None:
     """Frees the memory of former outputs on the CPU that is kept for later ones.
 
-    Ops with kernels of their own write outputs of 128 KiB and more into memory of former ones, so up to a quarter more than was ever
-    in use at once stays with the process. This gives back what no tensor holds. For a GPU there is ``torch.cuda.empty_cache``.
+    Ops with kernels of their own write outputs of 128 KiB and more into memory of former ones, and up to a quarter more than was
+    ever in use at once stays with the process. This gives back what no tensor holds. For a GPU there is
+    ``torch.cuda.empty_cache``.
     """
     if _C is not None:
         _C.empty_cache()
