@@ -1,4 +1,4 @@
-// The Python extension module. Loading it registers the ops; pybind11 only tells what was built and frees kept memory. No tensor crosses here.
+// The Python extension module. Loading it registers the ops; pybind11 tells what was built and frees kept memory. No tensor crosses here.
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/util/Exception.h>
 
