@@ -124,6 +124,7 @@ def check_targets(
 def _check_targets(
     op: str, first: Tensor, labels: Tensor, codes: Tensor, num_positives: Tensor, normalizer: str
 ) -> None:
+    """What `check_targets` did not find at once, asked piece by piece."""
     batch = first.shape[0]
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")

@@ -1,6 +1,6 @@
 """Ops on more than 2^31 elements: a pattern repeated until no int32 holds its indices gives the pattern's own result, repeated.
 
-python -m tests.ops.huge_tensors BACKEND CASE runs one case, in a process of its own as it needs up to 20 GB.
+python -m tests.ops.huge_tensors BACKEND CASE runs one case, in a process of its own as it needs up to 15 GB.
 """
 
 import sys
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast import ops
+from effdet_fast.ops._layout import in_layout
 from tests.conftest import enter
 
 HALF = torch.bfloat16
@@ -18,6 +19,15 @@ BORDER = 2**31
 PATTERN = (4, 64, 64, 64)  # images, each on its own
 ROWS = (1, 64, 16, 1024)  # of one image
 FEW = 4  # copies of the pattern in the problem that tells what to expect
+
+
+def random_map(shape: tuple[int, ...], device: torch.device, channels_last: bool) -> Tensor:
+    return in_layout(torch.randn(shape, device=device).to(HALF), channels_last)
+
+
+def random_anchors(count: int, device: torch.device) -> Tensor:
+    corner = torch.rand(count, 2, device=device) * 400
+    return torch.cat([corner, corner + 60], 1)
 
 
 def repeated(pattern: Tensor, copies: int, dim: int = 0) -> Tensor:
@@ -62,8 +72,7 @@ def on_maps(
     close: bool = False,
 ) -> None:
     """`run(x, *parameters)` and the gradients; x itself is the upstream gradient too, thinned out to the output's shape."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    pattern = torch.randn(shape, device=parameters[0].device).to(HALF).contiguous(memory_format=memory_format)
+    pattern = random_map(shape, parameters[0].device, channels_last)
     copies = copies_of(shape)
     results = []
     for count in (FEW, copies):
@@ -71,7 +80,7 @@ def on_maps(
         leaves = [p.detach().requires_grad_() for p in (x, *parameters)]
         y = run(*leaves)
         step = x.shape[2] // y.shape[2]
-        upstream = x[:, :, ::step, ::step].contiguous(memory_format=memory_format)
+        upstream = in_layout(x[:, :, ::step, ::step], channels_last)
         grads = torch.autograd.grad(y, leaves, upstream)
         results.append((y.detach(), grads))
         del x, y, leaves, upstream
@@ -138,9 +147,7 @@ def focal_loss(device: torch.device) -> None:
 
 
 def detection_loss(device: torch.device, *, channels_last: bool) -> None:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    pattern = torch.randn(16, 810, 16, 16, device=device).to(HALF).contiguous(memory_format=memory_format)
-    codes = torch.randn(16, 36, 16, 16, device=device).to(HALF).contiguous(memory_format=memory_format)
+    pattern, codes = (random_map((16, 9 * n, 16, 16), device, channels_last) for n in (90, 4))
     labels = torch.randint(-2, 90, (16, 2304), device=device)
     targets = torch.randn(16, 2304, 4, device=device)
     copies, results = copies_of(pattern.shape), []
@@ -157,8 +164,7 @@ def detection_loss(device: torch.device, *, channels_last: bool) -> None:
 
 
 def match_anchors(device: torch.device) -> None:
-    corner = torch.rand(49104, 2, device=device) * 400
-    anchors = torch.cat([corner, corner + 60], 1)
+    anchors = random_anchors(49104, device)
     boxes, labels = anchors[:12].view(4, 3, 4) + 3, torch.randint(0, 90, (4, 3), device=device)
     copies = copies_of((4, 49104, 4))
     few, large = (ops.match_anchors(anchors, repeated(boxes, n), repeated(labels, n)) for n in (FEW, copies))
@@ -168,12 +174,8 @@ def match_anchors(device: torch.device) -> None:
 
 
 def decode_detections(device: torch.device, *, channels_last: bool) -> None:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    heads = [
-        torch.randn(16, 9 * n, 16, 16, device=device).to(HALF).contiguous(memory_format=memory_format) for n in (90, 4)
-    ]
-    corner = torch.rand(2304, 2, device=device) * 400
-    anchors = torch.cat([corner, corner + 60], 1)
+    heads = [random_map((16, 9 * n, 16, 16), device, channels_last) for n in (90, 4)]
+    anchors = random_anchors(2304, device)
     few, large = (
         ops.decode_detections(*([repeated(x, n)] for x in heads), anchors, num_classes=90, max_candidates=500)
         for n in (FEW, copies_of(heads[0].shape))

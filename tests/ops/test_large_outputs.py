@@ -19,6 +19,11 @@ def output(mebibytes: float) -> torch.Tensor:
     return batch_norm_act(x, torch.zeros(1), torch.ones(1), bias=torch.ones(1), activation="relu")
 
 
+def resident() -> int:
+    """MiB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+
 def flags_of(x: torch.Tensor) -> list[str]:
     """The kernel's flags of the mapping that holds the first element."""
     inside = False
@@ -61,10 +66,7 @@ def test_they_can_be_shared_with_other_processes():
 
 
 MANY_SIZES = """
-from tests.ops.test_large_outputs import output
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+from tests.ops.test_large_outputs import output, resident
 
 output(90)
 before = resident()
@@ -74,12 +76,16 @@ print(resident() - before)
 """
 
 
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+def test_no_more_is_kept_than_was_in_use():
+    """And a quarter of it: outputs of 800 MiB in all, one after the other, of sizes that do not fit each other's memory."""
+    done = subprocess.run([sys.executable, "-c", MANY_SIZES], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 150
+
+
 FREED = """
 import effdet_fast
-from tests.ops.test_large_outputs import output
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+from tests.ops.test_large_outputs import output, resident
 
 y = output(90)
 output(100)
@@ -94,10 +100,3 @@ print(before - resident())
 def test_kept_memory_can_be_freed():
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert 90 < int(done.stdout) < 120
-
-
-@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
-def test_no_more_is_kept_than_was_in_use():
-    """And a quarter of it: outputs of 800 MiB in all, one after the other, of sizes that do not fit each other's memory."""
-    done = subprocess.run([sys.executable, "-c", MANY_SIZES], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 150
