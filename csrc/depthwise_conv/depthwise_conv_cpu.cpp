@@ -114,6 +114,12 @@ std::vector<acc_t<scalar_t>> packed_filter(const Shape& s, const scalar_t* weigh
   return packed;
 }
 
+// How many of the results left are made at once: two where all rows that they read, from `first` on, are there.
+template <typename A>
+int results_at_once(const Shape& s, int64_t lanes, int64_t left, int64_t first, int64_t rows) {
+  return can_pair<A>(s.kernel, s.stride, lanes) && left >= 2 && first >= 0 && first + s.kernel < rows ? 2 : 1;
+}
+
 template <typename scalar_t>
 void forward_part(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filter, const acc_t<scalar_t>* bias, scalar_t* y,
                   const Part& part) {
@@ -123,9 +129,10 @@ void forward_part(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filt
   Ring<scalar_t> rows(in, s.prologue, 0);
   const auto out = view_of(s, y, s.oh, s.ow, part.first_column, part.last_column, part.first_channel, part.channels);
   const bool in_place = out.is_lines();
+  const int64_t size = out.columns * out.lanes();
+  A* lines = scratch<A>(1, 2 * size);
   ConvolveJob<A> job;
   job.init = bias ? bias + part.first_channel : nullptr;
-  job.out = scratch<A>(1, out.columns * out.lanes());
   job.lanes = out.lanes();
   job.in_step = rows.step();
   job.out_step = in_place ? s.c : job.lanes;
@@ -133,19 +140,23 @@ void forward_part(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filt
   job.columns = out.columns;
   job.in_columns = span.last - span.first;
   filter += part.first_channel * s.kernel * s.kernel;
-  for (int64_t oy = part.first_row; oy < part.last_row; ++oy) {
+  for (int64_t oy = part.first_row; oy < part.last_row;) {
+    const int64_t first = oy * s.stride - s.top;
+    const int results = results_at_once<A>(s, job.lanes, part.last_row - oy, first, s.h);
     job.rows = 0;
     for (int ky = 0; ky < s.kernel; ++ky) {
-      const int64_t iy = oy * s.stride - s.top + ky;
-      if (iy < 0 || iy >= s.h) continue;
-      job.in[job.rows] = rows.row(part.n, iy);
+      if (first + ky < 0 || first + ky >= s.h) continue;
+      job.in[job.rows] = rows.row(part.n, first + ky);
       job.filter[job.rows++] = filter + ky * s.kernel * job.lanes;
     }
-    if (in_place) job.out = out.line(part.n, oy);
-    for (int i = 0; i < s.stride; ++i) job.ahead_in[i] = in.ahead(part.n, oy * s.stride - s.top + s.kernel + i, s.stride);
+    if (results == 2) job.in[job.rows] = rows.row(part.n, first + s.kernel);
+    job.out = in_place ? out.line(part.n, oy) : lines;
+    job.out_below = results == 1 ? nullptr : in_place ? out.line(part.n, oy + 1) : lines + size;
+    for (int i = 0; i < std::max(results, s.stride); ++i) job.ahead_in[i] = in.ahead(part.n, first + s.kernel + results - 1 + i, s.stride);
     job.ahead_out = out.ahead(part.n, oy + 1, 1);
     convolve(s.kernel, s.stride, job);
-    if (!in_place) store_line(out, part.n, oy, job.out);
+    for (int i = 0; i < results && !in_place; ++i) store_line(out, part.n, oy + i, lines + i * size);
+    oy += results;
   }
 }
 
@@ -162,7 +173,7 @@ void grad_input_part(const Shape& s, const scalar_t* grad, const scalar_t* x, co
   const auto in = view_of(s, x, s.h, s.w, part.first_column, part.last_column, part.first_channel, part.channels);
   const bool in_place = out.is_lines() && s.prologue == Activation::kNone;
   const int64_t lanes = out.lanes(), size = out.columns * lanes;
-  A *line = scratch<A>(1, size), *in_line = scratch<A>(2, size);
+  A *scratch_lines = scratch<A>(1, 2 * size), *in_line = scratch<A>(2, size);
   ConvolveJob<A> job;
   job.init = nullptr;
   job.lanes = lanes;
@@ -171,34 +182,41 @@ void grad_input_part(const Shape& s, const scalar_t* grad, const scalar_t* x, co
   job.out_step = step * s.stride;
   job.in_columns = span.last - span.first;
   filter += part.first_channel * s.kernel * s.kernel;
-  for (int64_t iy = part.first_row; iy < part.last_row; ++iy) {
+  for (int64_t iy = part.first_row; iy < part.last_row;) {
     const int q = int((iy + s.top) % s.stride), row_taps = phase_taps(s.kernel, s.stride, q);
-    const int64_t last = (iy + s.top) / s.stride;
-    if (in_place) line = out.line(part.n, iy);
-    job.ahead_in[0] = grads.ahead(part.n, last + 1, 1);
+    const int64_t last = (iy + s.top) / s.stride, first = last - (row_taps - 1);
+    const int results = results_at_once<A>(s, lanes, part.last_row - iy, first, s.oh);
+    A* lines[2];
+    for (int i = 0; i < results; ++i) {
+      lines[i] = in_place ? out.line(part.n, iy + i) : scratch_lines + i * size;
+      job.ahead_in[i] = grads.ahead(part.n, last + results + i, 1);
+    }
     job.ahead_out = out.ahead(part.n, iy + 1, s.stride);
     job.rows = 0;
     for (int i = 0; i < row_taps; ++i) {
-      const int64_t oy = last - (row_taps - 1) + i;
-      if (oy < 0 || oy >= s.oh) continue;
-      job.in[job.rows] = rows.row(part.n, oy);
+      if (first + i < 0 || first + i >= s.oh) continue;
+      job.in[job.rows] = rows.row(part.n, first + i);
       job.filter[job.rows++] = filter + phase_tap(s.kernel, s.stride, q, i) * s.kernel * lanes;
     }
+    if (results == 2) job.in[job.rows] = rows.row(part.n, last + 1);
     for (int p = 0; p < s.stride; ++p) {
       const int taps = phase_taps(s.kernel, s.stride, p);
       const int64_t start = phase_start(s.left + part.first_column, s.stride, p);
       job.columns = std::max<int64_t>(0, ceil_div(out.columns - start, s.stride));
       job.offset = (part.first_column + start + s.left) / s.stride - (taps - 1) - span.first;
-      job.out = line + start * step;
+      job.out = lines[0] + start * step;
+      job.out_below = results == 2 ? lines[1] : nullptr;
       convolve(taps, 1, job);
       job.ahead_in[0] = job.ahead_out = {};
       for (int r = 0; r < job.rows; ++r) job.filter[r] += taps * lanes;
     }
-    if (s.prologue != Activation::kNone) {
-      load_line(in, part.n, iy, in_line);
-      dispatch_activation(int64_t(s.prologue), [&]<Activation kPrologue>() { scale_line<kPrologue>(line, in_line, size); });
+    for (int i = 0; i < results; ++i, ++iy) {
+      if (s.prologue != Activation::kNone) {
+        load_line(in, part.n, iy, in_line);
+        dispatch_activation(int64_t(s.prologue), [&]<Activation kPrologue>() { scale_line<kPrologue>(lines[i], in_line, size); });
+      }
+      if (!in_place) store_line(out, part.n, iy, lines[i]);
     }
-    if (!in_place) store_line(out, part.n, iy, line);
   }
 }
 

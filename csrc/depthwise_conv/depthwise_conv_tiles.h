@@ -30,14 +30,56 @@ struct ConvolveJob {
   int rows;
   const A* init;  // [lanes], or null
   A* out;         // [columns][out_step]
+  A* out_below;   // null, or of the next result, which reads in[1] to in[rows]
   int64_t lanes, in_step, out_step;
   int64_t offset, columns, in_columns;
-  Ahead ahead_in[2], ahead_out;  // for each of kStep rows
+  Ahead ahead_in[2];  // for each of kStep rows, or of two results
+  Ahead ahead_out;    // of one result; for two it costs more than it saves
 };
 
+// Two results at once share most of what they read. AVX-512's registers hold the sums of both and a filter of 3 x 3.
+template <typename A>
+bool can_pair(int kernel, int step, int64_t lanes) {
+  return kernel == 3 && step == 1 && has_wide_vectors() && lanes % kLanes<typename WideVectorOf<A>::type, A> == 0;
+}
+
 // A tap outside the line adds nothing, not even zero times the filter; only checked tiles have such taps.
-template <int kTaps, int kStep, int kColumns, bool kChecked, typename V, typename A>
+template <int kTaps, int kColumns, bool kChecked, typename V, typename A>
+EF_HD void convolve_pair(const ConvolveJob<A>& job, int64_t column, int64_t lane) {
+  const int64_t start = column + job.offset;
+  V sum[2][kColumns], w[kTaps][kTaps];
+  const V init = job.init ? load<V>(job.init + lane) : V{};
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) sum[0][j] = sum[1][j] = init;
+#pragma GCC unroll 16
+  for (int r = 0; r <= kTaps; ++r) {
+#pragma GCC unroll 16
+    for (int t = 0; r < kTaps && t < kTaps; ++t) w[r][t] = load<V>(job.filter[r] + t * job.lanes + lane);
+    const A* in = job.in[r] + start * job.in_step + lane;
+#pragma GCC unroll 32
+    for (int i = 0; i < kColumns - 1 + kTaps; ++i, in += job.in_step) {
+      if (kChecked && (start + i < 0 || start + i >= job.in_columns)) continue;
+      const V x = load<V>(in);
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; ++j) {
+        const int t = i - j;
+        if (t < 0 || t >= kTaps) continue;
+        if (r < kTaps) sum[0][j] += x * w[r][t];
+        if (r > 0) sum[1][j] += x * w[r - 1][t];
+      }
+    }
+  }
+  const int64_t first = column * job.out_step + lane;
+#pragma GCC unroll 16
+  for (int j = 0; j < kColumns; ++j) {
+    store<V>(job.out + first + j * job.out_step, sum[0][j]);
+    store<V>(job.out_below + first + j * job.out_step, sum[1][j]);
+  }
+}
+
+template <int kTaps, int kStep, int kColumns, bool kChecked, bool kPair, typename V, typename A>
 EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t lane) {
+  if constexpr (kPair) return convolve_pair<kTaps, kColumns, kChecked, V>(job, column, lane);
   const int64_t start = column * kStep + job.offset;
   V sum[kColumns];
   const V init = job.init ? load<V>(job.init + lane) : V{};
@@ -65,7 +107,7 @@ EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t lane
 }
 
 // A line is cut into tiles of eight columns, a rest of up to four of them into one of four; the last tile may overlap the one before.
-template <int kTaps, int kStep, typename V, typename A>
+template <int kTaps, int kStep, bool kPair, typename V, typename A>
 EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
   for (int64_t j = 0; j < job.columns;) {
     const int64_t left = job.columns - j, width = left > 4 && job.columns >= kTileColumns ? kTileColumns : job.columns >= 4 ? 4 : 1;
@@ -73,25 +115,29 @@ EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
     const bool inside = start >= 0 && start + (width - 1) * kStep + kTaps <= job.in_columns;
     for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
       const int64_t first = column * job.lanes + lane * width, count = width * kLanes<V, A>;
-      for (int i = 0; i < kStep; ++i) job.ahead_in[i].template ask<false>(first, count);
-      job.ahead_out.template ask<true>(first, count);
+      for (int i = 0; i < (kPair ? 2 : kStep); ++i) job.ahead_in[i].template ask<false>(first, count);
+      if (!kPair) job.ahead_out.template ask<true>(first, count);
       if (width == kTileColumns) {
-        inside ? convolve_tile<kTaps, kStep, kTileColumns, false, V>(job, column, lane)
-               : convolve_tile<kTaps, kStep, kTileColumns, true, V>(job, column, lane);
+        inside ? convolve_tile<kTaps, kStep, kTileColumns, false, kPair, V>(job, column, lane)
+               : convolve_tile<kTaps, kStep, kTileColumns, true, kPair, V>(job, column, lane);
       } else if (width == 4) {
-        convolve_tile<kTaps, kStep, 4, true, V>(job, column, lane);
+        convolve_tile<kTaps, kStep, 4, true, kPair, V>(job, column, lane);
       } else {
-        convolve_tile<kTaps, kStep, 1, true, V>(job, column, lane);
+        convolve_tile<kTaps, kStep, 1, true, kPair, V>(job, column, lane);
       }
     }
     j = column + width;
   }
 }
+
 template <int kTaps, int kStep, typename A>
 EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
   using Wide = typename WideVectorOf<A>::type;
-  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, Wide>(job);
-  convolve_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
+  if constexpr (kTaps == 3 && kStep == 1) {
+    if (job.out_below) return convolve_tiles<kTaps, kStep, true, Wide>(job);
+  }
+  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, false, Wide>(job);
+  convolve_tiles<kTaps, kStep, false, typename VectorOf<A>::type>(job);
 }
 
 template <typename A>
@@ -148,8 +194,10 @@ EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t j, int64_
   }
   while (j < last) {
     const int64_t start = j * kStep + job.offset;
-    if (start >= 0 && j + kColumns <= last && start + (kColumns - 1) * kStep + kTaps <= job.in_columns) {
-      correlate_tile<kTaps, kStep, kRows, kColumns, false, V>(job, row, j, lane, sum);
+    if (j + kColumns <= last) {
+      const bool inside = start >= 0 && start + (kColumns - 1) * kStep + kTaps <= job.in_columns;
+      inside ? correlate_tile<kTaps, kStep, kRows, kColumns, false, V>(job, row, j, lane, sum)
+             : correlate_tile<kTaps, kStep, kRows, kColumns, true, V>(job, row, j, lane, sum);
       j += kColumns;
     } else {
       correlate_tile<kTaps, kStep, kRows, 1, true, V>(job, row, j++, lane, sum);

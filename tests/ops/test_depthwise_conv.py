@@ -122,12 +122,13 @@ def test_wide_rows_take_every_tile(backend, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
 def test_every_width_and_vectors_with_a_rest(native_backend, kernel, stride, channels_last):
-    """Tiles of one, four and eight columns that overlap, strips that read their neighbours, channels beyond whole vectors."""
+    """Tiles of one, four and eight columns that overlap, of one or two rows; strips that read their neighbours; channels beyond
+    whole vectors."""
     if native_backend.name == "emulated":
         pytest.skip("about the tiles of the CPU kernels")
     for width in (3, 4, 5, 6, 7, 8, 9, 12, 15, 20):
-        for channels in (8, 11):
-            check(native_backend, (1, channels, 3, width), kernel, stride, "same", channels_last=channels_last)
+        for channels, height in ((8, 3), (11, 3), (16, 6)):
+            check(native_backend, (1, channels, height, width), kernel, stride, "same", channels_last=channels_last)
     check(native_backend, (1, 160, 19, 41), kernel, stride, (3, 1, 0, 2), channels_last=channels_last)
     check(native_backend, (1, 8, 5, 9), kernel, stride, (6, 7, 0, 8), "silu", torch.bfloat16, channels_last)
 
