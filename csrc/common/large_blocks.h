@@ -45,7 +45,7 @@ class LargeBlocks {
     const int64_t size = sizes_[block];
     used_bytes_ -= size;
     free_bytes_ += size;
-    free_.emplace(size, block);
+    free_.emplace_hint(free_.lower_bound(size), size, block);  // the newest of its size comes next: caches may still hold it
   }
 
   // Frees what is kept, and counts anew how much is in use at once.

@@ -21,6 +21,12 @@ def output(mebibytes: float) -> torch.Tensor:
     return batch_norm_act(x, torch.zeros(1), torch.ones(1), bias=torch.ones(1), activation="relu")
 
 
+def forget_others() -> None:
+    """Memory that earlier tests left might be as good as what this one frees."""
+    gc.collect()
+    effdet_fast.empty_cache()
+
+
 def resident() -> int:
     """MiB of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
@@ -49,8 +55,7 @@ def test_they_ask_for_huge_pages(mebibytes):
 
 @pytest.mark.parametrize("mebibytes", [0.75, 47])
 def test_only_a_freed_one_gives_its_memory_to_the_next(mebibytes):
-    gc.collect()
-    effdet_fast.empty_cache()  # several of one size, left by others, would come before the one freed here
+    forget_others()
     first, second = output(mebibytes), output(mebibytes)
     place = first.data_ptr()
     assert second.data_ptr() != place
@@ -62,6 +67,16 @@ def test_only_a_freed_one_gives_its_memory_to_the_next(mebibytes):
     fourth = output(mebibytes)
     assert fourth.data_ptr() == place
     assert all((y == 1).all() for y in (second, third, fourth))
+
+
+def test_the_newest_freed_one_comes_first():
+    forget_others()
+    outputs = [output(5) for _ in range(3)]
+    places = [y.data_ptr() for y in outputs]
+    while outputs:
+        outputs.pop(0)
+    outputs = [output(5) for _ in range(3)]
+    assert [y.data_ptr() for y in outputs] == places[::-1]
 
 
 def test_they_can_be_shared_with_other_processes():
