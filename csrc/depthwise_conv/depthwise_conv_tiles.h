@@ -37,11 +37,8 @@ struct ConvolveJob {
   Ahead ahead_out;    // of one result; for two it costs more than it saves
 };
 
-// Two results at once share most of what they read. AVX-512's registers hold the sums of both and a filter of 3 x 3.
-template <typename A>
-bool can_pair(int kernel, int step, int64_t lanes) {
-  return kernel == 3 && step == 1 && has_wide_vectors() && lanes % kLanes<typename WideVectorOf<A>::type, A> == 0;
-}
+// Two results at once share most of what they read. AVX-512 has registers for the sums of both and a filter of 3 x 3.
+inline bool can_pair(int kernel, int step) { return kernel == 3 && step == 1 && has_wide_vectors(); }
 
 // A tap outside the line adds nothing, not even zero times the filter; only checked tiles have such taps.
 template <int kTaps, int kColumns, bool kChecked, typename V, typename A>
@@ -130,14 +127,18 @@ EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
   }
 }
 
+template <int kTaps, int kStep, bool kPair, typename A>
+EF_HD void convolve_lines(const ConvolveJob<A>& job) {
+  using Wide = typename WideVectorOf<A>::type;
+  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, kPair, Wide>(job);
+  convolve_tiles<kTaps, kStep, kPair, typename VectorOf<A>::type>(job);
+}
 template <int kTaps, int kStep, typename A>
 EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
-  using Wide = typename WideVectorOf<A>::type;
   if constexpr (kTaps == 3 && kStep == 1) {
-    if (job.out_below) return convolve_tiles<kTaps, kStep, true, Wide>(job);
+    if (job.out_below) return convolve_lines<kTaps, kStep, true>(job);
   }
-  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, false, Wide>(job);
-  convolve_tiles<kTaps, kStep, false, typename VectorOf<A>::type>(job);
+  convolve_lines<kTaps, kStep, false>(job);
 }
 
 template <typename A>
