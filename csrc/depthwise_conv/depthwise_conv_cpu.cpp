@@ -114,7 +114,7 @@ std::vector<acc_t<scalar_t>> packed_filter(const Shape& s, const scalar_t* weigh
   return packed;
 }
 
-// How many of the results left are made at once: two where all rows that they read, from `first` on, are there.
+// Rows of results made at once: two where all rows that they read, from `first` on, are there.
 int results_at_once(const Shape& s, int64_t left, int64_t first, int64_t rows) {
   return can_pair(s.kernel, s.stride) && left >= 2 && first >= 0 && first + s.kernel < rows ? 2 : 1;
 }
