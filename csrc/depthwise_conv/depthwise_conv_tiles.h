@@ -127,22 +127,16 @@ EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
   }
 }
 
-template <int kTaps, int kStep, bool kPair, typename A>
-EF_HD void convolve_lines(const ConvolveJob<A>& job) {
+template <int kTaps, int kStep, bool kPair = false, typename A>
+EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
   using Wide = typename WideVectorOf<A>::type;
   if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, kPair, Wide>(job);
   convolve_tiles<kTaps, kStep, kPair, typename VectorOf<A>::type>(job);
 }
-template <int kTaps, int kStep, typename A>
-EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
-  if constexpr (kTaps == 3 && kStep == 1) {
-    if (job.out_below) return convolve_lines<kTaps, kStep, true>(job);
-  }
-  convolve_lines<kTaps, kStep, false>(job);
-}
 
 template <typename A>
 void convolve(int taps, int step, const ConvolveJob<A>& job) {
+  if (job.out_below) return convolve_line<3, 1, true>(job);
   if (step == 2) return taps == 3 ? convolve_line<3, 2>(job) : convolve_line<5, 2>(job);
   if (taps == 1) return convolve_line<1, 1>(job);
   if (taps == 2) return convolve_line<2, 1>(job);
