@@ -1,5 +1,7 @@
 # make demo   - set up, train MODEL on real photographs, evaluate, write pictures
 # make test   - set up, lint, build, run the test suite
+# make compat - build with the oldest supported torch, under PYTHON, and try its build and the newest torch's in each other
+# make cuda-archs - compile the CUDA kernels for every architecture that is supported
 # make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks
 PYTHON ?= python3
 MODEL ?= efficientdet_lite0
@@ -11,16 +13,17 @@ ifeq ($(shell command -v nvidia-smi),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: demo test test-full lint types build gpu clean
+.PHONY: demo test test-full lint types build compat cuda-archs gpu clean
 
 $(VENV)/ready: requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements/build.txt -r requirements/test.txt -c requirements/constraints.txt
 	touch $@
 
-# Built in place and installed editable, so that the tests see the sources.
+# Built in place and installed editable, so that the tests see the sources. pip alone would compile every file anew each time.
 $(VENV)/built: $(VENV)/ready $(NATIVE)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	$(BIN)/python setup.py -q build_ext --inplace
+	EFFDET_FAST_EXTENSION=0 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	$(BIN)/effdet-fast doctor
 	touch $@
 
@@ -47,8 +50,17 @@ test-full: lint types build
 demo: build
 	$(BIN)/python examples/neon_trees.py --model $(MODEL)
 
+# The newest torch's environment has its own Python, whatever PYTHON is here.
+compat:
+	env -u MAKEFLAGS -u PYTHON $(MAKE) build
+	tests/compat.sh $(BIN) $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON))
+
+cuda-archs: $(VENV)/ready
+	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(BIN)/python setup.py -q build_ext \
+		--build-temp build/cuda-archs --build-lib build/cuda-archs
+
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf build $(VENV) effdet_fast/*.so
+	rm -rf build $(VENV) .venv-compat-* effdet_fast/*.so

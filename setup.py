@@ -1,138 +1,132 @@
-"""Builds effdet_fast._C: the CPU kernels always, the CUDA kernels where a toolkit that fits PyTorch is found.
+"""Builds the kernels: effdet_fast/kernels_cpu.so always, kernels_cuda.so where a toolkit that fits PyTorch is found.
+
+No Python is in these libraries: any CPython loads them, and any torch from 2.11 on (for CUDA: of the toolkit's major version).
+effdet_fast._C beside them, helpers in pybind11, is for this Python and optional.
 
 EFFDET_FAST_CUDA = auto (default) | 0 | 1 (fail if CUDA cannot be built)   EFFDET_FAST_EXTENSION = 1 (default) | 0 (Python only)
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS as everywhere in PyTorch.
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS as everywhere in PyTorch. ccache is used where it is found.
 """
 
+import json
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 
-DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"  # without a GPU to ask; 8.0 code runs on 8.6 and 8.9, PTX on everything newer
+ROOT = Path(__file__).resolve().parent
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]  # a build back end does not look here
+# pip puts ninja beside Python, and PATH does not lead there in a virtual environment that is not active.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+
+from toolkit import choose_cuda, cuda_archs, output_of  # noqa: E402
+
+from effdet_fast._build_info import sources_hash  # noqa: E402
+
 TORCH_TARGET = "0x020b000000000000"  # stable ABI of torch 2.11: loads there and in every later release
 
 
-def output_of(*command: str) -> str:
+def use_ccache(toolkit: tuple[Path, str] | None) -> None:
+    """Newer PyTorch takes ccache by itself; 2.11 can be told its compilers."""
+    from torch.utils import cpp_extension
+
+    if shutil.which("ccache") and not hasattr(cpp_extension, "_wrap_compiler"):
+        cpp_extension.get_cxx_compiler = lambda: f"ccache {os.environ.get('CXX', 'c++')}"
+        if toolkit:
+            os.environ.setdefault("PYTORCH_NVCC", f"ccache {toolkit[0]}/bin/nvcc")
+
+
+def python_module() -> list[Extension]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return ""
+        import pybind11
+    except ImportError:
+        print("effdet_fast: pybind11 is not installed: building without the helpers in effdet_fast._C")
+        return []
+    flags = {"cxx": ["-O1", "-g0", "-std=c++20", "-fvisibility=hidden"]}
+    options = {"include_dirs": [pybind11.get_include()], "extra_compile_args": flags, "language": "c++"}
+    return [Extension("effdet_fast._C", ["csrc/module.cpp"], **options)]
 
 
-def find_toolkit() -> tuple[Path, str] | None:
-    """Folder and version of the CUDA toolkit. The nvcc on PATH may be a wrapper script, so it is asked where it lives."""
-    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    if nvcc := shutil.which("nvcc"):
-        dry_run = subprocess.run(
-            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
-        )
-        candidates += re.findall(r"^#\$ TOP=(.+)$", dry_run.stderr + dry_run.stdout, re.MULTILINE)
-        candidates.append(str(Path(nvcc).resolve().parents[1]))
-    candidates.append("/usr/local/cuda")
-    for candidate in filter(None, candidates):
-        home = Path(candidate.strip()).resolve()
-        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
-            if version := re.search(r"release (\d+\.\d+)", output_of(str(home / "bin/nvcc"), "--version")):
-                return home, version[1]
-    return None
-
-
-def why_no_cuda(toolkit: tuple[Path, str] | None) -> str | None:
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
-    if toolkit is None:
-        return f"no CUDA toolkit found; install CUDA {torch.version.cuda.split('.')[0]}.x (nvcc and headers) or set CUDA_HOME"
-    if toolkit[1].split(".")[0] != torch.version.cuda.split(".")[0]:
-        return (
-            f"nvcc is CUDA {toolkit[1]} ({toolkit[0]}) but torch was built with CUDA {torch.version.cuda}; point CUDA_HOME to "
-            f"a CUDA {torch.version.cuda.split('.')[0]}.x toolkit or install a torch built with CUDA {toolkit[1].split('.')[0]}.x"
-        )
-    return None
-
-
-def choose_cuda() -> tuple[Path, str] | None:
-    wanted = os.environ.get("EFFDET_FAST_CUDA", "auto")
-    if wanted not in ("auto", "0", "1"):
-        sys.exit(f"effdet_fast: EFFDET_FAST_CUDA must be auto, 0 or 1, got {wanted}")
-    if wanted == "0":
-        return None
-    toolkit = find_toolkit()
-    if reason := why_no_cuda(toolkit):
-        if wanted == "1":
-            sys.exit(f"effdet_fast: EFFDET_FAST_CUDA=1, but CUDA cannot be built: {reason}")
-        print(f"effdet_fast: building without CUDA: {reason}")
-        return None
-    return toolkit
-
-
-def cuda_archs() -> str:
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        visible = torch.cuda.is_available() and {
-            "{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())
-        }
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(sorted(visible)) if visible else DEFAULT_CUDA_ARCHS
-    archs = re.split(r"[;\s]+", os.environ["TORCH_CUDA_ARCH_LIST"].strip())
-    names = ["sm_" + arch.removesuffix("+PTX").replace(".", "") for arch in archs]
-    return ", ".join(names + (["PTX"] if any(arch.endswith("+PTX") for arch in archs) else []))
-
-
-def native_extension() -> tuple[list, dict]:
+def native_extensions() -> tuple[list[Extension], dict]:
     toolkit = choose_cuda()
     if toolkit:
         os.environ["CUDA_HOME"] = str(toolkit[0])  # before cpp_extension is imported: it looks only once
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    use_ccache(toolkit)
     compiler_version = output_of(os.environ.get("CXX", "c++"), "--version")
     is_gcc = "Free Software Foundation" in compiler_version
     cpu_levels = "avx2, avx512" if is_gcc and platform.machine() in ("x86_64", "AMD64") else "baseline"
-    archs = cuda_archs() if toolkit else ""
-    built = f"CPU ({cpu_levels})" + (f" + CUDA {toolkit[1]} ({archs})" if toolkit else "")
-
-    macros = [
-        ("TORCH_TARGET_VERSION", TORCH_TARGET),
-        ("EF_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("EF_COMPILER", f'"{compiler_version.partition(chr(10))[0]}"'),
-        ("EF_CPU_LEVELS", f'"{cpu_levels}"'),
-    ]
-    sources = sorted(map(str, Path("csrc").rglob("*.cpp")))
+    common = {
+        "sources": sources_hash(ROOT),
+        "compiler": compiler_version.partition("\n")[0],
+        "torch": torch.__version__,
+    }
+    infos = {"kernels_cpu": {**common, "cpu_levels": cpu_levels}}
+    built = f"CPU ({cpu_levels})"
     if toolkit:
-        macros += [
-            ("EF_WITH_CUDA", None),
-            ("USE_CUDA", None),
-            ("EF_CUDA_VERSION", f'"{toolkit[1]}"'),
-            ("EF_CUDA_ARCHS", f'"{archs}"'),
-        ]
-        sources += sorted(map(str, Path("csrc").rglob("*.cu")))
-    flags = ["-O3", "-g0", "-std=c++20"]
-    extension = (CUDAExtension if toolkit else CppExtension)(
-        "effdet_fast._C",
-        sources,
-        depends=sorted(str(p) for p in Path("csrc").rglob("*") if p.suffix in (".h", ".cuh")),
-        define_macros=macros,
-        extra_compile_args={
-            "cxx": [*flags, "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"],
-            "nvcc": ["-O3", "-std=c++20"],
-        },
-    )
+        archs = cuda_archs()
+        infos["kernels_cuda"] = {**common, "cuda": toolkit[1], "cuda_archs": archs}
+        built += f" + CUDA {toolkit[1]} ({archs})"
+
+    # Kernels in <op>_cpu*.cpp belong to the CPU's library, in <op>_cuda*.cu to CUDA's; the rest is compiled once for each.
+    shared = ["csrc/boundaries.cpp", "csrc/library.cpp"]
+    own = {"kernels_cpu": "*/*_cpu*.cpp", "kernels_cuda": "*/*_cuda*.cu"}
+    headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
+    hidden = "-fvisibility=hidden"
+    cpu_flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", hidden]
+    # -O1 is for the host's part, which only launches: it compiles faster. nvcc optimises kernels fully in any case.
+    cuda_flags = {"cxx": ["-O1", "-g0", "-std=c++20", hidden], "nvcc": ["-O1", "-std=c++20", "-Xcompiler", hidden]}
+
+    def library(name: str) -> Extension:
+        cuda = name == "kernels_cuda"
+        extension = (CUDAExtension if cuda else CppExtension)(
+            f"effdet_fast.{name}",
+            sorted([*shared, *(str(path) for path in Path("csrc").glob(own[name]))]),
+            depends=headers,
+            define_macros=[
+                ("TORCH_TARGET_VERSION", TORCH_TARGET),
+                *([("EF_WITH_CUDA", None), ("USE_CUDA", None)] if cuda else []),
+            ],
+            extra_compile_args=cuda_flags if cuda else {"cxx": cpu_flags},
+            extra_link_args=["-Wl,--as-needed"] if sys.platform == "linux" else [],
+        )
+        extension.libraries.remove("torch_python")
+        return extension
 
     class Build(BuildExtension):
+        def get_ext_filename(self, ext_name):
+            if ext_name.rpartition(".")[2] in infos:
+                return f"{ext_name.replace('.', os.sep)}.so"  # no Python in it, and none in its name
+            return super().get_ext_filename(ext_name)
+
+        def build_extension(self, ext):
+            """Each in a folder of its own, where ninja keeps its log; there lies what library.cpp says about the build."""
+            folder, name = self.build_temp, ext.name.rpartition(".")[2]
+            self.build_temp = str(Path(folder).resolve() / name)
+            if name in infos:
+                header = Path(self.build_temp) / "build_info.h"
+                text = f"#define EF_BUILD_INFO {json.dumps(json.dumps(infos[name]))}\n"
+                header.parent.mkdir(parents=True, exist_ok=True)
+                if not header.exists() or header.read_text() != text:
+                    header.write_text(text)
+                ext.include_dirs.append(self.build_temp)
+            super().build_extension(ext)
+            self.build_temp = folder
+
         def run(self):
             super().run()
             print(f"effdet_fast: {built}")
 
-    return [extension], {"build_ext": Build}
+    return [*map(library, infos), *python_module()], {"build_ext": Build}
 
 
 if os.environ.get("EFFDET_FAST_EXTENSION", "1") == "0":
     print("effdet_fast: Python only; every op runs on its reference implementation")
     setup()
 else:
-    modules, commands = native_extension()
+    modules, commands = native_extensions()
     setup(ext_modules=modules, cmdclass=commands)

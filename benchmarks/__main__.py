@@ -1,4 +1,4 @@
-"""Runs benchmarks, prints a table, writes a record and a picture per op."""
+"""Runs benchmarks, prints a table, writes a record and a picture per op. `build` instead of ops: times the extension's build."""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import BENCHMARKS, environment, records
+from benchmarks import BENCHMARKS, build_times, environment, records
 from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, PHASES, Case
@@ -67,6 +67,9 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> Iterator[tu
 
 
 def main(command_line: list[str] | None = None) -> int:
+    command_line = sys.argv[1:] if command_line is None else command_line
+    if command_line[:1] == ["build"]:
+        return build_times.main(command_line[1:])
     p = parser()
     arguments = p.parse_args(command_line)
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -84,7 +87,7 @@ def main(command_line: list[str] | None = None) -> int:
         "peers": tuple(arguments.peers) if arguments.peers is not None else None,
     }
     start = time.monotonic()
-    record = records.Record(environment.describe(device, sys.argv[1:] if command_line is None else command_line))
+    record = records.Record(environment.describe(device, command_line))
     path = records.new_file(arguments.output, record)
     save(record, path)
     print(f"{record.environment['device']['name']}, {len(wanted)} cases, record {path}\n", flush=True)

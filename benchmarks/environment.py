@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from effdet_fast import __version__, _extension
+from effdet_fast import __version__, _libraries
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "effdet_fast", "benchmarks/*.py", "setup.py")
@@ -30,7 +30,7 @@ def describe(device: torch.device, command_line: list[str]) -> dict[str, Any]:
             "effdet_fast": __version__,
             **{name: version_of(name) for name in ("torchvision", "effdet", "timm")},
         },
-        "build": _extension.build_info(),
+        "build": _libraries.build_info(),
         "commit": commit,
         "uncommitted_changes": dirty,
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Registers, stack and load widths of each CUDA kernel in the built extension, read from its machine code.
+"""Registers, stack and load widths of each CUDA kernel in the built library, read from its machine code.
 
     python -m benchmarks.kernels            # registers and stack; a stack means spilled or indexed local arrays
     python -m benchmarks.kernels --widths   # also loads and stores of global memory by width; takes a minute
@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from effdet_fast import _libraries
 
 # Bytes per thread in the names of global loads (LDG) and stores (STG); an instruction without one moves 4.
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
@@ -41,11 +43,6 @@ def find_cuobjdump() -> str | None:
     if home := os.environ.get("CUDA_HOME"):
         folders.append(Path(home) / "bin")
     return next((str(folder / "cuobjdump") for folder in folders if (folder / "cuobjdump").exists()), None)
-
-
-def find_extension() -> Path | None:
-    spec = importlib.util.find_spec("effdet_fast._C")
-    return Path(spec.origin) if spec and spec.origin else None
 
 
 def kernels(library: Path, cuobjdump: str, widths: bool = False) -> list[Kernel]:
@@ -102,12 +99,12 @@ def main(command_line: list[str] | None = None) -> int:
     parser.add_argument("--name", default="", help="only kernels whose C++ name contains this")
     parser.add_argument("--widths", action="store_true", help="count global loads and stores by bytes per thread")
     arguments = parser.parse_args(command_line)
-    cuobjdump, library = find_cuobjdump(), find_extension()
-    if cuobjdump is None or library is None:
-        parser.error("needs cuobjdump (CUDA toolkit or Triton)" if library else "the extension is not built")
+    cuobjdump, library = find_cuobjdump(), _libraries.path_of("cuda")
+    if cuobjdump is None or not library.exists():
+        parser.error(
+            "needs cuobjdump (CUDA toolkit or Triton)" if library.exists() else "the CUDA kernels are not built"
+        )
     found = kernels(library, cuobjdump, arguments.widths)
-    if not found:
-        parser.error(f"{library} was built without CUDA")
     print(
         f"{'arch':>6} {'registers':>9} {'stack':>5}  kernel" + ("  loads | stores as bytes x count" * arguments.widths)
     )

@@ -1,49 +1,32 @@
-// The Python extension module. Loading it registers the ops; pybind11 tells what was built and frees kept memory. No tensor crosses here.
+// effdet_fast._C, the optional Python module: helpers for the host, in pybind11. The kernels' libraries know nothing of it, and no
+// tensor crosses here.
 #include <pybind11/pybind11.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include "common/large_blocks.h"
-
-#if defined(EF_WITH_CUDA)
-#include <cuda_runtime.h>
-
-#include "common/platform.h"
-
-namespace ef {
-void check_launch(const char* name) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": launch failed: ", cudaGetErrorString(error));
-}
-}  // namespace ef
-#endif
 
 namespace {
-// The instruction set EF_CPU_CLONES picks on this processor.
-const char* cpu_level() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Those instruction sets beyond the architecture's baseline that this processor and its system have.
+pybind11::list processor_features() {
+  pybind11::list found;
+#if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
-  if (__builtin_cpu_supports("x86-64-v3")) return "avx2";
+#define EF_ASK(name) \
+  if (__builtin_cpu_supports(name)) found.append(name);
+  EF_ASK("sse4.2")
+  EF_ASK("avx")
+  EF_ASK("fma")
+  EF_ASK("avx2")
+  EF_ASK("avx512f")
+  EF_ASK("avx512bw")
+  EF_ASK("avx512dq")
+  EF_ASK("avx512vl")
+  EF_ASK("avx512vnni")
+  EF_ASK("avx512bf16")
+#undef EF_ASK
 #endif
-  return "baseline";
+  return found;
 }
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", [] {
-    pybind11::dict info;
-    info["compiler"] = EF_COMPILER;
-    info["torch"] = EF_TORCH_VERSION;
-    info["cpu_levels"] = EF_CPU_LEVELS;
-    info["cpu_level"] = cpu_level();
-#if defined(EF_WITH_CUDA)
-    info["cuda"] = EF_CUDA_VERSION;
-    info["cuda_archs"] = EF_CUDA_ARCHS;
-#else
-    info["cuda"] = pybind11::none();
-    info["cuda_archs"] = "";
-#endif
-    return info;
-  });
-  m.def("empty_cache", [] { ef::LargeBlocks::instance().empty(); });
+  m.def("processor_features", &processor_features,
+        "The instruction sets beyond the baseline that this processor has; empty where the compiler cannot ask.");
 }

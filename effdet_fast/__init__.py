@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from effdet_fast.version import __version__
 
 if TYPE_CHECKING:
-    from effdet_fast._extension import empty_cache
+    from effdet_fast._libraries import empty_cache
     from effdet_fast.acceleration import accelerate, patch_torchvision, restore
     from effdet_fast.conversion import convert_checkpoint
     from effdet_fast.detector import Detector
@@ -26,7 +26,7 @@ _HOMES = {
     "accelerate": "effdet_fast.acceleration",
     "convert_checkpoint": "effdet_fast.conversion",
     "create_model": "effdet_fast.models",
-    "empty_cache": "effdet_fast._extension",
+    "empty_cache": "effdet_fast._libraries",
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
     "export_model": "effdet_fast.export",
     "list_models": "effdet_fast.models",

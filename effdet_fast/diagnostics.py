@@ -6,12 +6,14 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from effdet_fast import _extension, ops
+from effdet_fast import _libraries, ops
+from effdet_fast._build_info import sources_hash
 from effdet_fast.version import __version__
 
 REBUILD = "in the source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -66,7 +68,7 @@ def _add_packages(report: Report) -> None:
 
 def _add_toolchain(report: Report) -> None:
     compiler = _first_line("c++", "--version")
-    remedy = "install a C++20 compiler (g++ >= 10 or clang >= 12) to build the extension from source"
+    remedy = "install a C++20 compiler (g++ >= 10 or clang >= 12) to build the kernels from source"
     report.add("C++ compiler", compiler or "not found", None if compiler else remedy)
     nvcc = next((line for line in _output("nvcc", "--version").splitlines() if "release" in line), "")
     remedy = "to build CUDA kernels, install the CUDA toolkit of torch's major version, or set CUDA_HOME"
@@ -86,25 +88,36 @@ def _add_gpus(report: Report) -> None:
 
 
 def _add_build(report: Report) -> None:
-    info = _extension.build_info()
-    if info is None:
-        report.add("extension", f"not loaded: {_extension.import_error}", REBUILD, failed=True)
-        return
-    cuda = f" + CUDA {info['cuda']} ({info['cuda_archs']})" if info["cuda"] else ""
-    report.add("built", f"CPU ({info['cpu_levels']}){cuda}, by {info['compiler']}, against torch {info['torch']}")
-    report.add("CPU level", f"{info['cpu_level']} chosen on this processor")
-    if torch.cuda.is_available() and not info["cuda"]:
-        remedy = f"{REBUILD} (with EFFDET_FAST_CUDA=1 it tells what is in the way)"
-        report.add("CUDA kernels", "not built, though there is a GPU", remedy, failed=True)
-    elif torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
+    """The libraries of kernels: what is loaded, what is missing, and whether they fit the GPUs and the sources beside them."""
+    info, gpu = _libraries.build_info(), torch.cuda.is_available()
+    if cpu := info["cpu"]:
+        report.add("CPU kernels", f"{cpu['cpu_levels']} ({cpu['cpu_level']} chosen on this processor), {_origin(cpu)}")
+    else:
+        report.add("CPU kernels", f"not loaded: {_libraries.missing['cpu']}", REBUILD, failed=True)
+    if cuda := info["cuda"]:
+        report.add("CUDA kernels", f"CUDA {cuda['cuda']} ({cuda['cuda_archs']}), {_origin(cuda)}")
+        for i in range(torch.cuda.device_count() if gpu else 0):
             capability = torch.cuda.get_device_capability(i)
-            if not _covers(info["cuda_archs"], capability):
+            if not _covers(cuda["cuda_archs"], capability):
                 arch = "{}.{}".format(*capability)
                 remedy = f"with TORCH_CUDA_ARCH_LIST={arch}, {REBUILD}"
-                report.add(
-                    f"GPU {i}", f"built for {info['cuda_archs']}, not for this GPU's sm_{arch}", remedy, failed=True
-                )
+                value = f"kernels built for {cuda['cuda_archs']}, not for this GPU's sm_{arch}"
+                report.add(f"GPU {i}", value, remedy, failed=True)
+    else:
+        remedy = f"{REBUILD} (with EFFDET_FAST_CUDA=1 it tells what is in the way)"
+        report.add("CUDA kernels", f"not loaded: {_libraries.missing['cuda']}", remedy if gpu else None, failed=gpu)
+    checkout = Path(__file__).resolve().parents[1]
+    built_from = {library["sources"] for library in info.values() if library}
+    if built_from and (checkout / "csrc").is_dir() and built_from != {sources_hash(checkout)}:
+        report.add("sources", "changed since the kernels were built", REBUILD)
+    if helpers := _libraries.helpers():
+        report.add("processor", " ".join(helpers.processor_features()))
+    else:
+        report.add("processor", "not asked: effdet_fast._C was not built for this Python (optional)")
+
+
+def _origin(info: dict[str, Any]) -> str:
+    return f"by {info['compiler']}, against torch {info['torch']}, sources {info['sources']}"
 
 
 def _covers(built: str, capability: tuple[int, int]) -> bool:
@@ -115,7 +128,7 @@ def _covers(built: str, capability: tuple[int, int]) -> bool:
 
 
 def _devices() -> list[torch.device]:
-    native = _extension.native_device_types()
+    native = _libraries.native_device_types()
     names = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [torch.device(name) for name in names if name in native]
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from effdet_fast import _extension, diagnostics
+from effdet_fast import _libraries, diagnostics
 from effdet_fast.cli import doctor
 
 
@@ -16,7 +16,7 @@ def test_doctor_is_green(capsys):
     for expected in (
         "Python",
         "torch",
-        "built",
+        "CPU kernels",
         "sigmoid_focal_loss on cpu",
         "batched_nms_padded on cpu",
         "soft_nms on cpu",
@@ -56,11 +56,28 @@ def test_nan_is_not_a_pass(monkeypatch):
     assert not diagnostics.diagnose().ok
 
 
-def test_a_missing_extension_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(_extension, "_C", None)
-    monkeypatch.setattr(_extension, "import_error", "libcudart.so.13: cannot open shared object file")
-    (finding,) = (f for f in diagnostics.diagnose().findings if f.name == "extension")
-    assert finding.failed and "libcudart.so.13" in finding.value and finding.remedy
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setitem(_libraries.missing, "cpu", "libtorch_cpu.so: cannot open shared object file")
+    report = diagnostics.diagnose()
+    (finding,) = (f for f in report.findings if f.name == "CPU kernels")
+    assert finding.failed and "libtorch_cpu.so" in finding.value and finding.remedy
+    assert not any(f.name.endswith("on cpu") for f in report.findings)
+
+
+def test_missing_cuda_kernels_matter_only_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setitem(_libraries.missing, "cuda", "built with CUDA 13.0, but torch 2.11.0 has none")
+    for gpu in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        (finding,) = (f for f in diagnostics.diagnose().findings if f.name == "CUDA kernels")
+        assert finding.failed == gpu and bool(finding.remedy) == gpu and "built with CUDA 13.0" in finding.value
+
+
+def test_sources_that_changed_after_the_build_are_noticed(monkeypatch):
+    assert not any(f.name == "sources" for f in diagnostics.diagnose().findings)
+    monkeypatch.setattr(diagnostics, "sources_hash", lambda root: "other")
+    (finding,) = (f for f in diagnostics.diagnose().findings if f.name == "sources")
+    assert not finding.failed and "changed" in finding.value and finding.remedy
 
 
 @pytest.mark.parametrize(

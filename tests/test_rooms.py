@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import OPS
-from effdet_fast import _extension, ops
+from effdet_fast import _libraries, ops
 from effdet_fast.ops import _library
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,13 +36,18 @@ def test_the_room_is_complete(op):
     assert not missing
 
 
+def test_every_boundary_is_compiled():
+    text = (ROOT / "csrc/boundaries.cpp").read_text()
+    assert [op for op in OPS if f'#include "{op}/{op}.cpp"' not in text] == []
+
+
 def test_every_folder_of_kernels_is_a_known_op():
     assert {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()} == {*OPS, "common"}
 
 
 @pytest.mark.parametrize("device_type", ["CPU", "CUDA"])
 def test_every_raw_op_has_a_kernel(device_type):
-    if device_type.lower() not in _extension.native_device_types():
+    if device_type.lower() not in _libraries.native_device_types():
         pytest.skip(f"not built for {device_type}")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     missing = [name for name in _library.SCHEMAS if not has_kernel(f"effdet_fast::{name}", device_type)]

@@ -5,16 +5,21 @@
 #if defined(EF_EMULATE_CUDA)
 #include "cuda_emulation.h"  // tests/emulation: the same functions for a host compiler
 #else
+#include <stdexcept>
+#include <string>
+
 namespace ef {
-void check_launch(const char* name);  // throws with the kernel's name when the last launch was refused
+inline void check_cuda(const char* name, cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
+}
 
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Cuda device, Args... args) {
   if (shared_bytes > (48u << 10)) {  // above the default the kernel must opt in
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    check_cuda(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(device.stream)>>>(static_cast<Params>(args)...);
-  check_launch(name);
+  check_cuda(name, cudaGetLastError());
 }
 
 template <typename T>

@@ -11,12 +11,19 @@
 #define EF_HD inline __attribute__((always_inline))
 #endif
 
-// Host loops marked with this are compiled once per instruction set and chosen when the library is loaded. A lambda inside such a
-// function is not cloned: keep the loop itself in the marked function.
+// Host loops marked with EF_CPU_CLONES are compiled once per instruction set and chosen when the library is loaded. A lambda inside such
+// a function is not cloned: keep the loop itself in the marked function. Where the best loop is another with AVX-512, EF_CPU_AVX512
+// marks it, which runs only if has_avx512(), and EF_CPU_CLONES_TO_AVX2 the one for the others.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define EF_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define EF_CPU_CLONES_TO_AVX2 __attribute__((target_clones("arch=x86-64-v3", "default")))
+#define EF_CPU_AVX512 __attribute__((target("arch=x86-64-v4")))
+#define EF_CPU_HAS_AVX512 __builtin_cpu_supports("x86-64-v4")
 #else
 #define EF_CPU_CLONES
+#define EF_CPU_CLONES_TO_AVX2
+#define EF_CPU_AVX512
+#define EF_CPU_HAS_AVX512 false
 #endif
 
 namespace ef {
@@ -25,6 +32,11 @@ struct Cpu {};
 struct Cuda {
   void* stream;
 };
+
+inline bool has_avx512() {
+  static const bool has = EF_CPU_HAS_AVX512;
+  return has;
+}
 
 // Arithmetic type of a storage type.
 template <typename scalar_t>

@@ -12,11 +12,12 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "large_blocks.h"
 #include "platform.h"
 
 #if defined(EF_EMULATE_CUDA)
 #include "guarded_allocation.h"  // tests/emulation: NaN-filled memory between guard bytes
+#elif !defined(EF_WITH_CUDA)
+#include "large_blocks.h"
 #endif
 
 namespace ef {
@@ -63,12 +64,14 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+#if !defined(EF_WITH_CUDA)
   int64_t bytes = element_bytes(dtype);
   for (const int64_t size : sizes) bytes *= size;
   if (like.is_cpu() && bytes >= LargeBlocks::kLeast) {
     return torch::stable::from_blob(LargeBlocks::instance().take(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
                                     like.device(), dtype, [](void* block) { LargeBlocks::instance().give_back(block); });
   }
+#endif
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &handle));
@@ -130,28 +133,30 @@ struct DeviceScope<Cuda> {
 template <class F>
 void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
   switch (dtype) {
-    case ScalarType::Double:
-      return f.template operator()<double>();
     case ScalarType::Float:
       return f.template operator()<float>();
+#if !defined(EF_ONLY_FLOAT32)
+    case ScalarType::Double:
+      return f.template operator()<double>();
     case ScalarType::Half:
       return f.template operator()<c10::Half>();
     case ScalarType::BFloat16:
       return f.template operator()<c10::BFloat16>();
+#endif
     default:
       STD_TORCH_CHECK(false, name, ": dtype must be float16, bfloat16, float32 or float64");
   }
 }
 }  // namespace ef
 
-// EF_REGISTER(register_ops): register_ops<Device>(m) calls m.impl("name", TORCH_BOX(&function<Device>)) for each raw op. The emulated
-// library registers the CUDA path for CPU tensors in a namespace of its own.
+// EF_REGISTER(register_ops): register_ops<Device>(m) calls m.impl("name", TORCH_BOX(&function<Device>)) for each raw op. A boundary is
+// compiled once for each library, which registers its device. The emulated library registers the CUDA path for CPU tensors in a
+// namespace of its own.
 #if defined(EF_EMULATE_CUDA)
 #define EF_REGISTER(register_ops) \
   STABLE_TORCH_LIBRARY_IMPL(effdet_fast_emulated, CPU, m) { register_ops<ef::Cuda>(m); }
 #elif defined(EF_WITH_CUDA)
-#define EF_REGISTER(register_ops)                                              \
-  STABLE_TORCH_LIBRARY_IMPL(effdet_fast, CPU, m) { register_ops<ef::Cpu>(m); } \
+#define EF_REGISTER(register_ops) \
   STABLE_TORCH_LIBRARY_IMPL(effdet_fast, CUDA, m) { register_ops<ef::Cuda>(m); }
 #else
 #define EF_REGISTER(register_ops) \

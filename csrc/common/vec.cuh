@@ -11,8 +11,9 @@ template <typename T, int kSize>
 struct alignas(sizeof(T) * kSize) Vec {
   T v[kSize];
 };
+// One 16-byte access; one value of float64, which only gradient checks use: as few kernels as do.
 template <typename T>
-inline constexpr int kVecSize = 16 / sizeof(T);  // one 16-byte access
+inline constexpr int kVecSize = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
 
 template <int kSize, typename T>
 EF_HD Vec<T, kSize> load_vec(const T* p) {

@@ -16,19 +16,11 @@ struct VectorOf {
   typedef A type __attribute__((vector_size(32)));
 };
 
-// Vectors of 64 bytes: a register of AVX-512, two anywhere else. Where the loader picks the clones for it, loops may take them.
+// Vectors of 64 bytes: a register of AVX-512, two anywhere else.
 template <typename A>
 struct WideVectorOf {
   typedef A type __attribute__((vector_size(64)));
 };
-inline bool has_wide_vectors() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // as EF_CPU_CLONES
-  static const bool has = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return has;
-#else
-  return false;
-#endif
-}
 
 template <typename V, typename A>
 inline constexpr int kLanes = sizeof(V) / sizeof(A);

@@ -115,8 +115,9 @@ std::vector<acc_t<scalar_t>> packed_filter(const Shape& s, const scalar_t* weigh
 }
 
 // Rows of results made at once: two where all rows that they read, from `first` on, are there.
+template <typename A>
 int results_at_once(const Shape& s, int64_t left, int64_t first, int64_t rows) {
-  return can_pair(s.kernel, s.stride) && left >= 2 && first >= 0 && first + s.kernel < rows ? 2 : 1;
+  return can_pair<A>(s.kernel, s.stride) && left >= 2 && first >= 0 && first + s.kernel < rows ? 2 : 1;
 }
 
 template <typename scalar_t>
@@ -141,7 +142,7 @@ void forward_part(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filt
   filter += part.first_channel * s.kernel * s.kernel;
   for (int64_t oy = part.first_row; oy < part.last_row;) {
     const int64_t first = oy * s.stride - s.top;
-    const int results = results_at_once(s, part.last_row - oy, first, s.h);
+    const int results = results_at_once<A>(s, part.last_row - oy, first, s.h);
     job.rows = 0;
     for (int ky = 0; ky < s.kernel; ++ky) {
       if (first + ky < 0 || first + ky >= s.h) continue;
@@ -184,7 +185,7 @@ void grad_input_part(const Shape& s, const scalar_t* grad, const scalar_t* x, co
   for (int64_t iy = part.first_row; iy < part.last_row;) {
     const int q = int((iy + s.top) % s.stride), row_taps = phase_taps(s.kernel, s.stride, q);
     const int64_t last = (iy + s.top) / s.stride, first = last - (row_taps - 1);
-    const int results = results_at_once(s, part.last_row - iy, first, s.oh);
+    const int results = results_at_once<A>(s, part.last_row - iy, first, s.oh);
     A* lines[2];
     for (int i = 0; i < results; ++i) {
       lines[i] = in_place ? out.line(part.n, iy + i) : scratch_lines + i * size;

@@ -28,7 +28,8 @@ EF_HD Units units_of(const Shape& s, int columns, int64_t slab_rows) {
 // Adds a unit of `rows` rows of grad. grad and x point to its first output and the first input that it reaches, which lies in row iy of
 // the image and may be outside. Step m loads row m of grad and the input rows m s, ..., m s + s - 1, which meet the rows m - a of grad
 // through the taps ky = u + a s. Row m of grad stays in the registers m % (kDepth + 1), which the loop's unrolling makes constants.
-// In all steps but the first and last few every row is there: nothing else is asked in them.
+// In all steps but the first and last few every row is there: nothing else is asked in them, but in float64, for which only gradient
+// checks ask.
 template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t, typename A>
 __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in, const Strides& out, const scalar_t* grad,
                          const scalar_t* x, int rows, int64_t iy, int64_t ix, bool wide, int with_bias,
@@ -45,6 +46,7 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
   Rows<0, kColumns, kColumns, kVec, true, kAhead, scalar_t> outputs(grad, {0, unsigned(rows)}, out.row, all, out.column, wide);
   Rows<kKernel / 2, kColumns, kLoaded, kVec, true, kAhead, scalar_t> inputs(x, rows_inside(iy, (rows + kDepth) * kStride, s.h), in.row,
                                                                             valid, in.column, wide);
+  constexpr bool kFullSteps = sizeof(scalar_t) < 8;
   A g[kRows][kColumns][kVec];
   for (int first = 0; first < rows + kDepth; first += kRows) {
 #pragma unroll
@@ -76,7 +78,7 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
           }
         }
       };
-      if (unsigned(m - first_full) < full_steps) [[likely]] {
+      if (kFullSteps && unsigned(m - first_full) < full_steps) [[likely]] {
         step.template operator()<true>();
       } else {
         if (m >= rows + kDepth) break;
@@ -86,14 +88,15 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
   }
 }
 
-// blockDim.x channel groups x blockDim.y shares of the chunk's units. In nchw the lanes of a warp share one channel: blockDim.x = 1,
-// kLanesShare, and shares are added over the warp first.
-template <int kKernel, int kStride, int kColumns, int kVec, bool kLanesShare, typename scalar_t>
+// blockDim.x channel groups x blockDim.y shares of the chunk's units. Where a thread has one channel, as in nchw, the lanes of a warp share
+// it: blockDim.x = 1, and shares are added over the warp first.
+template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, scalar_t>)
     depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks, int with_bias,
                                       acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
   using A = acc_t<scalar_t>;
   constexpr int kTaps = kKernel * kKernel;
+  constexpr bool kLanesShare = kVec == 1;
   const Task<scalar_t>& task = task_of(tasks, blockIdx.y);
   const Shape& s = task.level.shape;
   const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, s
       const int rows = int(oy + task.slab_rows < s.oh ? task.slab_rows : s.oh - oy);
       const scalar_t* grad = task.level.grad + n * out.image + c * out.channel + oy * out.row + ox * out.column;
       const scalar_t* x = task.level.x + n * in.image + c * in.channel + iy * in.row + ix * in.column;
-      if (is_group) {
+      if (kColumns > 1 && is_group) {
         add_unit<kKernel, kStride, kColumns, kVec>(s, prologue, in, out, grad, x, rows, iy, ix, kStride == 1 && task.wide, with_bias, sum);
       } else {
         add_unit<kKernel, kStride, 1, kVec>(s, prologue, in, out, grad, x, rows, iy, ix, false, with_bias, sum);

@@ -11,6 +11,10 @@ namespace ef::depthwise_conv {
 constexpr int kTileColumns = 8;
 constexpr int kCorrelateColumns = 16;  // worked on lane after lane: their rows stay in the first-level cache
 
+// Loops for all of a tile's cases take long to compile; double, which only gradient checks use, has the most general ones.
+template <typename A>
+inline constexpr bool kFewLoops = std::is_same_v<A, double>;
+
 // Memory that the next line reads or writes, so many bytes for each value of this one: a tile asks for its share of it, so that it comes
 // while the processor computes. The lines are too many streams for the processor to foresee them.
 struct Ahead {
@@ -38,7 +42,10 @@ struct ConvolveJob {
 };
 
 // Two results at once share most of what they read. AVX-512 has registers for the sums of both and a filter of 3 x 3.
-inline bool can_pair(int kernel, int step) { return kernel == 3 && step == 1 && has_wide_vectors(); }
+template <typename A>
+bool can_pair(int kernel, int step) {
+  return kernel == 3 && step == 1 && !kFewLoops<A> && has_avx512();
+}
 
 // A tap outside the line adds nothing, not even zero times the filter; only checked tiles have such taps.
 template <int kTaps, int kColumns, bool kChecked, typename V, typename A>
@@ -106,19 +113,21 @@ EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t lane
 // A line is cut into tiles of eight columns, a rest of up to four of them into one of four; the last tile may overlap the one before.
 template <int kTaps, int kStep, bool kPair, typename V, typename A>
 EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
+  constexpr int kNarrow = kFewLoops<A> ? 1 : 4;
   for (int64_t j = 0; j < job.columns;) {
-    const int64_t left = job.columns - j, width = left > 4 && job.columns >= kTileColumns ? kTileColumns : job.columns >= 4 ? 4 : 1;
+    const int64_t left = job.columns - j;
+    const int64_t width = left > kNarrow && job.columns >= kTileColumns ? kTileColumns : job.columns >= kNarrow ? kNarrow : 1;
     const int64_t column = std::min(j, job.columns - width), start = column * kStep + job.offset;
-    const bool inside = start >= 0 && start + (width - 1) * kStep + kTaps <= job.in_columns;
+    const bool inside = !kFewLoops<A> && start >= 0 && start + (width - 1) * kStep + kTaps <= job.in_columns;
     for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
       const int64_t first = column * job.lanes + lane * width, count = width * kLanes<V, A>;
       for (int i = 0; i < (kPair ? 2 : kStep); ++i) job.ahead_in[i].template ask<false>(first, count);
       if (!kPair) job.ahead_out.template ask<true>(first, count);
       if (width == kTileColumns) {
-        inside ? convolve_tile<kTaps, kStep, kTileColumns, false, kPair, V>(job, column, lane)
+        inside ? convolve_tile<kTaps, kStep, kTileColumns, kFewLoops<A>, kPair, V>(job, column, lane)
                : convolve_tile<kTaps, kStep, kTileColumns, true, kPair, V>(job, column, lane);
-      } else if (width == 4) {
-        convolve_tile<kTaps, kStep, 4, true, kPair, V>(job, column, lane);
+      } else if (width == kNarrow) {
+        convolve_tile<kTaps, kStep, kNarrow, true, kPair, V>(job, column, lane);
       } else {
         convolve_tile<kTaps, kStep, 1, true, kPair, V>(job, column, lane);
       }
@@ -127,20 +136,32 @@ EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
   }
 }
 
-template <int kTaps, int kStep, bool kPair = false, typename A>
-EF_CPU_CLONES void convolve_line(const ConvolveJob<A>& job) {
+template <int kTaps, int kStep, bool kPair, typename A>
+EF_CPU_AVX512 void convolve_line_avx512(const ConvolveJob<A>& job) {
   using Wide = typename WideVectorOf<A>::type;
-  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, kPair, Wide>(job);
+  if (job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, kPair, Wide>(job);
   convolve_tiles<kTaps, kStep, kPair, typename VectorOf<A>::type>(job);
+}
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES_TO_AVX2 void convolve_line(const ConvolveJob<A>& job) {
+  convolve_tiles<kTaps, kStep, false, typename VectorOf<A>::type>(job);
 }
 
 template <typename A>
 void convolve(int taps, int step, const ConvolveJob<A>& job) {
-  if (job.out_below) return convolve_line<3, 1, true>(job);
-  if (step == 2) return taps == 3 ? convolve_line<3, 2>(job) : convolve_line<5, 2>(job);
-  if (taps == 1) return convolve_line<1, 1>(job);
-  if (taps == 2) return convolve_line<2, 1>(job);
-  return taps == 3 ? convolve_line<3, 1>(job) : convolve_line<5, 1>(job);
+  const auto run = [&]<int kTaps, int kStep>() {
+    if constexpr (!kFewLoops<A>) {
+      if (has_avx512()) return convolve_line_avx512<kTaps, kStep, false>(job);
+    }
+    convolve_line<kTaps, kStep>(job);
+  };
+  if constexpr (!kFewLoops<A>) {
+    if (job.out_below) return convolve_line_avx512<3, 1, true>(job);
+  }
+  if (step == 2) return taps == 3 ? run.template operator()<3, 2>() : run.template operator()<5, 2>();
+  if (taps == 1) return run.template operator()<1, 1>();
+  if (taps == 2) return run.template operator()<2, 1>();
+  return taps == 3 ? run.template operator()<3, 1>() : run.template operator()<5, 1>();
 }
 
 // sums[r][t] += sum over j of grad[j] * in[r][j kStep + offset + t], for every lane.
@@ -190,8 +211,8 @@ EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t j, int64_
   while (j < last) {
     const int64_t start = j * kStep + job.offset;
     if (j + kColumns <= last) {
-      const bool inside = start >= 0 && start + (kColumns - 1) * kStep + kTaps <= job.in_columns;
-      inside ? correlate_tile<kTaps, kStep, kRows, kColumns, false, V>(job, row, j, lane, sum)
+      const bool inside = !kFewLoops<A> && start >= 0 && start + (kColumns - 1) * kStep + kTaps <= job.in_columns;
+      inside ? correlate_tile<kTaps, kStep, kRows, kColumns, kFewLoops<A>, V>(job, row, j, lane, sum)
              : correlate_tile<kTaps, kStep, kRows, kColumns, true, V>(job, row, j, lane, sum);
       j += kColumns;
     } else {
@@ -207,7 +228,7 @@ EF_HD void correlate_rows(const CorrelateJob<A>& job, int row, int64_t j, int64_
 
 template <int kTaps, int kStep, typename V, typename A>
 EF_HD void correlate_tiles(const CorrelateJob<A>& job) {
-  constexpr int kRows = kTaps == 3 ? 3 : 2;  // as many as have their sums in registers
+  constexpr int kRows = kFewLoops<A> ? 1 : kTaps == 3 ? 3 : 2;  // as many as have their sums in registers
   for (int64_t first = 0; first < job.columns; first += kCorrelateColumns) {
     const int64_t last = std::min(job.columns, first + kCorrelateColumns), width = last - first;
     for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
@@ -227,15 +248,25 @@ EF_HD void correlate_tiles(const CorrelateJob<A>& job) {
 }
 
 template <int kTaps, int kStep, typename A>
-EF_CPU_CLONES void correlate_line(const CorrelateJob<A>& job) {
+EF_CPU_AVX512 void correlate_line_avx512(const CorrelateJob<A>& job) {
   using Wide = typename WideVectorOf<A>::type;
-  if (has_wide_vectors() && job.lanes % kLanes<Wide, A> == 0) return correlate_tiles<kTaps, kStep, Wide>(job);
+  if (job.lanes % kLanes<Wide, A> == 0) return correlate_tiles<kTaps, kStep, Wide>(job);
+  correlate_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
+}
+template <int kTaps, int kStep, typename A>
+EF_CPU_CLONES_TO_AVX2 void correlate_line(const CorrelateJob<A>& job) {
   correlate_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
 }
 
 template <typename A>
 void correlate(int taps, int step, const CorrelateJob<A>& job) {
-  if (step == 1) return taps == 3 ? correlate_line<3, 1>(job) : correlate_line<5, 1>(job);
-  return taps == 3 ? correlate_line<3, 2>(job) : correlate_line<5, 2>(job);
+  const auto run = [&]<int kTaps, int kStep>() {
+    if constexpr (!kFewLoops<A>) {
+      if (has_avx512()) return correlate_line_avx512<kTaps, kStep>(job);
+    }
+    correlate_line<kTaps, kStep>(job);
+  };
+  if (step == 1) return taps == 3 ? run.template operator()<3, 1>() : run.template operator()<5, 1>();
+  return taps == 3 ? run.template operator()<3, 2>() : run.template operator()<5, 2>();
 }
 }  // namespace ef::depthwise_conv

@@ -1,4 +1,4 @@
-"""The raw operators `torch.ops.effdet_fast.*`: schemas and fake functions live in Python, kernels in the extension."""
+"""The raw operators `torch.ops.effdet_fast.*`: schemas and fake functions live in Python, kernels in the compiled libraries."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from effdet_fast._extension import native_device_types
+from effdet_fast._libraries import native_device_types
 from effdet_fast.ops._arguments import device_type
 
 _LIBRARY = torch.library.Library("effdet_fast", "FRAGMENT")
@@ -15,7 +15,7 @@ _native = native_device_types()
 
 
 def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
-    """Declares a raw operator and what its outputs look like; returns it. The extension supplies its kernels."""
+    """Declares a raw operator and what its outputs look like; returns it. The compiled libraries supply its kernels."""
     name = schema.partition("(")[0]
     SCHEMAS[name] = schema
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,4 +1,4 @@
-"""What the machine code of the built extension must look like, and how it is read."""
+"""What the machine code of the built library must look like, and how it is read."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import kernels
-from effdet_fast import _extension
+from effdet_fast import _libraries
 
 needs_machine_code = pytest.mark.skipif(
-    "cuda" not in _extension.native_device_types() or kernels.find_cuobjdump() is None,
-    reason="needs an extension with CUDA kernels, and cuobjdump",
+    "cuda" not in _libraries.native_device_types() or kernels.find_cuobjdump() is None,
+    reason="needs the CUDA kernels, and cuobjdump",
 )
 
 RESOURCES = """
@@ -60,7 +60,7 @@ def test_a_failing_cuobjdump_is_an_error(tmp_path):
 
 @needs_machine_code
 def test_no_kernel_spills():
-    found = kernels.kernels(kernels.find_extension(), kernels.find_cuobjdump())
+    found = kernels.kernels(_libraries.path_of("cuda"), kernels.find_cuobjdump())
     assert len(found) >= 100
     spilling = [kernel for kernel in found if kernel.stack]
     assert not list(zip(kernels.readable([k.name for k in spilling]), [k.stack for k in spilling], strict=True))

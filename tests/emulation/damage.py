@@ -21,5 +21,5 @@ def assert_noticed(folder: Path, op: str, self_test: str, file: str, sound: str,
     text = source.read_text()
     assert sound in text, "the control no longer fits the kernel"
     source.write_text(text.replace(sound, damaged))
-    done = check(build(folder / "csrc", only=op), self_test)
+    done = check(build(folder / "csrc", only=op, only_float32=True), self_test)
     assert done.returncode == 1, done.stdout + done.stderr

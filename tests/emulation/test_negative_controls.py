@@ -103,12 +103,13 @@ DAMAGES = [
 
 
 def test_the_sound_kernels_pass():
-    done = check(build())
+    """As they are built for the damages: what a self-test needed beyond float32 would fail here."""
+    done = check(build(only_float32=True))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_removed_barrier_is_noticed():
-    library = build(defines=("EF_EMULATION_WITHOUT_BARRIERS",), only="focal_loss")
+    library = build(defines=("EF_EMULATION_WITHOUT_BARRIERS",), only="focal_loss", only_float32=True)
     done = check(library, "sigmoid_focal_loss")
     assert done.returncode == 1, done.stdout + done.stderr
 

@@ -1,0 +1,28 @@
+"""What a library of kernels was built from, read from its file without loading it. `setup.py` uses this too: no torch here."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MARK = "effdet_fast build info: "  # stands before the JSON text in the file, see csrc/library.cpp
+
+
+def sources_hash(root: Path) -> str:
+    """Of all that the libraries are built from: `csrc` and `setup.py` in the source folder `root`."""
+    digest = hashlib.sha256()
+    files = (path for path in (root / "csrc").rglob("*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
+    for path in sorted([*files, root / "setup.py"]):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(text)}\n".encode() + text)
+    return digest.hexdigest()[:16]
+
+
+def read_build_info(library: Path) -> dict[str, Any] | None:
+    """The build information in a library's file; None where there is no such file, or it is not one of ours."""
+    try:
+        found = re.search(MARK.encode() + rb"(\{[^\0]*\})\0", library.read_bytes())
+        return json.loads(found[1]) if found else None
+    except (OSError, ValueError):
+        return None

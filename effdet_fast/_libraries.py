@@ -1,0 +1,91 @@
+"""Loads the libraries of kernels, `kernels_cpu.so` and `kernels_cuda.so`, or knows why they are not there."""
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from effdet_fast._build_info import read_build_info
+
+missing: dict[str, str] = {}  # device type -> why its kernels are not loaded
+
+
+def path_of(device_type: str) -> Path:
+    """Where the library with the kernels for "cpu" or "cuda" lies, if it was built."""
+    return Path(__file__).with_name(f"kernels_{device_type}.so")
+
+
+def _load(device_type: str) -> None:
+    path = path_of(device_type)
+    if not path.exists():
+        missing[device_type] = "not built"
+    elif reason := _why_not_for_this_torch(path):
+        missing[device_type] = reason
+    else:
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            missing[device_type] = str(error)
+
+
+def _why_not_for_this_torch(path: Path) -> str | None:
+    """CUDA's libraries are one set for each major version; with another one's, loading fails in words that help nobody."""
+    built = (read_build_info(path) or {}).get("cuda")
+    if built is None or (torch.version.cuda or "").split(".")[0] == built.split(".")[0]:
+        return None
+    here = f"CUDA {torch.version.cuda}" if torch.version.cuda else "none"
+    return f"built with CUDA {built}, but torch {torch.__version__} has {here}"
+
+
+_load("cpu")
+_load("cuda")
+if "cpu" in missing:
+    warnings.warn(
+        "effdet_fast: the compiled kernels are not available, every op runs on its slower reference implementation "
+        f"({missing['cpu']}). `effdet-fast doctor` says what to do.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def native_device_types() -> frozenset[str]:
+    """Device types that have compiled kernels."""
+    return frozenset({"cpu", "cuda"} - missing.keys())
+
+
+def build_info() -> dict[str, dict[str, Any] | None]:
+    """What each library was built from and with, by device type; None for one that is not loaded.
+
+    Both have `sources` (a hash of csrc and setup.py), `compiler` and `torch`; "cpu" has `cpu_levels` (the instruction sets that
+    were compiled) and `cpu_level` (the one chosen on this processor), "cuda" has `cuda` (the toolkit's version) and `cuda_archs`.
+    """
+    info: dict[str, dict[str, Any] | None] = {"cpu": None, "cuda": None}
+    if "cpu" not in missing:
+        level = torch.ops.effdet_fast.cpu_level()
+        info["cpu"] = {**json.loads(torch.ops.effdet_fast.cpu_build_info()), "cpu_level": level}
+    if "cuda" not in missing:
+        info["cuda"] = json.loads(torch.ops.effdet_fast.cuda_build_info())
+    return info
+
+
+def helpers() -> ModuleType | None:
+    """The optional pybind11 module `effdet_fast._C`; None where it was not built for this Python."""
+    try:
+        return importlib.import_module("effdet_fast._C")
+    except ImportError:
+        return None
+
+
+def empty_cache() -> None:
+    """Frees the memory of former outputs on the CPU that is kept for later ones.
+
+    Ops with kernels of their own write outputs of 128 KiB and more into memory of former ones, and up to a quarter more than was
+    ever in use at once stays with the process. This gives back what no tensor holds. For a GPU there is
+    ``torch.cuda.empty_cache``.
+    """
+    if "cpu" not in missing:
+        torch.ops.effdet_fast.empty_cache()
