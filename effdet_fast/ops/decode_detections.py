@@ -224,7 +224,10 @@ def _with_anchors(found: Detections, anchor_indices: Tensor) -> Detections:
     if anchor_indices.shape[1] == 0:
         return found
     anchors = anchor_indices.gather(1, found.indices.clamp(min=0))
-    return found._replace(indices=torch.where(found.indices >= 0, anchors, -1))
+    indices = torch.where(found.indices >= 0, anchors, -1)
+    return Detections(
+        found.boxes, found.scores, found.labels, indices, found.counts
+    )  # _replace is not traced by torch 2.11
 
 
 def _dense(x: Tensor) -> Tensor:

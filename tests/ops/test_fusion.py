@@ -202,8 +202,7 @@ def test_silu_is_right_to_the_last_digits_over_its_range(backend):
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)], ids=str)
 @pytest.mark.parametrize("node", ["top down", "bottom up"])
 def test_equals_effdet(backend, weight_method, method, size, node):
-    from effdet.efficientdet import FpnCombine
-
+    FpnCombine = pytest.importorskip("effdet.efficientdet").FpnCombine
     down, up = (2 * size[0], 2 * size[1]), ((size[0] + 1) // 2, (size[1] + 1) // 2)
     sizes = [size, up] if node == "top down" else [size, size, down]
     resample = (N, M) if node == "top down" else (N, N, P)
