@@ -30,7 +30,7 @@ def describe(device: torch.device, command_line: list[str]) -> dict[str, Any]:
             "effdet_fast": __version__,
             **{name: version_of(name) for name in ("torchvision", "effdet", "timm")},
         },
-        "build": _libraries.build_info(),
+        "build": {key: value for info in _libraries.build_info().values() for key, value in (info or {}).items()},
         "commit": commit,
         "uncommitted_changes": dirty,
         "threads": torch.get_num_threads(),

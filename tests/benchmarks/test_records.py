@@ -130,6 +130,7 @@ def test_the_environment_says_what_was_measured_with_what():
     assert described["threads"] == torch.get_num_threads()
     assert described["command"] == "python -m benchmarks nms --case 'a b'"
     assert {"date", "build", "commit", "uncommitted_changes"} <= described.keys()
+    assert described["build"]["cpu_level"] in ("baseline", "avx2", "avx512")  # part of a record's name
 
 
 def test_a_new_source_file_is_an_uncommitted_change_and_a_new_record_is_not(tmp_path):
