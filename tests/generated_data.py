@@ -1,4 +1,4 @@
-"""Small generated data sets: coloured rectangles and ellipses on noise, with a COCO annotations file."""
+"""Generated data: small sets of coloured rectangles and ellipses on noise, with a COCO annotations file, and random objects."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 80, 230), (230, 210, 40), (200, 60, 210), (40, 210, 210))
@@ -65,3 +66,21 @@ def make_dataset(
         json.dumps({"images": image_rows, "annotations": annotation_rows, "categories": categories})
     )
     return images_dir, annotations_file
+
+
+def random_objects(
+    batch: int, rows: int, image_size: tuple[int, int], num_classes: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padded ground truth: the first image has only padding rows, the others fewer and fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = image_size
+    size = torch.tensor([width, height, width, height], dtype=torch.float32)
+    corner = torch.rand(batch, rows, 2, generator=generator) * 0.8
+    side = 0.02 + torch.rand(batch, rows, 2, generator=generator) ** 2 * 0.6
+    boxes = torch.cat([corner, (corner + side).clamp(max=1.0)], dim=-1) * size
+    labels = torch.randint(num_classes, (batch, rows), generator=generator)
+    labels[0] = -1
+    for image in range(2, batch):
+        labels[image, rows - image :] = -1
+    boxes[labels < 0] = -1.0
+    return boxes, labels

@@ -103,3 +103,24 @@ def test_without_the_extension_the_reference_runs_and_warns_once(tmp_path):
         check=False,
     )
     assert done.returncode == 0 and str(tmp_path / "installed") in done.stdout, done.stdout + done.stderr
+
+
+def test_only_coco_metrics_need_pycocotools():
+    """A training step, captured or not, and its tests on a GPU run without it and without effdet."""
+    program = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('pycocotools', 'effdet'):\n"
+        "            raise ModuleNotFoundError(f'no {name} here', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "import effdet_fast.cli.main, effdet_fast.detector, effdet_fast.export, effdet_fast.acceleration\n"
+        "import tests.training.test_graphed_step_cuda, tests.training.test_trainer_cuda\n"
+        "from effdet_fast.evaluation import coco_metrics\n"
+        "try:\n"
+        "    coco_metrics(None, [])\n"
+        "except ModuleNotFoundError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("no pycocotools"), done.stdout + done.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from effdet_fast.data.annotations import CocoAnnotations
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -32,6 +33,8 @@ def coco_metrics(annotations: CocoAnnotations, results: list[dict[str, Any]]) ->
     Raises:
         ValueError: a result for an image that the file does not have.
     """
+    from pycocotools.cocoeval import COCOeval  # here, as whoever trains without evaluating needs no pycocotools
+
     known = set(annotations.image_ids.tolist())
     for result in results:
         if result["image_id"] not in known:
@@ -72,6 +75,8 @@ def _result_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _coco(annotations: CocoAnnotations, rows: list[dict[str, Any]]) -> COCO:
+    from pycocotools.coco import COCO
+
     coco = COCO()
     coco.dataset = {
         "images": [{"id": i} for i in annotations.image_ids.tolist()],

@@ -81,24 +81,6 @@ def model_pair(name: str, image_size: tuple[int, int], num_classes: int = 90) ->
     return Pair(peer.eval(), ours.eval())
 
 
-def random_objects(
-    batch: int, rows: int, image_size: tuple[int, int], num_classes: int, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded ground truth: the first image has only padding rows, the others fewer and fewer."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = image_size
-    size = torch.tensor([width, height, width, height], dtype=torch.float32)
-    corner = torch.rand(batch, rows, 2, generator=generator) * 0.8
-    side = 0.02 + torch.rand(batch, rows, 2, generator=generator) ** 2 * 0.6
-    boxes = torch.cat([corner, (corner + side).clamp(max=1.0)], dim=-1) * size
-    labels = torch.randint(num_classes, (batch, rows), generator=generator)
-    labels[0] = -1
-    for image in range(2, batch):
-        labels[image, rows - image :] = -1
-    boxes[labels < 0] = -1.0
-    return boxes, labels
-
-
 def distance(gradients: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
     """Of all gradients together, relative."""
     pair = [torch.cat([gradient.flatten().double() for gradient in each]) for each in (gradients, expected)]

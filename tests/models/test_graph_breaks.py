@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from effdet_fast.models import create_model
-from tests.models.effdet_models import random_objects
+from tests.generated_data import random_objects
 
 NAMES = [
     pytest.param("efficientdet_d0", marks=pytest.mark.slow),

@@ -14,7 +14,7 @@ from effdet_fast.models.extra_levels import max_pool
 from effdet_fast.nn import BatchNormAct2d, BlockSequence, SeparableConv2d
 from effdet_fast.ops.anchor_matching import pairwise_iou
 from effdet_fast.ops.detection_loss import per_anchor_view
-from tests.models.effdet_models import random_objects
+from tests.generated_data import random_objects
 
 NAMES = ["efficientdet_d0", "efficientdet_lite0"]
 

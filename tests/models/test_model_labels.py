@@ -15,7 +15,8 @@ from effdet_fast.models.anchors import AnchorCache, feature_sizes, generate_anch
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.ops import match_anchors
 from effdet_fast.ops._boxes import decode_boxes, encode_boxes
-from tests.models.effdet_models import effdet, peer_name, random_objects
+from tests.generated_data import random_objects
+from tests.models.effdet_models import effdet, peer_name
 
 
 def peer_anchors(config: DetectorConfig) -> Anchors:

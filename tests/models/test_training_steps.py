@@ -12,7 +12,7 @@ from effdet_fast.models import DetectionModel, create_model, list_models
 from effdet_fast.models.config import CHOICES
 from effdet_fast.models.necks import NECKS
 from effdet_fast.nn import BlockSequence
-from tests.models.effdet_models import random_objects
+from tests.generated_data import random_objects
 
 SIZE = (96, 128)
 SMALL = {"image_size": SIZE, "fpn_channels": 32, "fpn_cells": 1, "head_repeats": 1, "drop_path_rate": 0.0}

@@ -18,7 +18,7 @@ from effdet_fast.training.graphed_step import MOST_CHANGES, WARMUP_STEPS
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate, why_not_capturable
 from effdet_fast.training.seeding import seed_step
 from effdet_fast.training.static_batch import StaticBatch
-from tests.models.effdet_models import random_objects
+from tests.generated_data import random_objects
 from tests.training.test_step import SIZE, batches, real, tiny
 
 

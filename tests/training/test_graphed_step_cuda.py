@@ -8,8 +8,6 @@ import warnings
 import pytest
 import torch
 
-pytest.importorskip("pycocotools", reason="evaluation needs pycocotools")
-
 from effdet_fast.training import GraphedStep, ModelEma, TrainingStep, train
 from effdet_fast.training.graphed_step import WARMUP_STEPS
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate
@@ -157,6 +155,7 @@ def test_a_loaded_optimizer_leads_to_a_new_capture():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_with_a_graph_is_the_run_without(tmp_path, workers):
+    pytest.importorskip("pycocotools", reason="the run evaluates")
     images, annotations = make_dataset(tmp_path / "data", images=8)
     options = {"train_images": images, "train_annotations": annotations, "image_size": 128, "batch_size": 2}
     options |= {"val_images": images, "val_annotations": annotations, "workers": workers, "device": "cuda"}

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from effdet_fast.models import create_model
 from effdet_fast.training import ModelEma, TrainingStep
 from effdet_fast.training.optimizer import DeviceLearningRates, create_optimizer
-from tests.models.effdet_models import random_objects
+from tests.generated_data import random_objects
 from tests.training.host_reads import NoHostRead, NoHostTensor
 from tests.training.tiny_detector import TinyConfig, TinyDetector
 

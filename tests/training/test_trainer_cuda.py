@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("pycocotools", reason="evaluation needs pycocotools")
-
 from effdet_fast.training import train
 from effdet_fast.training.trainer import Trainer
 from tests.generated_data import make_dataset
@@ -17,6 +15,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(("amp", "optimizer"), [("none", "sgd"), ("bf16", "adamw"), ("fp16", "sgd")])
 def test_a_step_of_the_real_model_never_waits_for_the_gpu(tmp_path, monkeypatch, amp, optimizer):
+    pytest.importorskip("pycocotools", reason="the run evaluates")
     images, annotations = make_dataset(tmp_path / "data", images=8)
     step, watched = Trainer._train_step, []
 
