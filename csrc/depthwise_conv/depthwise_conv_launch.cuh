@@ -62,6 +62,7 @@ Tasks<scalar_t> tasks_of(const Levels<scalar_t>& levels) {
   }
   return tasks;
 }
+
 // The grid of a marching kernel in which a level has so many cells and `rows` steps; completes the tasks.
 template <typename scalar_t, class Cells, class Rows>
 dim3 marching_grid(int levels, Tasks<scalar_t>& tasks, const Cells& cells, const Rows& rows) {
