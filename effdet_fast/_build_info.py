@@ -26,3 +26,10 @@ def read_build_info(library: Path) -> dict[str, Any] | None:
         return json.loads(found[1]) if found else None
     except (OSError, ValueError):
         return None
+
+
+def covers(cuda_archs: str, capability: tuple[int, int]) -> bool:
+    """Code for sm_XY runs on sm_XZ with Z >= Y; PTX of the newest one runs on everything newer."""
+    archs = [(int(a[3:-1]), int(a[-1])) for a in cuda_archs.replace("a", "").split(", ") if a.startswith("sm_")]
+    same_major = any(major == capability[0] and minor <= capability[1] for major, minor in archs)
+    return same_major or ("PTX" in cuda_archs and bool(archs) and max(archs) <= capability)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effdet_fast import _libraries, ops
-from effdet_fast._build_info import sources_hash
+from effdet_fast._build_info import covers, sources_hash
 from effdet_fast.version import __version__
 
 REBUILD = "in the source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
@@ -98,7 +98,7 @@ def _add_build(report: Report) -> None:
         report.add("CUDA kernels", f"CUDA {cuda['cuda']} ({cuda['cuda_archs']}), {_origin(cuda)}")
         for i in range(torch.cuda.device_count() if gpu else 0):
             capability = torch.cuda.get_device_capability(i)
-            if not _covers(cuda["cuda_archs"], capability):
+            if not covers(cuda["cuda_archs"], capability):
                 arch = "{}.{}".format(*capability)
                 remedy = f"with TORCH_CUDA_ARCH_LIST={arch}, {REBUILD}"
                 value = f"kernels built for {cuda['cuda_archs']}, not for this GPU's sm_{arch}"
@@ -118,13 +118,6 @@ def _add_build(report: Report) -> None:
 
 def _origin(info: dict[str, Any]) -> str:
     return f"by {info['compiler']}, against torch {info['torch']}, sources {info['sources']}"
-
-
-def _covers(built: str, capability: tuple[int, int]) -> bool:
-    """Code for sm_XY runs on sm_XZ with Z >= Y; PTX of the newest one runs on everything newer."""
-    archs = [(int(a[3:-1]), int(a[-1])) for a in built.replace("a", "").split(", ") if a.startswith("sm_")]
-    same_major = any(major == capability[0] and minor <= capability[1] for major, minor in archs)
-    return same_major or ("PTX" in built and bool(archs) and max(archs) <= capability)
 
 
 def _devices() -> list[torch.device]:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from effdet_fast import _libraries, diagnostics
+from effdet_fast import _build_info, _libraries, diagnostics
 from effdet_fast.cli import doctor
 
 
@@ -93,7 +93,7 @@ def test_sources_that_changed_after_the_build_are_noticed(monkeypatch):
     ],
 )
 def test_architectures(built, capability, covered):
-    assert diagnostics._covers(built, capability) == covered
+    assert _build_info.covers(built, capability) == covered
 
 
 def test_self_tests_can_fail(monkeypatch):

@@ -1,6 +1,7 @@
 """The order, the limits and the summary of `make gpu`, with commands that need no GPU."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -129,16 +130,44 @@ def test_the_plan():
     assert by_name["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     assert by_name["benchmark nms"].command[2:6] == ["benchmarks", "nms", "--device", "cuda"]
     assert all(s.needs == ("build",) for s in planned[1:]) and gpu.LIMIT < 9 * 60
+    assert by_name["memcheck"].command[3:7] == ["--error-exitcode", "86", "--report-api-errors", "no"]
     without = {s.name: s for s in gpu.steps(None, Path("/somewhere"), pictures=True)}
     assert without["initcheck"].skip == "compute-sanitizer is not installed"
     assert "--no-pictures" not in without["benchmark nms"].command
+
+
+def write_library(root: Path, device: str, **info: str) -> None:
+    (root / "effdet_fast").mkdir(exist_ok=True)
+    text = f"effdet_fast build info: {json.dumps(info)}"
+    (root / f"effdet_fast/kernels_{device}.so").write_bytes(b"\0" + text.encode() + b"\0")
+
+
+def test_libraries_are_built_unless_they_fit_and_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "setup.py").write_text("sources")
+    (tmp_path / "csrc").mkdir()
+    fits, fails = subprocess.CompletedProcess([], 0), subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fits)
+    assert not gpu.is_built((9, 0))
+    here = gpu.sources_hash(tmp_path)
+    write_library(tmp_path, "cpu", sources=here)
+    write_library(tmp_path, "cuda", sources=here, cuda="13.0", cuda_archs="sm_90")
+    assert gpu.is_built((9, 0)) and not gpu.is_built((8, 0))
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fails)
+    assert not gpu.is_built((9, 0))
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fits)
+    (tmp_path / "setup.py").write_text("other sources")
+    assert not gpu.is_built((9, 0))
+    for built, word in ((False, "setup.py"), (True, "-c")):
+        assert gpu.steps(None, tmp_path, pictures=False, built=built)[0].command[1] == word
 
 
 @pytest.mark.parametrize("code, status", [("print('fine')", 0), ("print('bad'); raise SystemExit(1)", 1)])
 def test_the_summary_comes_last_and_everything_is_logged(code, status, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(gpu, "steps", lambda sanitizer, output, pictures: [python("only", code)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "steps", lambda sanitizer, output, pictures, built: [python("only", code)])
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.chdir(tmp_path)
     assert gpu.main() == status
