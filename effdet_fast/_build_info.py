@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ def sources_hash(root: Path) -> str:
 def read_build_info(library: Path) -> dict[str, Any] | None:
     """The build information in a library's file; None where there is no such file, or it is not one of ours."""
     try:
-        found = re.search(MARK.encode() + rb"(\{[^\0]*\})\0", library.read_bytes())
-        return json.loads(found[1]) if found else None
+        # Mapped, as importing the package asks this of CUDA's library, which has 16 MB for each architecture.
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = re.search(MARK.encode() + rb"(\{[^\0]*\})\0", content)
+            return json.loads(found[1]) if found else None
     except (OSError, ValueError):
         return None
 

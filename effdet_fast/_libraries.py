@@ -23,7 +23,7 @@ def _load(device_type: str) -> None:
     path = path_of(device_type)
     if not path.exists():
         missing[device_type] = "not built"
-    elif reason := _why_not_for_this_torch(path):
+    elif device_type == "cuda" and (reason := _why_not_for_this_torch(path)):
         missing[device_type] = reason
     else:
         try:

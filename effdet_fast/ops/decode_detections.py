@@ -225,9 +225,8 @@ def _with_anchors(found: Detections, anchor_indices: Tensor) -> Detections:
         return found
     anchors = anchor_indices.gather(1, found.indices.clamp(min=0))
     indices = torch.where(found.indices >= 0, anchors, -1)
-    return Detections(
-        found.boxes, found.scores, found.labels, indices, found.counts
-    )  # _replace is not traced by torch 2.11
+    # torch 2.11 cannot trace _replace.
+    return Detections(found.boxes, found.scores, found.labels, indices, found.counts)
 
 
 def _dense(x: Tensor) -> Tensor:
