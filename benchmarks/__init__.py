@@ -1,5 +1,9 @@
 """Measures the ops against their peers: `python -m benchmarks --help`."""
 
+import time
+
+START = time.monotonic()  # of the process, before PyTorch is imported, which takes seconds
+
 OPS = (
     "focal_loss",
     "detection_loss",

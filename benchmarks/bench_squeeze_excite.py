@@ -35,6 +35,7 @@ def cases(device_type: str) -> list[Case]:
             f"{batch} x {channels} x {size}^2",
             partial(excite, batch=batch, channels=channels, size=size, squeezed=squeezed),
             (CHANNELS_LAST, CONTIGUOUS),
+            convolves=True,
         )
         for channels, size, squeezed in BACKBONE
     ]

@@ -15,6 +15,7 @@ from benchmarks.workload import CHANNELS_LAST, OURS, STEP, Case, Implementation,
 from effdet_fast import ops
 from effdet_fast.models.conversion import convert_state_dict
 from effdet_fast.training import GraphedStep
+from effdet_fast.training.graphed_step import WARMUP_STEPS
 
 OP = "training_step"
 SIZE, OBJECTS = 512, 20
@@ -36,6 +37,7 @@ def cases(device_type: str) -> list[Case]:
             partial(build, name=name, batch=batch, size=SIZE),
             layouts=(CHANNELS_LAST,),
             dtypes=dtypes,
+            convolves=True,
         )
         for build, name, batch in shapes
     ]
@@ -176,8 +178,14 @@ def workload(
         parameters = parameters_of(graphed_model)
         optimizer = torch.optim.SGD(parameters, LEARNING_RATE, momentum=0.9, fused=True)
         step = GraphedStep(graphed_model, optimizer, amp="bf16" if dtype == torch.bfloat16 else "none")
-        replay = partial(step, images, boxes, labels)
-        peers.append(Implementation(GRAPHED, partial(loss, graphed_model), parameters, replay))
+
+        def replay() -> None:
+            step(images, boxes, labels)
+            if step.fallback_reason:
+                raise RuntimeError(f"not captured: {step.fallback_reason}")
+
+        graphed_loss = partial(loss, graphed_model)
+        peers.append(Implementation(GRAPHED, graphed_loss, parameters, replay, captured_after=WARMUP_STEPS))
     else:
         absent[GRAPHED] = "needs a GPU"
     return Workload(

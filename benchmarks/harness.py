@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.correctness import WrongResultError, as_tuple, check, evaluate, upstream_gradients
-from benchmarks.records import Row, Timing
+from benchmarks.correctness import WrongResultError, as_tuple, check, convolutions, evaluate, upstream_gradients
+from benchmarks.records import Profile, Row, Timing
 from benchmarks.step_process import measure_alone
 from benchmarks.step_profile import profile_of
-from benchmarks.timing import Task, clock_for, copy_task, interleaved
+from benchmarks.timing import CpuClock, CudaClock, Task, clock_for, copy_task, failure, interleaved
 from benchmarks.workload import BACKWARD, FORWARD, OURS, STEP, Case, Implementation, Workload
 
 COPY = "copy"
@@ -27,6 +27,8 @@ def measure(
     min_rounds: int = 5,
     phases: tuple[str, ...] | None = None,
     peers: tuple[str, ...] | None = None,
+    compiled_peers: bool = True,
+    tf32: bool | None = None,
 ) -> Iterator[Row]:
     """Yields a row per phase.
 
@@ -35,12 +37,19 @@ def measure(
         min_rounds: how often each implementation runs at least, however slow.
         phases: the ones wanted; None for all that the case has.
         peers: names of the peers wanted; None for all.
+        compiled_peers: whether those that torch.compile made are among them.
+        tf32: whether cuDNN's convolutions round float32 to TF32 in what is timed, never in what is checked; None as it is.
     """
     torch.manual_seed(0)
     torch._dynamo.reset()  # each case is compiled for its own shapes, and must not run into the recompilation limit
     workload = case.build(device, dtype, layout)
-    workload.peers = [peer for peer in workload.peers if peers is None or peer.name in peers]
-    upstream, errors, problems = passing(workload, dtype)
+    workload.peers = [
+        peer
+        for peer in workload.peers
+        if (peers is None or peer.name in peers) and (compiled_peers or not peer.compiles)
+    ]
+    with convolutions(tf32=False):
+        upstream, errors, problems = passing(workload, dtype)
     right = [i for i in (workload.ours, *workload.peers) if i.name in errors]
     release(device)
     clock = clock_for(device)
@@ -56,6 +65,7 @@ def measure(
                 workload.bytes[phase],
                 problems=problems,
                 images=workload.images,
+                tf32=tf32,
             )
             if OURS not in errors:
                 yield row
@@ -63,11 +73,45 @@ def measure(
             if phase == STEP and device.type == "cpu":
                 yield _steps_alone(row, case, dtype, layout, errors, min_rounds)
                 continue
-            tasks = {i.name: task_of(i, phase, upstream) for i in right}
-            samples = interleaved({**tasks, COPY: copy_task(row.bytes, device)}, clock, seconds, min_rounds)
-            timings = {name: Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name])) for name in tasks}
-            profiles = {i.name: profile_of(i, device) for i in right} if phase == STEP else {}
-            yield replace(row, copy=Timing.of(samples[COPY]), timings=timings, profiles=profiles)
+            with convolutions(tf32):
+                tasks = {i.name: task_of(i, phase, upstream) for i in right}
+                row = timed(row, tasks, errors, clock, seconds, min_rounds)
+                if phase == STEP:
+                    row = profiled(row, [i for i in right if i.name in row.timings], device)
+            yield row
+
+
+def timed(
+    row: Row,
+    tasks: dict[str, Task],
+    errors: dict[str, float],
+    clock: CpuClock | CudaClock,
+    seconds: float,
+    min_rounds: int,
+) -> Row:
+    copy = copy_task(row.bytes, clock.device)
+    samples, failures = interleaved({**tasks, COPY: copy}, clock, seconds, min_rounds)
+    if OURS in failures:
+        samples = {}
+    timings = {}
+    for name in (name for name in tasks if name in samples):
+        try:
+            timings[name] = Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name]))
+        except Exception as error:
+            failures[name] = failure(error)
+    timing_of_copy = Timing.of(samples[COPY]) if COPY in samples else None
+    return replace(row, copy=timing_of_copy, timings=timings, problems={**row.problems, **failures})
+
+
+def profiled(row: Row, implementations: list[Implementation], device: torch.device) -> Row:
+    profiles: dict[str, Profile] = {}
+    problems = dict(row.problems)
+    for each in implementations:
+        try:
+            profiles[each.name] = profile_of(each, device)
+        except Exception as error:  # not every machine lets its GPU be profiled
+            problems[f"{each.name}, under the profiler"] = failure(error)
+    return replace(row, profiles=profiles, problems=problems)
 
 
 def _steps_alone(
@@ -101,9 +145,7 @@ def passing(
         except WrongResultError as error:
             problems[implementation.name] = f"wrong result: {error}"
         except Exception as error:  # a peer may fail in any way; the others are still worth timing
-            problems[implementation.name] = (
-                f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
-            )
+            problems[implementation.name] = failure(error)
     return upstream, errors, problems
 
 
@@ -124,7 +166,7 @@ def task_of(implementation: Implementation, phase: str, upstream: tuple[torch.Te
     if phase == STEP:
         step = implementation.step
         assert step is not None, f"{implementation.name} has no step"
-        return Task(lambda _: step())
+        return Task(lambda _: step(), captured_after=implementation.captured_after)
     if phase == FORWARD:
         return Task(forward_only)
     if phase == BACKWARD:

@@ -56,6 +56,16 @@ class Row:
     problems: dict[str, str] = field(default_factory=dict)  # implementation -> wrong result, error, or why it is absent
     images: int | None = None  # in a training step
     profiles: dict[str, Profile] = field(default_factory=dict)
+    tf32: bool | None = None  # whether cuDNN's convolutions rounded float32 to TF32; None where there are none
+
+    @property
+    def precision(self) -> str:
+        return precision(self.dtype, self.tf32)
+
+    @property
+    def name(self) -> str:
+        """Of what was measured, in all of its phases."""
+        return case_name(self.op, self.case, self.dtype, self.layout, self.tf32)
 
     @property
     def is_large(self) -> bool:
@@ -83,12 +93,21 @@ class Row:
         return 100 * self.copy.median / timing.median if self.copy else None
 
 
+def precision(dtype: str, tf32: bool | None) -> str:
+    return dtype if tf32 is None else f"{dtype} {'with' if tf32 else 'without'} TF32"
+
+
+def case_name(op: str, case: str, dtype: str, layout: str, tf32: bool | None) -> str:
+    return f"{op}, {case}, {precision(dtype, tf32)}, {layout}"
+
+
 @dataclass
 class Record:
-    """All rows of one run on one device, and what they were measured with (`environment.describe`)."""
+    """All rows measured on one device, what they were measured with (`environment.describe`), and what is missing and why."""
 
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)  # name of a case -> why it does not have all of its rows
 
     @property
     def device_type(self) -> str:
@@ -123,7 +142,8 @@ def quantile(samples: list[float], q: float) -> float:
 
 def to_json(record: Record) -> str:
     rows = [asdict(row) for row in record.rows]
-    return json.dumps({"format": FORMAT, "environment": record.environment, "rows": rows}, indent=1) + "\n"
+    content = {"format": FORMAT, "environment": record.environment, "rows": rows, "missing": record.missing}
+    return json.dumps(content, indent=1) + "\n"
 
 
 def from_json(text: str) -> Record:
@@ -136,7 +156,7 @@ def from_json(text: str) -> Record:
         timings = {name: Timing(**timing) for name, timing in row.pop("timings").items()}
         profiles = {name: Profile(**profile) for name, profile in row.pop("profiles", {}).items()}
         rows.append(Row(**row, copy=copy, timings=timings, profiles=profiles))
-    return Record(data["environment"], rows)
+    return Record(data["environment"], rows, data.get("missing", {}))
 
 
 def new_file(folder: Path, record: Record) -> Path:

@@ -49,7 +49,12 @@ def commit_text(record: Record) -> str:
 
 
 def table_row(row: Row) -> str:
-    cells = [row.op, row.case, f"{row.dtype}, {row.layout}", "forward + backward" if row.phase == "both" else row.phase]
+    cells = [
+        row.op,
+        row.case,
+        f"{row.precision}, {row.layout}",
+        "forward + backward" if row.phase == "both" else row.phase,
+    ]
     if not row.ours:
         return "| " + " | ".join([*cells, row.problems.get(records.OURS, "not measured"), "", "", ""]) + " |"
     percent = row.copy_percent(row.ours) if row.is_large else None
@@ -71,7 +76,7 @@ def generate_steps(everything: list[Record]) -> str:
             versions = ", ".join(f"{name} {record.environment['versions'].get(name)}" for name in ("torch", "effdet"))
             for row in (row for row in rows if row.phase == "step"):
                 where = f"{record.device_name}, {record.date[:10]}, {versions}, {commit_text(record)}"
-                parts += [f"**{row.case}, {row.dtype}** ({where})", step_table(row, record)]
+                parts += [f"**{row.case}, {row.precision}** ({where})", step_table(row, record)]
                 parts += [family_table(row)] if row.profiles else []
     return "\n\n".join(parts)
 

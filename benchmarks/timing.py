@@ -13,10 +13,11 @@ MAX_ROUNDS = 200
 
 @dataclass(frozen=True)
 class Task:
-    """`run(prepare())` with only `run` timed."""
+    """`run(prepare())` with only `run` timed. `captured_after` as of an `Implementation`."""
 
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
+    captured_after: int | None = None
 
 
 class CpuClock:
@@ -24,6 +25,8 @@ class CpuClock:
 
     After another task it may meet pages that a virtual machine has handed back to its host, and wait for those only.
     """
+
+    device = torch.device("cpu")
 
     def seconds(self, task: Task) -> float:
         task.run(task.prepare())
@@ -60,14 +63,22 @@ class CudaClock:
         return start.elapsed_time(end) / 1e3
 
     def peak_bytes(self, task: Task) -> int | None:
-        """Most memory allocated at once during the run, beyond what was allocated before it."""
+        """Most memory allocated at once during the run, beyond what was allocated before it; and what a CUDA graph keeps."""
+        kept = 0 if task.captured_after is None else graphs_bytes(self.device)
         prepared = task.prepare()
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         task.run(prepared)
         torch.cuda.synchronize(self.device)
-        return torch.cuda.max_memory_allocated(self.device) - before
+        return kept + torch.cuda.max_memory_allocated(self.device) - before
+
+
+def graphs_bytes(device: torch.device) -> int:
+    """Memory that the CUDA graphs captured so far have set aside, in pools of their own."""
+    segments = torch.cuda.memory_snapshot()
+    own_pools = (s for s in segments if s["device"] == (device.index or 0) and tuple(s["segment_pool_id"]) != (0, 0))
+    return sum(segment["total_size"] for segment in own_pools)
 
 
 def clock_for(device: torch.device) -> CpuClock | CudaClock:
@@ -76,14 +87,27 @@ def clock_for(device: torch.device) -> CpuClock | CudaClock:
 
 def interleaved(
     tasks: dict[str, Task], clock: CpuClock | CudaClock, seconds: float, min_rounds: int = 5
-) -> dict[str, list[float]]:
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times every task in turn for about `seconds` altogether and at least `min_rounds` times each.
 
     Each round has an order of its own (the same ones in every run): after a task that reads the same tensors, caches hold more.
+
+    Returns:
+        Seconds of each task that ran to the end, and why the others failed.
     """
-    for task in tasks.values():
-        clock.seconds(task)
-    estimate = sum(clock.seconds(task) for task in tasks.values())
+    failures: dict[str, str] = {}
+
+    def time_one(name: str) -> float:
+        try:
+            return clock.seconds(tasks[name])
+        except Exception as error:  # one that fails must not cost the others
+            failures[name] = failure(error)
+            return 0.0
+
+    for name, task in tasks.items():
+        for _ in range(1 + (task.captured_after or 0)):
+            time_one(name)
+    estimate = sum(time_one(name) for name in tasks if name not in failures)
     rounds = min(MAX_ROUNDS, max(min_rounds, int(seconds / max(estimate, 1e-9))))
     names = list(tasks)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -91,8 +115,13 @@ def interleaved(
     for _ in range(rounds):
         shuffle(names)
         for name in names:
-            samples[name].append(clock.seconds(tasks[name]))
-    return samples
+            if name not in failures:
+                samples[name].append(time_one(name))
+    return {name: times for name, times in samples.items() if name not in failures}, failures
+
+
+def failure(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def copy_task(num_bytes: int, device: torch.device) -> Task:

@@ -22,7 +22,8 @@ class Implementation:
     """One way to compute a case. `leaves` get gradients; they are listed in the same order by all that share a case.
 
     `step` is a whole training step on the same data, for the phase of that name; inside `scopes()` the profiler can tell the
-    operators of a peer apart by the module they run in.
+    operators of a peer apart by the module they run in. A step that replays a CUDA graph captures it after as many others as
+    `captured_after` says.
     """
 
     name: str
@@ -30,6 +31,11 @@ class Implementation:
     leaves: tuple[Tensor, ...] = ()
     step: Callable[[], object] | None = None
     scopes: Callable[[], AbstractContextManager] = nullcontext
+    captured_after: int | None = None
+
+    @property
+    def compiles(self) -> bool:
+        return "compile" in self.name
 
 
 @dataclass
@@ -52,12 +58,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A named problem; `build` makes its data on a device, of a dtype, in a layout."""
+    """A named problem; `build` makes its data on a device, of a dtype, in a layout.
+
+    `convolves`: somebody who takes part calls cuDNN's convolutions, which may round float32 to TF32.
+    """
 
     name: str
     build: Callable[[torch.device, torch.dtype, str], Workload]
     layouts: tuple[str, ...] = (CONTIGUOUS,)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    convolves: bool = False
 
 
 def compiled(function: Callable) -> Callable:

@@ -146,13 +146,116 @@ class FakeClock:
 def test_turns_are_taken_each_round_in_another_order(seconds, rounds):
     clock = FakeClock()
     tasks = {name: Task(lambda _, name=name: name) for name in "abc"}
-    samples = interleaved(tasks, clock, seconds)
+    samples, failures = interleaved(tasks, clock, seconds)
+    assert failures == {}
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys("abc", rounds)
     turns = ["".join(clock.ran[i : i + 3]) for i in range(6, len(clock.ran), 3)]
     assert all(sorted(turn) == list("abc") for turn in turns)
     assert len(set(turns)) > 2
     if rounds == 200:
         assert len(set(turns)) == 6 and min(map(turns.count, turns)) > 15
+
+
+def test_one_that_fails_in_a_round_costs_no_other(monkeypatch):
+    calls = iter(range(100))
+
+    def sometimes(_):
+        if next(calls) == 4:  # two runs before the rounds, each of them twice on a CPU
+            raise RuntimeError("out of something\nand more")
+
+    samples, failures = interleaved({"a": Task(lambda _: None), "b": Task(sometimes)}, CpuClock(), 0.0, 3)
+    assert set(samples) == {"a"} and len(samples["a"]) == 3
+    assert failures == {"b": "failed: RuntimeError: out of something"}
+
+
+def failing_in_the_second_run(of_ours: bool) -> Case:
+    """Right when it is checked, and failing when it is timed."""
+
+    def build(device, dtype, layout):
+        x, runs = torch.randn(10), []
+
+        def fails():
+            runs.append(None)
+            if len(runs) > 1:
+                raise RuntimeError("second run")
+            return 2 * x
+
+        first, second = (fails, lambda: 2 * x) if of_ours else (lambda: 2 * x, fails)
+        return Workload(
+            ours=Implementation(OURS, first),
+            oracle=Implementation("float64", lambda: 2 * x.double()),
+            bytes={"forward": 80},
+            peers=[Implementation("peer", second)],
+        )
+
+    return Case("failing", build)
+
+
+@pytest.mark.parametrize("of_ours, timed", [(False, {OURS}), (True, set())])
+def test_who_fails_when_timed_is_named(of_ours, timed):
+    (row,) = rows_of(failing_in_the_second_run(of_ours))
+    assert set(row.timings) == timed
+    assert row.problems == {OURS if of_ours else "peer": "failed: RuntimeError: second run"}
+
+
+def test_a_graph_is_captured_before_the_rounds():
+    runs = []
+    task = Task(lambda _: runs.append(len(runs)), captured_after=3)
+    clock = FakeClock()
+    samples, _ = interleaved({"graphed": task, "other": Task(lambda _: None)}, clock, 0.0, 5)
+    assert len(runs) == 4 + 1 + 5 and len(samples["graphed"]) == 5
+
+
+def test_the_peak_of_a_graphed_step_has_the_pool_of_its_graph(monkeypatch):
+    segments = [
+        {"device": 0, "segment_pool_id": pool, "total_size": size}
+        for pool, size in (((0, 0), 7), ((0, 1), 100), ((0, 1), 20))
+    ]
+    peak = {"memory_snapshot": segments, "memory_allocated": 5, "max_memory_allocated": 9}
+    for name, value in {**peak, "synchronize": None, "reset_peak_memory_stats": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    clock = CudaClock.__new__(CudaClock)
+    clock.device = torch.device("cuda", 0)
+    assert clock.peak_bytes(Task(lambda _: None)) == 4
+    assert clock.peak_bytes(Task(lambda _: None, captured_after=3)) == 124
+
+
+@pytest.mark.parametrize("tf32", [None, False, True])
+def test_tf32_is_off_where_results_are_checked_and_as_wanted_where_they_are_timed(tf32):
+    seen = []
+
+    def build(device, dtype, layout):
+        x = torch.randn(10)
+
+        def ours():
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return 2 * x
+
+        oracle = Implementation("float64", lambda: 2 * x.double())
+        return Workload(ours=Implementation(OURS, ours), oracle=oracle, bytes={"forward": 80})
+
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        (row,) = rows_of(Case("convolves", build), tf32=tf32)
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
+    assert seen[0] is False and set(seen[1:]) == {tf32 is not False}
+    assert row.tf32 is tf32
+    assert row.precision == {None: "float32", False: "float32 without TF32", True: "float32 with TF32"}[tf32]
+
+
+def test_compiled_peers_can_be_left_out():
+    case = doubling()
+
+    def build(*given):
+        workload = case.build(*given)
+        workload.peers.append(Implementation("sum, compiled", workload.peers[0].forward, workload.peers[0].leaves))
+        return workload
+
+    for compiled_peers in (True, False):
+        (row,) = rows_of(Case("doubling", build), phases=("forward",), compiled_peers=compiled_peers)
+        assert ("sum, compiled" in row.timings) == compiled_peers
 
 
 def test_the_cpu_clock_times_the_second_of_two_runs(monkeypatch):
