@@ -2,7 +2,8 @@
 # make test   - set up, lint, build, run the test suite
 # make compat - build with the oldest supported torch, under PYTHON, and try its build and the newest torch's in each other
 # make cuda-archs - compile the CUDA kernels for every architecture that is supported
-# make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks
+# make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks, profile: see docs/gpu.md
+# make gpu-package - lay what such a machine needs, if it has no network, into .gpu: libraries for GPU_ARCH, packages for GPU_PYTHON
 PYTHON ?= python3
 MODEL ?= efficientdet_lite0
 VENV := .venv
@@ -13,7 +14,7 @@ ifeq ($(shell command -v nvidia-smi),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: demo test test-full lint types build compat cuda-archs gpu clean
+.PHONY: demo test test-full lint types build compat cuda-archs gpu gpu-package clean
 
 $(VENV)/ready: requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,5 +63,17 @@ cuda-archs: $(VENV)/ready
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
+GPU_ARCH ?= 9.0
+GPU_PYTHON ?= 3.12
+gpu-package: $(VENV)/ready
+	rm -rf .gpu
+	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$(GPU_ARCH)" $(BIN)/python setup.py -q build_ext --build-lib .gpu/built
+	mv .gpu/built/effdet_fast/kernels_*.so .gpu/
+	rm -r .gpu/built
+	$(BIN)/pip install -q --target .gpu/site --no-deps --no-compile --only-binary :all: --implementation cp \
+		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+		--platform manylinux2014_x86_64 -r requirements/gpu.txt -c requirements/constraints.txt
+	$(BIN)/python -m benchmarks.gpu_package
+
 clean:
-	rm -rf build $(VENV) .venv-compat-* effdet_fast/*.so
+	rm -rf build .gpu $(VENV) .venv-compat-* effdet_fast/*.so

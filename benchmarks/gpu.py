@@ -1,114 +1,170 @@
-"""`make gpu`: builds for the visible GPU, tests, looks for memory errors and races, measures; at most 9 minutes.
+"""`make gpu`: what only a GPU can tell. Two parts, which may run on two machines: correctness, then speed.
 
-Libraries that were built elsewhere from these sources, for this GPU, are used as they are. Records go to the folder in OUT, else
-to benchmarks/results/. Needs PyTorch with CUDA and pytest; to build, nvcc and ninja.
+python benchmarks/gpu.py [correctness | speed]
+
+Everything goes to the folder in OUT, else to a new one below build/gpu: a log, JUnit files, a benchmark record, a profile, and a
+summary in JSON, rewritten after each step. The second part begins with what the first, if .gpu/correctness.json is there, has not
+done. Needs PyTorch with CUDA, pytest-xdist, pytest-timeout and hypothesis; to build, nvcc and ninja. Libraries and packages that
+`make gpu-package` laid into .gpu are used if they fit.
 """
 
+import argparse
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # also runs as a script
 
-from benchmarks import BENCHMARKS  # noqa: E402
-from benchmarks.steps import Step, run_all, summary  # noqa: E402
+from benchmarks import START, gpu_plan, ledger, records  # noqa: E402
+from benchmarks.gpu_plan import CORRECTNESS, LIMITS, SPEED, Place  # noqa: E402
+from benchmarks.steps import Result, run_all, summary  # noqa: E402
 from effdet_fast._build_info import covers, read_build_info, sources_hash  # noqa: E402
 
-LIMIT = 530.0  # seconds for everything, below 9 minutes
-# PyTorch's own calls that fail harmlessly are no errors of ours.
-SANITIZER_OPTIONS = ["--error-exitcode", "86", "--report-api-errors", "no"]
-BUILD, TESTS, SANITIZER, BENCHMARK = 200.0, 130.0, 40.0, 120.0
+PACKAGE = ROOT / ".gpu"
+LIBRARIES = ("kernels_cpu.so", "kernels_cuda.so")
 
 
-def is_built(capability: tuple[int, int]) -> bool:
-    """Whether both libraries are there, built from these sources and, for CUDA, for this GPU, and load."""
-    cpu, cuda = (read_build_info(ROOT / f"effdet_fast/kernels_{device}.so") for device in ("cpu", "cuda"))
+def fits(folder: Path, capability: tuple[int, int]) -> bool:
+    """Whether both libraries are there, built from these sources and, for CUDA, for this GPU."""
+    cpu, cuda = (read_build_info(folder / name) for name in LIBRARIES)
     if cpu is None or cuda is None or {cpu["sources"], cuda["sources"]} != {sources_hash(ROOT)}:
         return False
-    load = "from effdet_fast import _libraries; raise SystemExit(len(_libraries.missing))"
-    return (
-        covers(cuda["cuda_archs"], capability)
-        and subprocess.run([sys.executable, "-c", load], cwd=ROOT).returncode == 0
+    return covers(cuda["cuda_archs"], capability)
+
+
+def take_libraries(capability: tuple[int, int]) -> bool:
+    """Whether the libraries in place fit and load; those in the package are taken where they fit better."""
+    in_place = ROOT / "effdet_fast"
+    if not fits(in_place, capability) and fits(PACKAGE, capability):
+        for name in LIBRARIES:
+            shutil.copy2(PACKAGE / name, in_place)
+    load = "from effdet_fast import _libraries; print(_libraries.missing); raise SystemExit(len(_libraries.missing))"
+    return fits(in_place, capability) and subprocess.run([sys.executable, "-c", load], cwd=ROOT).returncode == 0
+
+
+def not_done(summary_of_correctness: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of steps that did not succeed, with the tests of each that failed or were not reached."""
+    found = {}
+    for name, step in summary_of_correctness["steps"].items():
+        tests = step.get("tests")
+        names = ledger.Tests(**tests).to_repeat if tests else []
+        if names or step["status"] not in ("ok", "skipped", "refused"):
+            found[name] = names
+    return found
+
+
+class Report:
+    """The summary in JSON, rewritten after each step, so that it is there whatever happens to the next."""
+
+    def __init__(self, part: str, place: Place, about: dict[str, Any]) -> None:
+        self.path, self.place = place.output / f"{part}.json", place
+        self.content: dict[str, Any] = {"part": part, **about}
+
+    def update(self, results: list[Result]) -> None:
+        steps = {}
+        for result in results:
+            steps[result.name] = {key: value for key, value in asdict(result).items() if key != "name"}
+            file = self.place.work / f"{gpu_plan.file_name(result.name)}.jsonl"
+            if file.exists():
+                steps[result.name]["tests"] = asdict(ledger.read(file))
+        self.content |= {"seconds": round(time.monotonic() - START, 1), "steps": steps}
+        if self.place.record.exists():
+            record = records.from_json(self.place.record.read_text())
+            self.content["benchmark"] = {"rows": len(record.rows), "missing": record.missing}
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
+        os.replace(unfinished, self.path)
+
+    def lines(self) -> list[str]:
+        """What failed, was running at the end, or was not reached, by name; not more of each than one reads."""
+        lines = []
+        for name, step in self.content["steps"].items():
+            tests = step.get("tests", {"failed": {}, "running": [], "not_reached": []})
+            for kind in ("failed", "running", "not_reached"):
+                names = list(tests[kind])
+                lines += [f"{name}: {kind.replace('_', ' ')}: {test}" for test in names[:20]]
+                lines += [f"{name}: {kind.replace('_', ' ')}: {len(names) - 20} more"] if len(names) > 20 else []
+        missing = self.content.get("benchmark", {"missing": {}})["missing"]
+        return lines + [f"not measured: {case}: {why}" for case, why in missing.items()]
+
+
+def run_part(part: str, output: Path, seconds: float, started: float) -> bool:
+    import torch
+
+    from benchmarks.environment import commit_of, describe_device
+
+    device = describe_device(torch.device("cuda"))
+    capability = torch.cuda.get_device_capability()
+    commit_file = PACKAGE / "commit"
+    if commit_file.exists():
+        os.environ.setdefault("EFFDET_FAST_COMMIT", commit_file.read_text().strip())
+    work = ROOT / "build" / "gpu-work"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    place = Place(
+        output=output,
+        work=work,
+        record=output / f"{device['slug']}-{datetime.now():%Y-%m-%d}.json",
+        built=take_libraries(capability),
+        sanitizer=shutil.which("compute-sanitizer"),
+        ncu=shutil.which("ncu"),
+        site=PACKAGE / "site" if (PACKAGE / "site").exists() else None,
     )
+    if part == CORRECTNESS:
+        plan = gpu_plan.correctness(place)
+    else:
+        before = next((f for f in (output / "correctness.json", PACKAGE / "correctness.json") if f.exists()), None)
+        plan = gpu_plan.speed(place, not_done(json.loads(before.read_text())) if before else {})
+    plan = [replace(step, budget=step.budget * seconds / LIMITS[part]) for step in plan]
+    about = {"device": device, "torch": torch.__version__, "commit": commit_of(ROOT)[0], "limit": seconds}
+    report = Report(part, place, about)
+    with open(output / f"{part}.log", "w") as log:
+        results = run_all(plan, started + seconds, log, report.update)
+        text = "\n".join(
+            [f"== {part}: {device['name']}, PyTorch {torch.__version__}", summary(results), *report.lines()]
+        )
+        text += f"\n{time.monotonic() - started:.0f} of {seconds:.0f} s; everything is in {output}"
+        log.write(text + "\n")
+    print(text)
+    return all(result.good for result in results)
 
 
-def steps(sanitizer: str | None, output: Path, pictures: bool, built: bool = False) -> list[Step]:
-    python = sys.executable
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    common = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    carried = "print('not built: the libraries that are there fit the sources and the GPU')"
-    build_command = [python, "-c", carried] if built else [python, "setup.py", "build_ext", "--inplace"]
-    build = Step("build", build_command, BUILD, {**common, "EFFDET_FAST_CUDA": "1"}, output_lines=1)
-    options = ["-q", "-m", "cuda and not slow", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    tests = Step(
-        "tests",
-        [python, "-m", "pytest", *options, *files_with_cuda_tests()],
-        TESTS,
-        common,
-        needs=(build.name,),
-        output_lines=12,
+def main(command_line: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("part", nargs="?", choices=(CORRECTNESS, SPEED), help="both, one after the other, by default")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="for a part; default " + ", ".join(f"{seconds:.0f} ({part})" for part, seconds in LIMITS.items()),
     )
-    smoke = [python, "-m", "benchmarks.smoke"]
-    checks = [
-        Step(
-            tool,
-            [sanitizer or "compute-sanitizer", "--tool", tool, *SANITIZER_OPTIONS, *smoke],
-            SANITIZER,
-            {**common, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            needs=(build.name,),
-            skip=None if sanitizer else "compute-sanitizer is not installed",
-        )
-        for tool in ("memcheck", "racecheck", "initcheck")
-    ]
-    measure = ["--device", "cuda", "--output", str(output), "--seconds", "0.3", "--end-within", "{limit}"]
-    measure += [] if pictures else ["--no-pictures"]
-    # A process per op: a kernel that faults leaves its process without a GPU, but not the other ops'.
-    measurements = [
-        Step(
-            f"benchmark {op}",
-            [python, "-m", "benchmarks", op, *measure],
-            BENCHMARK,
-            common,
-            needs=(build.name,),
-            share=True,
-        )
-        for op in BENCHMARKS
-    ]
-    return [build, tests, *checks, *measurements]
-
-
-def files_with_cuda_tests() -> list[str]:
-    """Only those, since other tests import packages that a machine for this run may not have."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    words = ("mark.cuda", "backend: Backend", "backend)", "backend,")
-    return [str(f.relative_to(ROOT)) for f in files if any(word in f.read_text() for word in words)]
-
-
-def main() -> int:
+    arguments = parser.parse_args(command_line)
     import torch
 
     if not torch.cuda.is_available():
         print("make gpu: PyTorch sees no GPU here; on a machine with one this builds, tests, checks and measures.")
         return 1
+    needed = {"pytest-xdist": "xdist", "pytest-timeout": "pytest_timeout", "hypothesis": "hypothesis"}
+    if missing := [package for package, module in needed.items() if not importlib.util.find_spec(module)]:
+        print(f"make gpu: not installed here: {', '.join(missing)}")
+        return 1
     os.chdir(ROOT)
     out = os.environ.get("OUT")
-    output = Path(out) if out else ROOT / "benchmarks/results"
-    output.mkdir(parents=True, exist_ok=True)
-    log_folder = output if out else ROOT / "build"
-    log_folder.mkdir(exist_ok=True)
-    start = time.monotonic()
-    device, built = torch.cuda.get_device_name(), is_built(torch.cuda.get_device_capability())
-    with open(log_folder / "gpu.log", "w") as log:
-        results = run_all(steps(shutil.which("compute-sanitizer"), output, not out, built), LIMIT, log)
-        text = f"== summary: {device}, PyTorch {torch.__version__}\n{summary(results)}"
-        text += f"\n{time.monotonic() - start:.0f} s; records in {output}, everything printed in {log.name}"
-        log.write(text + "\n")
-    print(text)
-    return 0 if all(result.good for result in results) else 1
+    output = Path(out) if out else ROOT / "build/gpu" / f"{datetime.now():%Y-%m-%d-%H%M%S}"
+    good, started = True, START
+    for part in [arguments.part] if arguments.part else [CORRECTNESS, SPEED]:
+        good &= run_part(part, output, arguments.seconds or LIMITS[part], started)
+        started = time.monotonic()
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

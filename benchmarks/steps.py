@@ -11,25 +11,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-OK, FAILED, OUT_OF_TIME, SKIPPED = "ok", "FAILED", "OUT OF TIME", "skipped"
-GRACE_SECONDS = 3.0
+OK, FAILED, OUT_OF_TIME, NOT_REACHED = "ok", "FAILED", "OUT OF TIME", "NOT REACHED"
+SKIPPED, REFUSED = "skipped", "refused"
+GRACE_SECONDS = 5.0  # for what is interrupted to write what it has
 
 
 @dataclass(frozen=True)
 class Step:
     """A command; `{limit}` in an argument becomes the seconds it has.
 
-    `needs` names steps that must have succeeded; `skip` is a reason not to run it at all. Steps that `share` get at most an equal
-    part of the time that is left when they start.
+    `budget` is set aside for it. What earlier steps left of theirs is added, and what they took beyond theirs is missing at the
+    end. `needs` names steps that must have succeeded; `skip` is a reason not to run it at all. A `probe` asks whether something
+    works here at all: if not, that is no failure, and what needs it is skipped. A command that ends by a signal, or with another
+    status than 0 and 1, is run again while `tries` last.
     """
 
     name: str
     command: list[str]
-    limit: float  # seconds
+    budget: float  # seconds
     environment: dict[str, str] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     skip: str | None = None
-    share: bool = False
+    probe: bool = False
+    tries: int = 1
     output_lines: int = 3  # how many of its last lines the summary shows
 
 
@@ -42,37 +46,62 @@ class Result:
 
     @property
     def good(self) -> bool:
-        return self.status in (OK, SKIPPED)
+        return self.status in (OK, SKIPPED, REFUSED)
 
 
 def run_all(
-    steps: list[Step], limit: float, log: TextIO | None = None, now: Callable[[], float] = time.monotonic
+    steps: list[Step],
+    end: float,
+    log: TextIO | None = None,
+    after_each: Callable[[list[Result]], None] = lambda results: None,
 ) -> list[Result]:
-    """Runs the steps for at most `limit` seconds in all. What a step needs and did not get, or time, skips it."""
-    start = now()
+    """Runs the steps until `end` on the monotonic clock; `after_each` is called with the results so far."""
     results: dict[str, Result] = {}
     for i, step in enumerate(steps):
-        left = limit - (now() - start)
-        if step.share:
-            left /= sum(later.share for later in steps[i:])
-        missing = [name for name in step.needs if results[name].status != OK]
+        set_aside = sum(later.budget for later in steps[i + 1 :] if _may_run(later, results))
+        missing = [results[name] for name in step.needs if results[name].status != OK]
+        names = ", ".join(result.name for result in missing)
+        left = end - time.monotonic()
         if step.skip:
             result = Result(step.name, SKIPPED, 0.0, step.skip)
         elif missing:
-            result = Result(step.name, FAILED, 0.0, f"not run: it needs {', '.join(missing)}")
+            status = SKIPPED if all(m.status in (REFUSED, SKIPPED) for m in missing) else FAILED
+            result = Result(step.name, status, 0.0, f"not run: it needs {names}")
         elif left <= GRACE_SECONDS:
-            result = Result(step.name, OUT_OF_TIME, 0.0, "not run: no time left")
+            result = Result(step.name, NOT_REACHED, 0.0, "no time left")
         else:
-            result = run(step, min(step.limit, left - GRACE_SECONDS), log)
+            left -= GRACE_SECONDS
+            result = run(step, min(left, max(step.budget, left - set_aside)), log)
         results[step.name] = result
+        after_each(list(results.values()))
     return list(results.values())
 
 
+def _may_run(step: Step, results: dict[str, Result]) -> bool:
+    """As far as one knows by now."""
+    return not step.skip and all(results[name].status == OK for name in step.needs if name in results)
+
+
 def run(step: Step, limit: float, log: TextIO | None = None) -> Result:
-    """Runs one command, showing and logging its output; ends it and all it started when the limit is over."""
+    """Runs a step's command, again where it crashed and may; shows and logs its output."""
+    start = time.monotonic()
+    for left in reversed(range(step.tries)):
+        seconds = limit - (time.monotonic() - start)
+        status, code, lines = _run_once(step, seconds, log)
+        if not left or code in (0, 1, None) or limit - (time.monotonic() - start) < 1:
+            break
+        _tell(f"== {step.name} {_ended(code)}: again\n", log)
+    if code not in (0, 1, None):
+        lines.append(_ended(code))
+    if step.probe and status == FAILED:
+        status = REFUSED
+    return Result(step.name, status, time.monotonic() - start, "\n".join(lines))
+
+
+def _run_once(step: Step, limit: float, log: TextIO | None) -> tuple[str, int | None, list[str]]:
+    """Status, exit status (None where there is none), last lines. Ends the command and all it started when the limit is over."""
     command = [argument.replace("{limit}", f"{limit:.0f}") for argument in step.command]
     _tell(f"== {step.name} (at most {limit:.0f} s): {' '.join(command)}\n", log)
-    start = time.monotonic()
     try:
         process = subprocess.Popen(
             command,
@@ -85,17 +114,23 @@ def run(step: Step, limit: float, log: TextIO | None = None) -> Result:
             preexec_fn=_heed_interrupts,
         )
     except OSError as error:
-        return Result(step.name, FAILED, 0.0, str(error))
+        return FAILED, None, [str(error)]
     tail: deque[str] = deque(maxlen=step.output_lines)
     reader = threading.Thread(target=_forward, args=(process.stdout, tail, log), daemon=True)
     reader.start()
+    code: int | None = None
     try:
-        status = OK if process.wait(limit) == 0 else FAILED
+        code = process.wait(limit)
+        status = OK if code == 0 else FAILED
     except subprocess.TimeoutExpired:
         status = OUT_OF_TIME
-        _end(process)
-    reader.join(GRACE_SECONDS)
-    return Result(step.name, status, time.monotonic() - start, "\n".join(tail))
+    _end(process)
+    reader.join(GRACE_SECONDS / 5)
+    return status, code, list(tail)
+
+
+def _ended(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 
 
 def _heed_interrupts() -> None:
@@ -104,11 +139,13 @@ def _heed_interrupts() -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Interrupts the command's process group, so that it can still write what it has, then kills it."""
-    for number in (signal.SIGINT, signal.SIGKILL):
+    """Interrupts the command's process group, so that it can still write what it has, then kills what is left of it."""
+    for number, seconds in ((signal.SIGINT, 0.6 * GRACE_SECONDS), (signal.SIGKILL, 0.2 * GRACE_SECONDS)):
+        if number == signal.SIGINT and process.poll() is not None:
+            continue  # it ended by itself
         try:
             os.killpg(process.pid, number)
-            process.wait(GRACE_SECONDS / 2)
+            process.wait(seconds)
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 MAX_ROUNDS = 200
+LEAST_FLUSHED = 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class CudaClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self.flush_buffer = torch.empty(max(2 * l2_bytes, 256 << 20), dtype=torch.int8, device=device)
+        self.flush_buffer = torch.empty(max(2 * l2_bytes, LEAST_FLUSHED), dtype=torch.int8, device=device)
 
     def seconds(self, task: Task) -> float:
         prepared = task.prepare()

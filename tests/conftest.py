@@ -1,5 +1,6 @@
 """The backends. A test that takes the fixture `backend` runs on each of them, through the public functions."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from tests.emulation.backend import emulated
 # On a GPU PyTorch's convolutions would round their inputs to 10 bits, peers among them; the tests compare float32.
 torch.backends.cudnn.allow_tf32 = False
 
+gpu_lost = False
+
 BACKENDS = ["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
@@ -21,6 +24,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fault of a kernel is told to whoever waits for the GPU next: here, so that it is not a later test."""
+    global gpu_lost
+    yield
+    if request.node.get_closest_marker("cuda"):
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            gpu_lost = True
+            raise
+
+
+def pytest_runtest_logfinish() -> None:
+    """After a fault everything on the GPU fails in this process; pytest-xdist goes on in another."""
+    if gpu_lost and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import gpu, steps
-from benchmarks.steps import FAILED, OK, OUT_OF_TIME, SKIPPED, Step
+from benchmarks import gpu, gpu_package, gpu_plan, ledger, steps
+from benchmarks.gpu_plan import Place
+from benchmarks.steps import FAILED, NOT_REACHED, OK, OUT_OF_TIME, REFUSED, SKIPPED, Step
 
 
-def python(name: str, code: str, limit: float = 20.0, **options) -> Step:
-    return Step(name, [sys.executable, "-c", code], limit, **options)
+def python(name: str, code: str, budget: float = 20.0, **options) -> Step:
+    return Step(name, [sys.executable, "-c", code], budget, **options)
+
+
+def run_all(planned: list[Step], seconds: float, log: io.StringIO | None = None) -> list[steps.Result]:
+    return steps.run_all(planned, time.monotonic() + seconds, log)
 
 
 def test_good_bad_and_skipped_steps(capfd):
     log = io.StringIO()
-    results = steps.run_all(
+    results = run_all(
         [
             python(
                 "speaks",
@@ -40,7 +45,12 @@ def test_good_bad_and_skipped_steps(capfd):
         log,
     )
     assert [r.status for r in results] == [OK, FAILED, FAILED, SKIPPED, FAILED, OK]
-    assert [r.detail for r in results[:4]] == ["two\nthree", "why", "not run: it needs fails", "no such tool"]
+    assert [r.detail for r in results[:4]] == [
+        "two\nthree",
+        "why\nended with exit status 3",
+        "not run: it needs fails",
+        "no such tool",
+    ]
     assert "/no/such/program" in results[4].detail
     assert [r.good for r in results] == [True, False, False, True, False, True]
     assert "one\ntwo\nthree\n" in log.getvalue() and "one\ntwo\nthree\n" in capfd.readouterr().out
@@ -66,7 +76,7 @@ print("started", flush=True)
 time.sleep(60)
 """
     start = time.monotonic()
-    (result,) = steps.run_all([python("hangs", code, limit=4.0)], 60.0)
+    (result,) = run_all([python("hangs", code, 4.0), python("waits", "", 47.0)], 55.0)[:1]
     assert time.monotonic() - start < 25
     assert (result.status, result.detail) == (OUT_OF_TIME, "started")
     while is_running(child.read_text()):
@@ -86,7 +96,7 @@ except KeyboardInterrupt:
 """
     before = signal.signal(signal.SIGINT, interrupts)
     try:
-        (result,) = steps.run_all([python("saves", code, limit=4.0)], 60.0)
+        (result,) = run_all([python("saves", code)], 25.0)
     finally:
         signal.signal(signal.SIGINT, before)
     assert (result.status, result.detail) == (OUT_OF_TIME, "up\nsaved")
@@ -95,87 +105,200 @@ except KeyboardInterrupt:
 def test_the_limit_of_all_steps_cuts_the_last_ones():
     limit = steps.GRACE_SECONDS + 2.0
     start = time.monotonic()
-    results = steps.run_all(
-        [python("long", "import time; time.sleep(60)", limit=50.0), python("late", "print('never')")], limit
-    )
+    results = run_all([python("long", "import time; time.sleep(60)", 50.0), python("late", "print('never')")], limit)
     assert time.monotonic() - start < limit + 3 * steps.GRACE_SECONDS
-    assert [r.status for r in results] == [OUT_OF_TIME, OUT_OF_TIME]
-    assert results[1].detail == "not run: no time left"
+    assert [r.status for r in results] == [OUT_OF_TIME, NOT_REACHED]
+    assert results[1].detail == "no time left"
 
 
-def test_steps_that_share_split_what_is_left():
-    echo = "import sys; print(sys.argv[1])"
-    share = dict(limit=100.0, share=True)
-    planned = [Step(str(i), [sys.executable, "-c", echo, "{limit}"], **share) for i in range(3)]
-    seconds = [float(r.detail) for r in steps.run_all(planned, 63.0)]
-    assert 15 <= seconds[0] <= 18 and 20 <= seconds[1] <= 28.5 and 30 <= seconds[2] <= 60
+def test_a_step_has_its_budget_and_what_earlier_ones_left():
+    """What one takes beyond its own is missing at the end."""
+    print_limit = [sys.executable, "-c", "import sys; print(sys.argv[1])", "{limit}"]
+    planned = [Step("0", print_limit, 20.0), Step("1", print_limit, 60.0), Step("2", print_limit, 20.0)]
+    totals = (seconds + steps.GRACE_SECONDS for seconds in (100.0, 60.0))
+    of_100, of_60 = ([float(r.detail) for r in run_all(planned, total)] for total in totals)
+    assert of_100[0] == 20 and 70 <= of_100[1] <= 80 and 85 <= of_100[2] <= 100
+    assert of_60[0] == 20 and 45 <= of_60[1] <= 60 and 45 <= of_60[2] <= 60
 
 
-def test_the_plan():
-    planned = gpu.steps("/opt/compute-sanitizer", Path("/somewhere"), pictures=False)
-    assert [s.name for s in planned] == [
-        "build",
-        "tests",
-        "memcheck",
-        "racecheck",
-        "initcheck",
-        *(f"benchmark {op}" for op in gpu.BENCHMARKS),
+def test_what_needs_a_tool_that_is_refused_here_is_skipped():
+    planned = [
+        python("works", "raise SystemExit(1)", probe=True),
+        python("fails", "raise SystemExit(1)"),
+        python("a", "pass", needs=("works",)),
+        python("b", "pass", needs=("works", "fails")),
+        python("c", "pass", needs=("a",)),
     ]
-    by_name = {s.name: s for s in planned}
-    assert by_name["build"].environment["EFFDET_FAST_CUDA"] == "1"
-    assert by_name["tests"].command[1:6] == ["-m", "pytest", "-q", "-m", "cuda and not slow"]
-    assert "tests/ops/test_focal_loss.py" in by_name["tests"].command
-    assert "tests/benchmarks/test_report.py" not in by_name["tests"].command
-    assert by_name["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
-    assert by_name["memcheck"].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    assert by_name["benchmark nms"].command[2:6] == ["benchmarks", "nms", "--device", "cuda"]
-    assert all(s.needs == ("build",) for s in planned[1:]) and gpu.LIMIT < 9 * 60
-    assert by_name["memcheck"].command[3:7] == ["--error-exitcode", "86", "--report-api-errors", "no"]
-    without = {s.name: s for s in gpu.steps(None, Path("/somewhere"), pictures=True)}
-    assert without["initcheck"].skip == "compute-sanitizer is not installed"
-    assert "--no-pictures" not in without["benchmark nms"].command
+    results = run_all(planned, 100.0)
+    assert [r.status for r in results] == [REFUSED, FAILED, SKIPPED, FAILED, SKIPPED]
+    assert [r.good for r in results] == [True, False, True, False, True]
+    assert results[3].detail == "not run: it needs works, fails"
 
 
-def write_library(root: Path, device: str, **info: str) -> None:
-    (root / "effdet_fast").mkdir(exist_ok=True)
+def test_the_time_of_what_is_refused_goes_to_what_follows():
+    print_limit = [sys.executable, "-c", "import sys; print(sys.argv[1])", "{limit}"]
+    probe = python("works", "raise SystemExit(1)", 5.0, probe=True)
+    planned = [probe, Step("next", print_limit, 10.0), python("long", "", 80.0, needs=("works",))]
+    assert float(run_all(planned, 100.0)[1].detail) >= 80
+
+
+def test_a_command_that_crashes_is_run_again(tmp_path):
+    """Not one that ends with status 0 or 1; and no more often than it may."""
+    count = tmp_path / "count"
+    code = f"""
+import os, signal
+from pathlib import Path
+count = Path({str(count)!r})
+times = len(count.read_text()) if count.exists() else 0
+count.write_text("." * (times + 1))
+print(times)
+if times == 0:
+    raise SystemExit(75)
+if times < LAST:
+    os.kill(os.getpid(), signal.SIGSEGV)
+raise SystemExit(1)
+"""
+    for last, tries, runs, detail in ((2, 5, 3, "2"), (9, 3, 3, "2\nended by SIGSEGV")):
+        count.unlink(missing_ok=True)
+        (result,) = run_all([python("crashes", code.replace("LAST", str(last)), tries=tries)], 60.0)
+        assert (result.status, result.detail, len(count.read_text())) == (FAILED, detail, runs)
+
+
+def test_results_are_told_after_each_step():
+    told = []
+    planned = [python("a", "print(1)"), python("b", "print(2)")]
+    steps.run_all(planned, time.monotonic() + 60, after_each=lambda results: told.append([r.name for r in results]))
+    assert told == [["a"], ["a", "b"]]
+
+
+def place(folder: Path, **options) -> Place:
+    given = dict(built=True, sanitizer="/opt/compute-sanitizer", ncu="/opt/ncu")
+    return Place(output=folder, work=folder, record=folder / "record.json", **{**given, **options})
+
+
+def test_the_plan_of_correctness(tmp_path):
+    planned = gpu_plan.correctness(place(tmp_path))
+    assert sum(step.budget for step in planned) <= gpu_plan.LIMITS["correctness"] == 260
+    by_name = {step.name: step for step in planned}
+    tests = by_name["tests of kernels"].command
+    assert tests[1:5] == ["-m", "pytest", "-v", "-m"] and "cuda and not slow and not compiles" in tests
+    assert "tests/ops/test_focal_loss.py" in tests and "tests/benchmarks/test_report.py" not in tests
+    for tool, filtered in (("memcheck", True), ("initcheck", False)):
+        command = by_name[tool].command
+        assert command[:3] == ["/opt/compute-sanitizer", "--tool", tool]
+        assert command[3:7] == ["--error-exitcode", "86", "--report-api-errors", "no"]
+        assert ("kernel_substring=_ZN2ef" in command) == filtered
+        assert by_name[tool].environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    without = {step.name: step for step in gpu_plan.correctness(place(tmp_path, sanitizer=None, ncu=None))}
+    assert without["compute-sanitizer works"].skip == "compute-sanitizer is not installed"
+    assert without["ncu works"].skip == "ncu is not installed"
+
+
+def test_the_plan_of_speed(tmp_path):
+    planned = gpu_plan.speed(place(tmp_path), {})
+    assert sum(step.budget for step in planned) <= gpu_plan.LIMITS["speed"] == 360
+    assert [step.name for step in planned if not step.probe] == [
+        "D0's step",
+        "ops",
+        "RetinaNet's step",
+        "racecheck",
+        "tests of huge tensors",
+        "ncu",
+    ]
+    by_name = {step.name: step for step in planned}
+    assert by_name["ops"].command[3:13] == list(gpu_plan.OPS)
+    assert all(by_name[name].command[-2:] == ["--end-within", "{limit}"] for name in ("D0's step", "ops"))
+    again = gpu_plan.speed(place(tmp_path), {"tests of kernels": ["a::b", "a::c"], "initcheck": [], "ncu works": []})
+    assert [step.name for step in again[:3]] == ["tests again", "ncu works", "initcheck"]
+    assert (tmp_path / "again.txt").read_text() == "a::b\na::c\n"
+    assert [step.name for step in again].count("ncu works") == 1
+
+
+def test_all_steps_need_what_is_built_first(tmp_path):
+    for planned in (
+        gpu_plan.correctness(place(tmp_path, built=False)),
+        gpu_plan.speed(place(tmp_path, built=False), {}),
+    ):
+        assert planned[0].name == "build" and planned[0].budget == 0
+        assert planned[0].environment["EFFDET_FAST_CUDA"] == "1" and "--force" in planned[0].command
+        assert all("build" in step.needs for step in planned[1:] if not step.probe)
+
+
+def test_a_ledger_that_ends_in_the_middle_of_a_line(tmp_path):
+    lines = [
+        ("a", "collected"),
+        ("b", "collected"),
+        ("c", "collected"),
+        ("d", "collected"),
+        ("e", "collected"),
+        ("a", "begun"),
+        ("a", "passed"),
+        ("b", "begun"),
+        ("c", "begun"),
+        ("c", "failed"),
+        ("c", "passed"),
+        ("e", "skipped"),
+    ]
+    text = "".join(json.dumps({"test": t, "state": s, "message": f"{t}!"}) + "\n" for t, s in lines)
+    (tmp_path / "ledger").write_text(text + '{"test": "d", "st')
+    tests = ledger.read(tmp_path / "ledger")
+    assert tests == ledger.Tests(1, {"e": "e!"}, {"c": "c!"}, ["b"], ["d"]) and tests.to_repeat == ["c", "b", "d"]
+    assert ledger.read(tmp_path / "none") == ledger.Tests()
+
+
+def test_what_was_not_done():
+    def step(status: str, **tests) -> dict:
+        return {"status": status, **({"tests": asdict(ledger.Tests(**tests))} if tests else {})}
+
+    done = {"a": step("ok"), "b": step("refused"), "c": step("skipped"), "d": step("ok", passed=3)}
+    left = {"e": step("FAILED"), "f": step("FAILED", failed={"x": ""}, running=["y"]), "g": step("NOT REACHED")}
+    assert gpu.not_done({"steps": {**done, **left}}) == {"e": [], "f": ["x", "y"], "g": []}
+
+
+def write_library(folder: Path, device: str, **info: str) -> None:
+    folder.mkdir(exist_ok=True)
     text = f"effdet_fast build info: {json.dumps(info)}"
-    (root / f"effdet_fast/kernels_{device}.so").write_bytes(b"\0" + text.encode() + b"\0")
+    (folder / f"kernels_{device}.so").write_bytes(b"\0" + text.encode() + b"\0")
 
 
 def test_libraries_are_built_unless_they_fit_and_load(tmp_path, monkeypatch):
+    """Those in place, or else those that were carried."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "PACKAGE", tmp_path / ".gpu")
     (tmp_path / "setup.py").write_text("sources")
     (tmp_path / "csrc").mkdir()
     fits, fails = subprocess.CompletedProcess([], 0), subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fits)
-    assert not gpu.is_built((9, 0))
+    assert not gpu.take_libraries((9, 0))
     here = gpu.sources_hash(tmp_path)
-    write_library(tmp_path, "cpu", sources=here)
-    write_library(tmp_path, "cuda", sources=here, cuda="13.0", cuda_archs="sm_90")
-    assert gpu.is_built((9, 0)) and not gpu.is_built((8, 0))
+    write_library(tmp_path / ".gpu", "cpu", sources=here)
+    write_library(tmp_path / ".gpu", "cuda", sources=here, cuda="13.0", cuda_archs="sm_90")
+    in_place = tmp_path / "effdet_fast"
+    in_place.mkdir()
+    assert not gpu.take_libraries((8, 0)) and not list(in_place.iterdir())
+    assert gpu.take_libraries((9, 0)) and len(list(in_place.iterdir())) == 2
+    write_library(in_place, "cuda", sources=here, cuda="13.0", cuda_archs="sm_80, sm_90")
+    before = (in_place / "kernels_cuda.so").read_bytes()
+    assert gpu.take_libraries((9, 0)) and (in_place / "kernels_cuda.so").read_bytes() == before
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fails)
-    assert not gpu.is_built((9, 0))
+    assert not gpu.take_libraries((9, 0))
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fits)
     (tmp_path / "setup.py").write_text("other sources")
-    assert not gpu.is_built((9, 0))
-    for built, word in ((False, "setup.py"), (True, "-c")):
-        assert gpu.steps(None, tmp_path, pictures=False, built=built)[0].command[1] == word
+    assert not gpu.take_libraries((9, 0))
 
 
-@pytest.mark.parametrize("code, status", [("print('fine')", 0), ("print('bad'); raise SystemExit(1)", 1)])
-def test_the_summary_comes_last_and_everything_is_logged(code, status, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu, "steps", lambda sanitizer, output, pictures, built: [python("only", code)])
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.chdir(tmp_path)
-    assert gpu.main() == status
-    printed = capfd.readouterr().out
-    assert printed == (tmp_path / "out/gpu.log").read_text()
-    summary = printed[printed.index("== summary: A GPU, PyTorch") :].splitlines()
-    assert summary[1].split()[:2] == ["only", steps.FAILED if status else steps.OK]
-    assert summary[-1].endswith(f"records in {tmp_path / 'out'}, everything printed in {tmp_path / 'out/gpu.log'}")
+def test_the_package_says_how_to_call(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_package, "PACKAGE", tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    assert gpu_package.main() == 1 and "not built: kernels_cpu.so, kernels_cuda.so" in capsys.readouterr().err
+    for device in ("cpu", "cuda"):
+        write_library(tmp_path, device, sources="x", cuda_archs="sm_90")
+    assert gpu_package.main() == 0
+    calls = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [call["command"] for call in calls] == [f"python3 benchmarks/gpu.py {p}" for p in ("correctness", "speed")]
+    # What a machine's start takes too, of 15 minutes in all.
+    assert sum(call["timeout_s"] for call in calls) + 2 * 120 <= 15 * 60
+    assert (tmp_path / "commit").read_text().strip()
 
 
 def test_without_a_gpu_it_says_so():

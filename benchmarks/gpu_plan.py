@@ -1,0 +1,153 @@
+"""What `make gpu` does: the steps of its two parts, each with the seconds set aside for it."""
+
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import OPS
+from benchmarks.steps import Step
+
+ROOT = Path(__file__).resolve().parents[1]
+CORRECTNESS, SPEED = "correctness", "speed"
+LIMITS = {CORRECTNESS: 260.0, SPEED: 360.0}  # seconds of a part, from the beginning of its process
+WORKERS = min(6, os.cpu_count() or 1)
+HUGE_WORKERS = min(3, WORKERS)  # each test of them takes up to 15 GB
+KERNELS, COMPILED, HUGE = "tests of kernels", "tests of torch.compile", "tests of huge tensors"
+# All kernels of this package are in the namespace ef. PyTorch's own calls that fail harmlessly are no errors of ours.
+OURS_BY_NAME = ["--kernel-name", "kernel_substring=_ZN2ef"]
+SANITIZER_OPTIONS = ["--error-exitcode", "86", "--report-api-errors", "no"]
+ONE_KERNEL = "import torch; print(int(torch.ones(8, device='cuda').sum()))"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it runs, and where its files go: `output` is what is kept, `work` is scratch."""
+
+    output: Path
+    work: Path
+    record: Path
+    built: bool
+    sanitizer: str | None
+    ncu: str | None
+    site: Path | None = None  # packages that were carried here
+
+
+def build(place: Place) -> list[Step]:
+    """Where the libraries that are there do not do. No time is set aside: the last steps pay for it."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+    environment = {**common(place), "EFFDET_FAST_CUDA": "1"}
+    return [] if place.built else [Step("build", command, 0.0, environment, output_lines=1)]
+
+
+def correctness(place: Place) -> list[Step]:
+    doctor = [sys.executable, "-m", "effdet_fast", "doctor"]
+    return [
+        *build(place),
+        needing_build(place, Step("versions and self-tests", doctor, 25, common(place), output_lines=1)),
+        sanitizer_answers(place),
+        ncu_answers(place),
+        tests(place, KERNELS, "cuda and not slow and not compiles", 105),
+        sanitized(place, "memcheck", 35, OURS_BY_NAME),
+        # Not by name: it would not know what other kernels have written.
+        sanitized(place, "initcheck", 35, []),
+        tests(place, COMPILED, "cuda and not slow and compiles", 40),
+    ]
+
+
+def speed(place: Place, before: dict[str, list[str]]) -> list[Step]:
+    """`before` has the steps of the first part that were not done, and of those that run tests the tests to repeat."""
+    of_model = ("training_step", "--dtype", "bfloat16", "--seconds", "4", "--case")
+    ours = ("effdet_fast on {peer}", "effdet_fast, graphed")
+
+    def peers(name: str) -> list[str]:
+        return ["--peers", name, *(each.format(peer=name) for each in ours)]
+
+    probes = [step for step in (sanitizer_answers(place), ncu_answers(place)) if step.name not in before]
+    return [
+        *build(place),
+        *again(place, before),
+        measured(place, "D0's step", 70, *of_model, "efficientdet", *peers("effdet")),
+        measured(place, "ops", 80, *OPS, "--compiled", "first", "--seconds", "0.3"),
+        measured(place, "RetinaNet's step", 40, *of_model, "retinanet", *peers("torchvision")),
+        *probes,
+        sanitized(place, "racecheck", 35, OURS_BY_NAME),
+        tests(place, HUGE, "cuda and slow", 45, workers=HUGE_WORKERS),
+        profiled(place, 30),
+    ]
+
+
+def again(place: Place, before: dict[str, list[str]]) -> list[Step]:
+    names = sorted({test for tests_of_step in before.values() for test in tests_of_step})
+    only = place.work / "again.txt"
+    only.write_text("".join(f"{name}\n" for name in names))
+    repeated = [tests(place, "tests again", "cuda", 45, "--only", str(only))] if names else []
+    return repeated + [
+        step for step in correctness(place) if step.name in before and not before[step.name] and step.name != "build"
+    ]
+
+
+def tests(place: Place, name: str, marks: str, budget: float, *options: str, workers: int = WORKERS) -> Step:
+    """A process that hangs in a call, or whose GPU does not answer any more, ends, and another goes on with the next test."""
+    file = file_name(name)
+    command = [sys.executable, "-m", "pytest", "-v", "-m", marks, "-n", str(workers), "--max-worker-restart", "40"]
+    command += ["--timeout", "60", "--timeout-method", "thread", "-p", "no:cacheprovider", "-p", "benchmarks.ledger"]
+    command += ["--ledger", str(place.work / f"{file}.jsonl"), "--junit-xml", str(place.output / f"{file}.xml")]
+    command += ["--continue-on-collection-errors", *options, *files_with_cuda_tests()]
+    return needing_build(place, Step(name, command, budget, common(place), output_lines=12))
+
+
+def file_name(step: str) -> str:
+    return re.sub(r"\W+", "-", step)
+
+
+def sanitizer_answers(place: Place) -> Step:
+    """It refuses some machines."""
+    command = [place.sanitizer or "", *SANITIZER_OPTIONS, sys.executable, "-c", ONE_KERNEL]
+    skip = None if place.sanitizer else "compute-sanitizer is not installed"
+    return Step("compute-sanitizer works", command, 10, common(place), skip=skip, probe=True)
+
+
+def sanitized(place: Place, tool: str, budget: float, which: list[str]) -> Step:
+    command = [place.sanitizer or "", "--tool", tool, *SANITIZER_OPTIONS, *which]
+    command += [sys.executable, "-m", "benchmarks.smoke"]
+    environment = {**common(place), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    step = Step(tool, command, budget, environment, needs=("compute-sanitizer works",))
+    return needing_build(place, step)
+
+
+def ncu_answers(place: Place) -> Step:
+    command = [place.ncu or "", "--clock-control", "none", sys.executable, "-c", ONE_KERNEL]
+    skip = None if place.ncu else "ncu is not installed"
+    return Step("ncu works", command, 10, common(place), skip=skip, probe=True)
+
+
+def profiled(place: Place, budget: float) -> Step:
+    by_name = ["--kernel-name-base", "demangled", "--kernel-name", r"regex:^(void )?ef::"]
+    command = [place.ncu or "", *by_name, "--clock-control", "none", "--set", "detailed"]
+    command += ["--log-file", str(place.output / "profile.txt"), sys.executable, "-m", "benchmarks.single_pass"]
+    return needing_build(place, Step("ncu", command, budget, common(place), needs=("ncu works",)))
+
+
+def measured(place: Place, name: str, budget: float, *options: str) -> Step:
+    """All into one record. A fault leaves its process without a GPU; the next one goes on behind the case that had it."""
+    command = [sys.executable, "-m", "benchmarks", *options, "--device", "cuda", "--record", str(place.record)]
+    command += ["--no-pictures", "--end-within", "{limit}"]
+    return needing_build(place, Step(name, command, budget, common(place), tries=10))
+
+
+def needing_build(place: Place, step: Step) -> Step:
+    return step if place.built else Step(**{**vars(step), "needs": ("build", *step.needs)})
+
+
+def common(place: Place) -> dict[str, str]:
+    folders = [str(ROOT), str(place.site) if place.site else None, os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, folders)), "PYTHONUNBUFFERED": "1"}
+
+
+def files_with_cuda_tests() -> list[str]:
+    """Only those, since other tests import packages that a machine for this run may not have."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    has_some = re.compile(r"mark\.cuda|def test_\w+\([^)]*\b(native_)?(backend|device)\b")
+    return [str(file.relative_to(ROOT)) for file in files if has_some.search(file.read_text())]
