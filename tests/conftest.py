@@ -16,7 +16,8 @@ torch.backends.cudnn.allow_tf32 = False
 
 gpu_lost = False
 
-BACKENDS = ["reference", "cpu", "emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+BACKENDS = ["reference", "cpu", "emulated", CUDA]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,9 +80,23 @@ def native_backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from enter(request.param)
 
 
+@pytest.fixture(params=["cpu", CUDA])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The devices, for opcheck and torch.compile, which see no other backends: cpu and, on a machine with a GPU, cuda."""
+    for backend in enter(request.param):
+        yield backend.device
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew(request: pytest.FixtureRequest) -> None:
+    """Of one function torch.compile makes a few versions and no more, whichever tests asked for them."""
+    if request.node.get_closest_marker("compiles"):
+        torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -328,10 +328,10 @@ def test_the_same_in_every_run_and_for_any_thread_count(native_backend, rule):
 
 
 @pytest.mark.parametrize("force", [0, 1, 2])
-def test_raw_op(force):
-    anchors, (boxes, labels) = grid_of_anchors(64), random_objects(2, 9, size=64)
+def test_raw_op(device, force):
+    anchors, (boxes, labels) = grid_of_anchors(64).to(device), random_objects(2, 9, device, size=64)
     op = torch.ops.effdet_fast.match_anchors.default
-    for counts, coder in ((None, 0), (torch.tensor([9, 3]), 1)):
+    for counts, coder in ((None, 0), (torch.tensor([9, 3], device=device), 1)):
         torch.library.opcheck(op, (anchors, boxes, labels, counts, 0.5, 0.4, force, coder))
     torch.library.opcheck(op, (anchors, boxes[:, :0], labels[:, :0], None, 0.5, 0.4, force, 2))
     with pytest.raises(RuntimeError, match="boxes must be contiguous"):
@@ -342,10 +342,11 @@ def test_raw_op(force):
         op(anchors, boxes, labels, labels[:, 0].int(), 0.5, 0.4, force, 1)
 
 
+@pytest.mark.compiles
 @each_rule
-def test_compiles_without_a_break(rule):
-    anchors, (boxes, labels) = grid_of_anchors(64), random_objects(2, 9, size=64)
-    counts = torch.tensor([9, 2])
+def test_compiles_without_a_break(device, rule):
+    anchors, (boxes, labels) = grid_of_anchors(64).to(device), random_objects(2, 9, device, size=64)
+    counts = torch.tensor([9, 2], device=device)
     compiled = torch.compile(lambda *x: match_anchors(*x, **rule), fullgraph=True)
     for arguments in ((anchors, boxes, labels), (anchors, boxes, labels, counts)):
         assert_targets(compiled(*arguments), match_anchors(*arguments, **rule), rtol=0, atol=0)

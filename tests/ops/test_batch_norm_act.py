@@ -316,17 +316,17 @@ def test_a_backward_through_moved_running_statistics_is_refused(backend):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout):
-    x, grad, weight, bias = make((2, 3, 4, 5), torch.float32, "cpu", layout)
+def test_opcheck(device, layout):
+    x, grad, weight, bias = make((2, 3, 4, 5), torch.float32, device, layout)
     raw, channels_last = torch.ops.effdet_fast, layout == "nhwc"
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
     options = (weight, bias, 1e-3, 1, channels_last)
     torch.library.opcheck(raw.batch_norm_stats.default, (x, channels_last))
     torch.library.opcheck(raw.batch_norm_act.default, (x, mean, var, *options))
-    for running in ((None, None), (torch.zeros(3), torch.ones(3))):
+    for running in ((None, None), (torch.zeros(3, device=device), torch.ones(3, device=device))):
         torch.library.opcheck(raw.batch_norm_act_train.default, (x, *running, 0.1, *options))
     torch.library.opcheck(raw.batch_norm_act_sums.default, (grad, x, mean, var, *options))
-    for sums in (None, torch.randn(2, 3)):
+    for sums in (None, torch.randn(2, 3, device=device)):
         torch.library.opcheck(raw.batch_norm_act_grad_input.default, (grad, x, mean, var, sums, *options))
     torch.library.opcheck(raw.batch_norm_act_train_backward.default, (grad, x, mean, var, *options))
 

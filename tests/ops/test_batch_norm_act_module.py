@@ -132,15 +132,15 @@ def test_a_module_in_half_precision(native_backend):
     module.eval()(x)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_compiles_without_a_break(training, momentum):
-    torch._dynamo.reset()
-    module = BatchNormAct2d(8, momentum=momentum, activation="silu").train(training)
+def test_compiles_without_a_break(device, training, momentum):
+    module = BatchNormAct2d(8, momentum=momentum, activation="silu").to(device).train(training)
     twin = copy.deepcopy(module)
     compiled = torch.compile(module, fullgraph=True)
     for layout in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(2, 8, 5, 6).contiguous(memory_format=layout)
+        x = torch.randn(2, 8, 5, 6, device=device).contiguous(memory_format=layout)
         results = []
         for function, owner in ((compiled, module), (twin, twin)):
             leaf = x.clone().requires_grad_()

@@ -283,10 +283,10 @@ def test_the_same_in_every_run_and_for_any_thread_count(native_backend):
         torch.set_num_threads(before)
 
 
-def test_raw_op():
-    cls_outputs, box_outputs, anchors = heads()
+def test_raw_op(device):
+    cls_outputs, box_outputs, anchors = heads(device=device)
     op = torch.ops.effdet_fast.decode_candidates.default
-    for layout, clip_sizes in itertools.product(LAYOUTS, (None, torch.full((2, 2), 50.0))):
+    for layout, clip_sizes in itertools.product(LAYOUTS, (None, torch.full((2, 2), 50.0, device=device))):
         in_layout = [[x.to(memory_format=layout) for x in outputs] for outputs in (cls_outputs, box_outputs)]
         torch.library.opcheck(op, (*in_layout, anchors, clip_sizes, 3, 40, False))
     for changed, message in [
@@ -304,9 +304,10 @@ def test_raw_op():
         op(cls_outputs, box_outputs, anchors, None, 4, 40, False)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("method", ["hard", "gaussian"])
-def test_compiled(method):
-    inputs = heads()
+def test_compiled(device, method):
+    inputs = heads(device=device)
     options = {"num_classes": 3, "max_candidates": 60, "score_threshold": 0.5, "method": method}
     detect = torch.compile(ops.decode_detections, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, detect(*inputs, **options), ops.decode_detections(*inputs, **options)))

@@ -115,8 +115,8 @@ def test_every_order_of_threads_gives_the_same_bits():
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(channels_last, dtype):
-    x, weight, bias = (t.detach() for t in make((2, 6, 7, 8), 5, channels_last, dtype=dtype))
+def test_opcheck(device, channels_last, dtype):
+    x, weight, bias = (t.detach() for t in make((2, 6, 7, 8), 5, channels_last, dtype=dtype, device=device))
     raw = torch.ops.effdet_fast
     y = raw.depthwise_conv(x, weight, bias, 2, 1, 1, 4, 4, 1, channels_last)
     torch.library.opcheck(raw.depthwise_conv, (x, weight, bias, 2, 1, 1, 4, 4, 1, channels_last))
@@ -126,25 +126,24 @@ def test_opcheck(channels_last, dtype):
         torch.library.opcheck(raw.depthwise_conv_grad_weight, (y, x, 5, 2, 1, 1, 1, channels_last, with_bias))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_full_graph(dynamic):
-    torch._dynamo.reset()
-
+def test_compile_full_graph(device, dynamic):
     def function(x, weight, bias):
         return ops.depthwise_conv2d(x, weight, bias, 2, "same", prologue="silu").square().sum()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for size in ((2, 6, 7, 8), (2, 6, 9, 12)):
-        inputs = make(size)
+        inputs = make(size, device=device)
         expected = torch.autograd.grad(function(*inputs), inputs)
         for a, e in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
             torch.testing.assert_close(a, e)
 
 
-def test_compile_full_graph_separable():
-    torch._dynamo.reset()
-    module = effdet_nn.SeparableConv2d(6, 4, prologue="silu")
-    x = make()[0]
+@pytest.mark.compiles
+def test_compile_full_graph_separable(device):
+    module = effdet_nn.SeparableConv2d(6, 4, prologue="silu").to(device)
+    x = make(device=device)[0]
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), module(x))
 

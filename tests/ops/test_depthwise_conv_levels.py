@@ -203,8 +203,9 @@ def test_every_order_of_threads_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck(channels_last):
-    *xs, weight, bias = (t.detach() for t in make(6, 5, channels_last, ((2, 7, 8), (2, 3, 4)), torch.bfloat16))
+def test_opcheck(device, channels_last):
+    inputs = make(6, 5, channels_last, ((2, 7, 8), (2, 3, 4)), torch.bfloat16, device)
+    *xs, weight, bias = (t.detach() for t in inputs)
     raw, numbers = torch.ops.effdet_fast, (2, [1, 2], [1, 2])
     arguments = (xs, weight, bias, *numbers, [4, 2], [4, 2], 1, channels_last)
     ys = raw.depthwise_conv_levels(*arguments)
@@ -216,16 +217,15 @@ def test_opcheck(channels_last):
         torch.library.opcheck(raw.depthwise_conv_levels_grad_weight, arguments)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_full_graph(dynamic):
-    torch._dynamo.reset()
-
+def test_compile_full_graph(device, dynamic):
     def function(*inputs):
         return sum(y.square().sum() for y in together(*inputs, padding=1, prologue="silu"))
 
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for sizes in ((7, 8), (9, 12)):
-        inputs = make(sizes=((2, *sizes), (2, 4, 4)))
+        inputs = make(sizes=((2, *sizes), (2, 4, 4)), device=device)
         expected = torch.autograd.grad(function(*inputs), inputs)
         for a, e in zip(torch.autograd.grad(compiled(*inputs), inputs), expected, strict=True):
             torch.testing.assert_close(a, e)

@@ -182,10 +182,8 @@ def test_label_types_and_one_normaliser_for_all(native_backend):
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_opcheck(layout, with_grad):
-    outputs, labels, codes, positives, anchors = problem(
-        [(2, 3), (1, 2)], 2, 4, torch.float32, torch.device("cpu"), layout
-    )
+def test_opcheck(device, layout, with_grad):
+    outputs, labels, codes, positives, anchors = problem([(2, 3), (1, 2)], 2, 4, torch.float32, device, layout)
     last = [layout == CHANNELS_LAST] * 4
     arguments = (
         outputs[:2],
@@ -207,14 +205,15 @@ def test_opcheck(layout, with_grad):
     )
     raw = torch.ops.effdet_fast
     torch.library.opcheck(raw.detection_loss.default, (*arguments, with_grad))
-    upstream = (torch.tensor(2.0), None, torch.tensor(0.5))
+    upstream = (torch.tensor(2.0, device=device), None, torch.tensor(0.5, device=device))
     torch.library.opcheck(raw.detection_loss_backward.default, (*upstream, *arguments))
     torch.library.opcheck(raw.detection_loss_rescale_.default, ([x.clone() for x in outputs], 50.0, *upstream))
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
-def test_compiles_without_a_break(layout):
-    given = problem([(4, 3), (2, 2)], 2, 5, torch.float32, torch.device("cpu"), layout)
+def test_compiles_without_a_break(device, layout):
+    given = problem([(4, 3), (2, 2)], 2, 5, torch.float32, device, layout)
     compiled = torch.compile(detection_loss, fullgraph=True)
     mine, grads = evaluate(compiled, *given, (3.0, 0.0, 1.0), num_classes=5)
     expected, expected_grads = evaluate(detection_loss, *given, (3.0, 0.0, 1.0), num_classes=5)

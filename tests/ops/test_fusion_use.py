@@ -117,8 +117,8 @@ def test_any_order_of_threads(case):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("case", ["top down", "bottom up, odd", "two sizes of nearest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(case, channels_last, dtype):
-    xs, weights, grad, options = make(case, 8, dtype, channels_last=channels_last)
+def test_opcheck(device, case, channels_last, dtype):
+    xs, weights, grad, options = make(case, 8, dtype, device, channels_last=channels_last)
     codes = [{"none": 0, "nearest": 1, "max_pool": 2}[how] for how in options["resample"]]
     grad = grad.to(memory_format=LAST) if channels_last else grad
     raw = torch.ops.effdet_fast
@@ -154,10 +154,11 @@ def test_raw_op_guards_itself():
             )
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("case", ["top down", "bottom up, odd"])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_compiles_without_a_break(case, channels_last):
-    xs, weights, grad, options = make(case, 4, torch.float32, channels_last=channels_last)
+def test_compiles_without_a_break(device, case, channels_last):
+    xs, weights, grad, options = make(case, 4, torch.float32, device, channels_last=channels_last)
 
     def function(xs, weights, **options):
         return weighted_fusion(xs, weights, activation="silu", **options) * 2
@@ -172,11 +173,13 @@ def test_compiles_without_a_break(case, channels_last):
         assert mine.stride() == other.stride()
 
 
-def test_compiles_with_one_tensor_twice():
-    x = torch.randn(1, 2, 3, 3, requires_grad=True)
-    y = torch.compile(weighted_fusion, backend="aot_eager", fullgraph=True)([x, x], torch.ones(2))
-    assert torch.equal(y, weighted_fusion([x, x], torch.ones(2)))
-    assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], torch.tensor(2 / 2.0001))
+@pytest.mark.compiles
+def test_compiles_with_one_tensor_twice(device):
+    x = torch.randn(1, 2, 3, 3, device=device, requires_grad=True)
+    weights = torch.ones(2, device=device)
+    y = torch.compile(weighted_fusion, backend="aot_eager", fullgraph=True)([x, x], weights)
+    assert torch.equal(y, weighted_fusion([x, x], weights))
+    assert torch.allclose(torch.autograd.grad(y.sum(), x)[0], torch.tensor(2 / 2.0001, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -263,8 +263,8 @@ def test_random_grids(name, data, n, classes):
     assert next(backend, None) is None
 
 
-def test_raw_op():
-    boxes, labels = random_boxes(2, 80), torch.randint(0, 3, (2, 80)).sort()[0]
+def test_raw_op(device):
+    boxes, labels = random_boxes(2, 80).to(device), torch.randint(0, 3, (2, 80)).sort()[0].to(device)
     op = torch.ops.effdet_fast.nms.default
     for classes in (labels, None):
         torch.library.opcheck(op, (boxes, classes, 0.5, 80))
@@ -276,15 +276,16 @@ def test_raw_op():
         op(boxes, labels.int(), 0.5, 80)
 
 
-def test_compiled():
+@pytest.mark.compiles
+def test_compiled(device):
     """One graph, and one compilation for every number of boxes."""
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         single = torch.compile(ops.nms, fullgraph=True, dynamic=True, backend="aot_eager")
         batched = torch.compile(ops.batched_nms, fullgraph=True, dynamic=True)
         for n in (40, 77):
-            boxes, scores, idxs = grid_boxes(n), torch.rand(n), torch.randint(0, 3, (n,))
-            assert torch.equal(single(boxes, scores, 0.4), peer_nms(boxes, scores, 0.4))
-            assert torch.equal(batched(boxes, scores, idxs, 0.4), peer_batched_nms(boxes, scores, idxs, 0.4))
+            boxes, scores, idxs = (x.to(device) for x in (grid_boxes(n), torch.rand(n), torch.randint(0, 3, (n,))))
+            assert torch.equal(single(boxes, scores, 0.4).cpu(), peer_nms(boxes, scores, 0.4))
+            assert torch.equal(batched(boxes, scores, idxs, 0.4).cpu(), peer_batched_nms(boxes, scores, idxs, 0.4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

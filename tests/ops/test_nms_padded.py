@@ -167,9 +167,10 @@ def test_random_grids(name, data, batch, n, max_detections, score_threshold):
     assert next(backend, None) is None
 
 
-def test_raw_op():
+def test_raw_op(device):
     boxes, scores, labels = grid_boxes(2, 60), torch.rand(2, 60).sort(1, True)[0], torch.randint(0, 3, (2, 60))
     order = torch.stack([torch.randperm(60), torch.arange(60)])
+    boxes, scores, order, labels = (x.to(device) for x in (boxes, scores, order, labels))
     op = torch.ops.effdet_fast.nms_padded.default
     for threshold in (None, 0.3):
         torch.library.opcheck(op, (boxes, scores, order, labels, 0.5, threshold, 20))
@@ -180,11 +181,14 @@ def test_raw_op():
         op(boxes, scores, order, labels, 0.5, None, 0)
 
 
-def test_compiled():
+@pytest.mark.compiles
+def test_compiled(device):
     """One graph; the shapes of the result depend on no value."""
     detect = torch.compile(ops.batched_nms_padded, fullgraph=True)
     for _ in range(2):
-        boxes, scores, labels = grid_boxes(2, 50), torch.rand(2, 50), torch.randint(0, 3, (2, 50))
+        boxes, scores, labels = (
+            x.to(device) for x in (grid_boxes(2, 50), torch.rand(2, 50), torch.randint(0, 3, (2, 50)))
+        )
         options = {"max_detections": 30, "score_threshold": 0.1}
         got = detect(boxes, scores, labels, 0.4, **options)
         assert all(map(torch.equal, got, ops.batched_nms_padded(boxes, scores, labels, 0.4, **options)))

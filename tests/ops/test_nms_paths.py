@@ -105,9 +105,12 @@ def test_any_order_of_the_threads(seed):
             test_nms_padded.assert_like_peer(boxes, scores, labels, 0.3, max_detections=max_detections)
 
 
-def test_by_class_compiled():
+@pytest.mark.compiles
+def test_by_class_compiled(device):
     detect = torch.compile(ops.batched_nms_padded, fullgraph=True, backend="aot_eager")
-    boxes, scores, labels = random_boxes(1, CHAIN), torch.rand(1, CHAIN), torch.randint(0, 3, (1, CHAIN))
+    boxes, scores, labels = (
+        x.to(device) for x in (random_boxes(1, CHAIN), torch.rand(1, CHAIN), torch.randint(0, 3, (1, CHAIN)))
+    )
     options = {"max_detections": CHAIN, "score_threshold": 0.1}
     expected = ops.batched_nms_padded(boxes, scores, labels, 0.4, **options)
     assert all(map(torch.equal, detect(boxes, scores, labels, 0.4, **options), expected))

@@ -275,8 +275,8 @@ def test_random_grids_equal_the_formula(name, data, n, classes, iou_threshold):
     assert all(map(torch.equal, got, expected))
 
 
-def test_raw_op():
-    boxes, scores, labels = grid_boxes(2, 40), torch.rand(2, 40), torch.randint(0, 3, (2, 40))
+def test_raw_op(device):
+    boxes, scores, labels = (x.to(device) for x in (grid_boxes(2, 40), torch.rand(2, 40), torch.randint(0, 3, (2, 40))))
     op = torch.ops.effdet_fast.soft_nms.default
     for gaussian in (True, False):
         torch.library.opcheck(op, (boxes, scores, labels, gaussian, 0.5, 0.3, 0.1, 20))
@@ -292,9 +292,10 @@ def test_raw_op():
         op(boxes, scores, labels, True, 0.5, 0.3, 0.1, 0)
 
 
-def test_compiled():
+@pytest.mark.compiles
+def test_compiled(device):
     """One graph; the padded form's shapes depend on no value."""
-    boxes, scores, labels = grid_boxes(2, 50), torch.rand(2, 50), torch.randint(0, 3, (2, 50))
+    boxes, scores, labels = (x.to(device) for x in (grid_boxes(2, 50), torch.rand(2, 50), torch.randint(0, 3, (2, 50))))
     padded = torch.compile(ops.batched_nms_padded, fullgraph=True)
     options = {"method": "gaussian", "max_detections": 30, "score_threshold": 0.1}
     assert all(

@@ -284,8 +284,8 @@ def test_parameters_in_half_precision(backend, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_opcheck(layout):
-    x, grad, *weights = make((2, 3, 4, 5), torch.float32, "cpu", layout)
+def test_opcheck(device, layout):
+    x, grad, *weights = make((2, 3, 4, 5), torch.float32, device, layout)
     channels_last, ops = layout == "nhwc", torch.ops.effdet_fast
     for given in (weights, [weights[0], None, weights[2], None]):
         torch.library.opcheck(ops.squeeze_excite.default, (x, *given, 1, channels_last))
@@ -295,11 +295,11 @@ def test_opcheck(layout):
         torch.library.opcheck(ops.squeeze_excite_backward.default, given)
 
 
-def test_compiles_without_a_break():
-    torch._dynamo.reset()
+@pytest.mark.compiles
+def test_compiles_without_a_break(device):
     compiled = torch.compile(squeeze_excite, fullgraph=True)
     for layout in LAYOUTS:
-        x, grad, *weights = make((2, 8, 5, 6), torch.float32, "cpu", layout)
+        x, grad, *weights = make((2, 8, 5, 6), torch.float32, device, layout)
         ours, eager = (with_gradients(f, x, grad, *weights) for f in (compiled, squeeze_excite))
         for mine, other in zip(ours, eager, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
