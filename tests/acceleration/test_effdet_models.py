@@ -6,10 +6,9 @@ import copy
 
 import pytest
 import torch
-from effdet.config.model_config import efficientdet_model_param_dict
 
 import effdet_fast
-from tests.acceleration.effdet_benches import CLASSES, images, model_of, tiny
+from tests.acceleration.effdet_benches import CLASSES, effdet, images, model_of, tiny
 
 # Levels of 9x13, 5x7, 3x4, 2x2 and 1x1 pixels.
 ODD = (72, 104)
@@ -85,7 +84,7 @@ def test_families(family, training):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", efficientdet_model_param_dict)
+@pytest.mark.parametrize("name", effdet.config.model_config.efficientdet_model_param_dict)
 def test_every_model(name, training):
     """In training, eight samples of the coarsest level, one pixel, or its BatchNorms would make much of float32's rounding."""
     size, batch = ((64, 64), 8) if training else ((128, 128), 2)
