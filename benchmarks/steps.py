@@ -65,7 +65,8 @@ def run_all(
         if step.skip:
             result = Result(step.name, SKIPPED, 0.0, step.skip)
         elif missing:
-            status = SKIPPED if all(m.status in (REFUSED, SKIPPED) for m in missing) else FAILED
+            failures = [each.status for each in missing if not each.good]
+            status = FAILED if FAILED in failures else NOT_REACHED if failures else SKIPPED
             result = Result(step.name, status, 0.0, f"not run: it needs {names}")
         elif left <= GRACE_SECONDS:
             result = Result(step.name, NOT_REACHED, 0.0, "no time left")
