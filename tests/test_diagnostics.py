@@ -96,6 +96,16 @@ def test_architectures(built, capability, covered):
     assert _build_info.covers(built, capability) == covered
 
 
+def test_self_tests_compare_float32_without_tf32(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        diagnostics, "SELF_TESTS", {"op": lambda device: seen.append(torch.backends.cudnn.allow_tf32) or 0.0}
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    diagnostics._add_self_tests(diagnostics.Report(), torch.device("cpu"))
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
+
+
 def test_self_tests_can_fail(monkeypatch):
     """Negative control: a reference that is off by a little is told apart from the op."""
     from effdet_fast.ops import focal_loss
