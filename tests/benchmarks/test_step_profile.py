@@ -92,6 +92,7 @@ def build(megabytes, device, dtype, layout):
     return keep(megabytes)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_steps_alone_in_a_process_and_what_it_grows_by():
     case = Case("holds 200 MB", partial(build, 200))

@@ -27,6 +27,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_kernels_are_clean():
     done = run_sanitized("-m", "tests.emulation.check", str(build(sanitize=True, only_float32=True)))
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stdout + done.stderr[-6000:]

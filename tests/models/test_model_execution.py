@@ -105,11 +105,12 @@ def test_bf16_autocast(name):
     ("name", "backend"),
     [
         ("efficientdet_lite0", "aot_eager"),
-        pytest.param("efficientdet_d0", "aot_eager", marks=pytest.mark.slow),
-        pytest.param("efficientdet_lite0", "inductor", marks=pytest.mark.slow),
-        pytest.param("efficientdet_d0", "inductor", marks=pytest.mark.slow),
+        ("efficientdet_d0", "aot_eager"),
+        ("efficientdet_lite0", "inductor"),
+        ("efficientdet_d0", "inductor"),
     ],
 )
+@pytest.mark.slow
 def test_compiled_forward_and_gradients(name, backend):
     """Traced whole, forward and backward; what the compiler makes of it takes minutes to build."""
     model = small(name, fpn_cells=1, head_repeats=1, drop_path_rate=0.0).eval()
