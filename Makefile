@@ -2,6 +2,7 @@
 # make test   - set up, lint, build, run the test suite
 # make compat - build with the oldest supported torch, under PYTHON, and try its build and the newest torch's in each other
 # make cuda-archs - compile the CUDA kernels for every architecture that is supported
+# make rehearsal - call `make gpu`'s script with the oldest torch on a fake GPU
 # make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks, profile: see docs/gpu.md
 # make gpu-package - lay what such a machine needs, if it has no network, into .gpu: libraries for GPU_ARCH, packages for GPU_PYTHON
 PYTHON ?= python3
@@ -14,7 +15,7 @@ ifeq ($(shell command -v nvidia-smi),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: demo test test-full lint types build compat cuda-archs gpu gpu-package clean
+.PHONY: demo test test-full lint types build compat rehearsal cuda-archs gpu gpu-package clean
 
 $(VENV)/ready: requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +56,10 @@ demo: build
 compat:
 	env -u MAKEFLAGS -u PYTHON $(MAKE) build
 	tests/compat.sh $(BIN) $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON))
+
+rehearsal:
+	env -u MAKEFLAGS -u PYTHON $(MAKE) build
+	tests/compat.sh $(BIN) $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) rehearsal
 
 cuda-archs: $(VENV)/ready
 	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(BIN)/python setup.py -q build_ext \

@@ -2,10 +2,7 @@
 
 python benchmarks/gpu.py [correctness | speed]
 
-Everything goes to the folder in OUT, else to a new one below build/gpu: a log, JUnit files, a benchmark record, a profile, and a
-summary in JSON, rewritten after each step. The second part begins with what the first, if .gpu/correctness.json is there, has not
-done. Needs PyTorch with CUDA, pytest-xdist, pytest-timeout and hypothesis; to build, nvcc and ninja. Libraries and packages that
-`make gpu-package` laid into .gpu are used if they fit.
+Everything goes to the folder in OUT, else to a new one below build/gpu. docs/gpu.md says what it needs, does and leaves.
 """
 
 import argparse

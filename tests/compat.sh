@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Builds with the oldest supported torch, and runs the ops on the CPU: that build in that torch, the newest torch's build in it, and
 # that build in the newest torch. Needs the newest torch's build in the source folder.
-#   tests/compat.sh FOLDER_OF_THE_NEWEST_PYTHON PYTHON, which may be a name like python3.12 that only pyenv knows
+#   tests/compat.sh FOLDER_OF_THE_NEWEST_PYTHON PYTHON [rehearsal]
+# PYTHON may be a name like python3.12 that only pyenv knows. With `rehearsal` it rehearses `make gpu` there, and nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 newest=$PWD/$1
@@ -11,10 +12,14 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 venv=$PWD/.venv-compat-$version
 copy=build/compat-$version
 
-if [ ! -e "$venv/ready" ]; then
+if [ ! -e "$venv/ready" ] || [ requirements/compat.txt -nt "$venv/ready" ]; then
   "$python" -m venv "$venv"
   "$venv/bin/pip" install -q -r requirements/compat.txt -c requirements/compat-constraints.txt
   touch "$venv/ready"
+fi
+
+if [ "${3:-}" = rehearsal ]; then
+  EFFDET_FAST_REHEARSAL_PYTHON=$venv/bin/python exec "$newest/python" -m pytest -q tests/benchmarks/test_gpu_rehearsal.py
 fi
 
 rm -rf "$copy"

@@ -219,7 +219,7 @@ def test_all_steps_need_what_is_built_first(tmp_path):
         gpu_plan.correctness(place(tmp_path, built=False)),
         gpu_plan.speed(place(tmp_path, built=False), {}),
     ):
-        assert planned[0].name == "build" and planned[0].budget == 0
+        assert planned[0].name == "build" and planned[0].budget == 180
         assert planned[0].environment["EFFDET_FAST_CUDA"] == "1" and "--force" in planned[0].command
         assert all("build" in step.needs for step in planned[1:] if not step.probe)
 
