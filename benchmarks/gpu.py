@@ -62,8 +62,8 @@ def not_done(summary_of_correctness: dict[str, Any]) -> dict[str, list[str]]:
 class Report:
     """The summary in JSON, rewritten after each step, so that it is there whatever happens to the next."""
 
-    def __init__(self, part: str, place: Place, about: dict[str, Any]) -> None:
-        self.path, self.place = place.output / f"{part}.json", place
+    def __init__(self, part: str, place: Place, started: float, about: dict[str, Any]) -> None:
+        self.path, self.place, self.started = place.output / f"{part}.json", place, started
         self.content: dict[str, Any] = {"part": part, **about}
 
     def update(self, results: list[Result]) -> None:
@@ -73,7 +73,7 @@ class Report:
             file = self.place.work / f"{gpu_plan.file_name(result.name)}.jsonl"
             if file.exists():
                 steps[result.name]["tests"] = asdict(ledger.read(file))
-        self.content |= {"seconds": round(time.monotonic() - START, 1), "steps": steps}
+        self.content |= {"seconds": round(time.monotonic() - self.started, 1), "steps": steps}
         if self.place.record.exists():
             record = records.from_json(self.place.record.read_text())
             self.content["benchmark"] = {"rows": len(record.rows), "missing": record.missing}
@@ -124,7 +124,7 @@ def run_part(part: str, output: Path, seconds: float, started: float) -> bool:
         plan = gpu_plan.speed(place, not_done(json.loads(before.read_text())) if before else {})
     plan = [replace(step, budget=step.budget * seconds / LIMITS[part]) for step in plan]
     about = {"device": device, "torch": torch.__version__, "commit": commit_of(ROOT)[0], "limit": seconds}
-    report = Report(part, place, about)
+    report = Report(part, place, started, about)
     with open(output / f"{part}.log", "w") as log:
         results = run_all(plan, started + seconds, log, report.update)
         text = "\n".join(

@@ -95,7 +95,9 @@ def tests(place: Place, name: str, marks: str, budget: float, *options: str, wor
     command += ["--timeout", "60", "--timeout-method", "thread", "-p", "no:cacheprovider", "-p", "benchmarks.ledger"]
     command += ["--ledger", str(place.work / f"{file}.jsonl"), "--junit-xml", str(place.output / f"{file}.xml")]
     command += ["--continue-on-collection-errors", *options, *files_with_cuda_tests()]
-    return needing_build(place, Step(name, command, budget, common(place), output_lines=12))
+    threads = max(1, (os.cpu_count() or 1) // workers)  # more would wait for each other
+    environment = {**common(place), "OMP_NUM_THREADS": str(threads)}
+    return needing_build(place, Step(name, command, budget, environment, output_lines=12))
 
 
 def file_name(step: str) -> str:
