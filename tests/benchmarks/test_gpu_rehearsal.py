@@ -144,7 +144,7 @@ def test_both_parts(machine):
     assert f"tests of kernels: failed: {kernel('dies')}" in first.printed
 
     shutil.copy(first.out / "correctness.json", machine.tree / ".gpu")
-    seconds = 120
+    seconds = 180
     once = "/nms/second/torch.float32:dies,/soft_nms/second/torch.float32:lost,/fusion/second/torch.float32:fails"
     second = machine.call("speed", seconds, f"{once},/training_step/retinanet:hangs,compute-sanitizer:refuses")
     assert list(second.steps.items()) == [

@@ -30,7 +30,7 @@ def happen(where):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        item.add_marker(pytest.mark.timeout(5))
+        item.add_marker(pytest.mark.timeout(15))
 
 
 @pytest.hookimpl(tryfirst=True)
