@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import sys
 import time
 import traceback
@@ -16,8 +15,9 @@ from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.timing import failure
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, PHASES, Case
+from effdet_fast.evaluation.result_files import write_atomically
 
-# Why a case is missing from a record. The others are tried again when the record is gone on with.
+# Why a case is missing from a record: what ended its process is not tried again when the record is gone on with.
 CUT_SHORT, NOT_REACHED = "the process ended while it was measured", "no time was left"
 DEVICE_LOST = 75  # exit status: after a fault no kernel of this process runs any more; another process can go on
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,22 +83,23 @@ def selected(arguments: argparse.Namespace, device: torch.device) -> list[Wanted
     dtypes = [DTYPES[name] for name in arguments.dtype or DEFAULT_DTYPES[device.type]]
     per_op: list[list[Wanted]] = []
     for op in arguments.ops or BENCHMARKS:
-        of_op: list[Wanted] = []
-        for case in importlib.import_module(f"benchmarks.bench_{op}").cases(device.type):
-            for dtype in dtypes:
-                rounded = device.type == "cuda" and case.convolves and dtype == torch.float32
-                for layout in case.layouts:
-                    if (
-                        arguments.case in case.name
-                        and dtype in case.dtypes
-                        and (not arguments.layout or layout in arguments.layout)
-                    ):
-                        of_op += [
-                            Wanted(op, case, dtype, layout, tf32, arguments.compiled == "all" or not of_op)
-                            for tf32 in ((False, True) if rounded else (None,))
-                        ]
+        combinations = [
+            (op, case, dtype, layout, tf32)
+            for case in importlib.import_module(f"benchmarks.bench_{op}").cases(device.type)
+            for dtype in dtypes
+            for layout in case.layouts
+            if arguments.case in case.name
+            and dtype in case.dtypes
+            and (not arguments.layout or layout in arguments.layout)
+            for tf32 in ((False, True) if may_round(case, dtype, device) else (None,))
+        ]
+        of_op = [Wanted(*each, arguments.compiled == "all" or i == 0) for i, each in enumerate(combinations)]
         per_op.append(of_op[:1] if arguments.quick else of_op)
     return [of_op[i] for i in range(max(map(len, per_op), default=0)) for of_op in per_op if i < len(of_op)]
+
+
+def may_round(case: Case, dtype: torch.dtype, device: torch.device) -> bool:
+    return device.type == "cuda" and case.convolves and dtype == torch.float32
 
 
 def main(command_line: list[str] | None = None) -> int:
@@ -202,9 +203,8 @@ def answers(device: torch.device) -> bool:
 
 def save(record: records.Record, path: Path) -> None:
     """After every row, in one step, so that a run that is cut short leaves what it has measured."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(records.to_json(record))
-    os.replace(unfinished, path)
+    text = records.to_json(record)
+    write_atomically(str(path), lambda temporary: Path(temporary).write_text(text))
 
 
 def draw(record: records.Record, folder: Path) -> None:

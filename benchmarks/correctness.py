@@ -1,8 +1,5 @@
 """The gate before the clock: an implementation that computes something else is reported, never timed."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -16,17 +13,6 @@ PEER_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2,
 
 class WrongResultError(Exception):
     pass
-
-
-@contextlib.contextmanager
-def convolutions(tf32: bool | None) -> Iterator[None]:
-    """cuDNN's convolutions of float32 round their inputs to TF32 or do not; None leaves them as they are."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before if tf32 is None else tf32
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def evaluate(implementation: Implementation, upstream: tuple[Tensor, ...] | None = None) -> list[Tensor]:

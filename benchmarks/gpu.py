@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))  # also runs as a script
 
 from benchmarks import START, gpu_plan, ledger, records  # noqa: E402
 from benchmarks.gpu_plan import CORRECTNESS, LIMITS, SPEED, Place  # noqa: E402
-from benchmarks.steps import Result, run_all, summary  # noqa: E402
+from benchmarks.steps import GOOD, Result, run_all, summary  # noqa: E402
 from effdet_fast._build_info import covers, read_build_info, sources_hash  # noqa: E402
+from effdet_fast.evaluation.result_files import write_atomically  # noqa: E402
 
 PACKAGE = ROOT / ".gpu"
 LIBRARIES = ("kernels_cpu.so", "kernels_cuda.so")
@@ -54,7 +55,7 @@ def not_done(summary_of_correctness: dict[str, Any]) -> dict[str, list[str]]:
     for name, step in summary_of_correctness["steps"].items():
         tests = step.get("tests")
         names = ledger.Tests(**tests).to_repeat if tests else []
-        if names or step["status"] not in ("ok", "skipped", "refused"):
+        if names or step["status"] not in GOOD:
             found[name] = names
     return found
 
@@ -77,9 +78,8 @@ class Report:
         if self.place.record.exists():
             record = records.from_json(self.place.record.read_text())
             self.content["benchmark"] = {"rows": len(record.rows), "missing": record.missing}
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
-        os.replace(unfinished, self.path)
+        text = json.dumps(self.content, indent=1) + "\n"
+        write_atomically(str(self.path), lambda temporary: Path(temporary).write_text(text))
 
     def lines(self) -> list[str]:
         """What failed, was running at the end, or was not reached, by name; not more of each than one reads."""

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import OPS
@@ -18,6 +18,7 @@ KERNELS, COMPILED, HUGE = "tests of kernels", "tests of torch.compile", "tests o
 # All kernels of this package are in the namespace ef. PyTorch's own calls that fail harmlessly are no errors of ours.
 OURS_BY_NAME = ["--kernel-name", "kernel_substring=_ZN2ef"]
 SANITIZER_OPTIONS = ["--error-exitcode", "86", "--report-api-errors", "no"]
+NCU_OPTIONS = ["--clock-control", "none"]
 ONE_KERNEL = "import torch; print(int(torch.ones(8, device='cuda').sum()))"
 
 
@@ -34,20 +35,44 @@ class Place:
     site: Path | None = None  # packages that were carried here
 
 
-def build(place: Place) -> list[Step]:
-    """Where the libraries that are there do not do. The limits of the parts have no room for it: the last steps pay."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
-    environment = {**common(place), "EFFDET_FAST_CUDA": "1"}
-    return [] if place.built else [Step("build", command, 180, environment, output_lines=1)]
-
-
 def correctness(place: Place) -> list[Step]:
+    return behind_build(place, steps_of_correctness(place))
+
+
+def speed(place: Place, before: dict[str, list[str]]) -> list[Step]:
+    """`before` has the steps of the first part that were not done, and of those that run tests the tests to repeat."""
+    of_model = ("training_step", "--dtype", "bfloat16", "--seconds", "4", "--case")
+
+    def peers(name: str) -> tuple[str, ...]:
+        return "--peers", name, f"effdet_fast on {name}", "effdet_fast, graphed"
+
+    steps = [
+        *again(place, before),
+        measured(place, "D0's step", 70, *of_model, "efficientdet", *peers("effdet")),
+        measured(place, "ops", 80, *OPS, "--compiled", "first", "--seconds", "0.3"),
+        measured(place, "RetinaNet's step", 40, *of_model, "retinanet", *peers("torchvision")),
+        *(probe for probe in probes(place) if probe.name not in before),
+        sanitized(place, "racecheck", 35, OURS_BY_NAME),
+        tests(place, HUGE, "cuda and slow", 45, workers=HUGE_WORKERS),
+        profiled(place, 30),
+    ]
+    return behind_build(place, steps)
+
+
+def behind_build(place: Place, steps: list[Step]) -> list[Step]:
+    """Where the libraries that are there do not do. The limits of the parts have no room for it: the last steps pay."""
+    if place.built:
+        return steps
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+    build = Step("build", command, 180, {**common(place), "EFFDET_FAST_CUDA": "1"}, output_lines=1)
+    return [build, *(step if step.probe else replace(step, needs=(build.name, *step.needs)) for step in steps)]
+
+
+def steps_of_correctness(place: Place) -> list[Step]:
     doctor = [sys.executable, "-m", "effdet_fast", "doctor"]
     return [
-        *build(place),
-        needing_build(place, Step("versions and self-tests", doctor, 25, common(place), output_lines=1)),
-        sanitizer_answers(place),
-        ncu_answers(place),
+        Step("versions and self-tests", doctor, 25, common(place), output_lines=1),
+        *probes(place),
         tests(place, KERNELS, "cuda and not slow and not compiles", 105),
         sanitized(place, "memcheck", 35, OURS_BY_NAME),
         # Not by name: it would not know what other kernels have written.
@@ -56,36 +81,12 @@ def correctness(place: Place) -> list[Step]:
     ]
 
 
-def speed(place: Place, before: dict[str, list[str]]) -> list[Step]:
-    """`before` has the steps of the first part that were not done, and of those that run tests the tests to repeat."""
-    of_model = ("training_step", "--dtype", "bfloat16", "--seconds", "4", "--case")
-    ours = ("effdet_fast on {peer}", "effdet_fast, graphed")
-
-    def peers(name: str) -> list[str]:
-        return ["--peers", name, *(each.format(peer=name) for each in ours)]
-
-    probes = [step for step in (sanitizer_answers(place), ncu_answers(place)) if step.name not in before]
-    return [
-        *build(place),
-        *again(place, before),
-        measured(place, "D0's step", 70, *of_model, "efficientdet", *peers("effdet")),
-        measured(place, "ops", 80, *OPS, "--compiled", "first", "--seconds", "0.3"),
-        measured(place, "RetinaNet's step", 40, *of_model, "retinanet", *peers("torchvision")),
-        *probes,
-        sanitized(place, "racecheck", 35, OURS_BY_NAME),
-        tests(place, HUGE, "cuda and slow", 45, workers=HUGE_WORKERS),
-        profiled(place, 30),
-    ]
-
-
 def again(place: Place, before: dict[str, list[str]]) -> list[Step]:
     names = sorted({test for tests_of_step in before.values() for test in tests_of_step})
     only = place.work / "again.txt"
     only.write_text("".join(f"{name}\n" for name in names))
     repeated = [tests(place, "tests again", "cuda", 45, "--only", str(only))] if names else []
-    return repeated + [
-        step for step in correctness(place) if step.name in before and not before[step.name] and step.name != "build"
-    ]
+    return repeated + [step for step in steps_of_correctness(place) if step.name in before and not before[step.name]]
 
 
 def tests(place: Place, name: str, marks: str, budget: float, *options: str, workers: int = WORKERS) -> Step:
@@ -97,50 +98,48 @@ def tests(place: Place, name: str, marks: str, budget: float, *options: str, wor
     command += ["--continue-on-collection-errors", *options, *files_with_cuda_tests()]
     threads = max(1, (os.cpu_count() or 1) // workers)  # more would wait for each other
     environment = {**common(place), "OMP_NUM_THREADS": str(threads)}
-    return needing_build(place, Step(name, command, budget, environment, output_lines=12))
+    return Step(name, command, budget, environment, output_lines=12)
 
 
 def file_name(step: str) -> str:
     return re.sub(r"\W+", "-", step)
 
 
-def sanitizer_answers(place: Place) -> Step:
-    """It refuses some machines."""
-    command = [place.sanitizer or "", *SANITIZER_OPTIONS, sys.executable, "-c", ONE_KERNEL]
-    skip = None if place.sanitizer else "compute-sanitizer is not installed"
-    return Step("compute-sanitizer works", command, 10, common(place), skip=skip, probe=True)
+def probes(place: Place) -> list[Step]:
+    """Both tools refuse some machines."""
+    tools = {"compute-sanitizer": (place.sanitizer, SANITIZER_OPTIONS), "ncu": (place.ncu, NCU_OPTIONS)}
+    return [
+        Step(
+            f"{name} works",
+            [path or name, *options, sys.executable, "-c", ONE_KERNEL],
+            10,
+            common(place),
+            skip=None if path else f"{name} is not installed",
+            probe=True,
+        )
+        for name, (path, options) in tools.items()
+    ]
 
 
 def sanitized(place: Place, tool: str, budget: float, which: list[str]) -> Step:
     command = [place.sanitizer or "", "--tool", tool, *SANITIZER_OPTIONS, *which]
     command += [sys.executable, "-m", "benchmarks.smoke"]
     environment = {**common(place), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    step = Step(tool, command, budget, environment, needs=("compute-sanitizer works",))
-    return needing_build(place, step)
-
-
-def ncu_answers(place: Place) -> Step:
-    command = [place.ncu or "", "--clock-control", "none", sys.executable, "-c", ONE_KERNEL]
-    skip = None if place.ncu else "ncu is not installed"
-    return Step("ncu works", command, 10, common(place), skip=skip, probe=True)
+    return Step(tool, command, budget, environment, needs=("compute-sanitizer works",))
 
 
 def profiled(place: Place, budget: float) -> Step:
     by_name = ["--kernel-name-base", "demangled", "--kernel-name", r"regex:^(void )?ef::"]
-    command = [place.ncu or "", *by_name, "--clock-control", "none", "--set", "detailed"]
+    command = [place.ncu or "", *by_name, *NCU_OPTIONS, "--set", "detailed"]
     command += ["--log-file", str(place.output / "profile.txt"), sys.executable, "-m", "benchmarks.single_pass"]
-    return needing_build(place, Step("ncu", command, budget, common(place), needs=("ncu works",)))
+    return Step("ncu", command, budget, common(place), needs=("ncu works",))
 
 
 def measured(place: Place, name: str, budget: float, *options: str) -> Step:
     """All into one record. A fault leaves its process without a GPU; the next one goes on behind the case that had it."""
     command = [sys.executable, "-m", "benchmarks", *options, "--device", "cuda", "--record", str(place.record)]
     command += ["--no-pictures", "--end-within", "{limit}"]
-    return needing_build(place, Step(name, command, budget, common(place), tries=10))
-
-
-def needing_build(place: Place, step: Step) -> Step:
-    return step if place.built else Step(**{**vars(step), "needs": ("build", *step.needs)})
+    return Step(name, command, budget, common(place), tries=10)
 
 
 def common(place: Place) -> dict[str, str]:

@@ -1,17 +1,19 @@
 """Measures one case: checks every implementation, then times those that are right, taking turns."""
 
+import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
-from benchmarks.correctness import WrongResultError, as_tuple, check, convolutions, evaluate, upstream_gradients
+from benchmarks.correctness import WrongResultError, as_tuple, check, evaluate, upstream_gradients
 from benchmarks.records import Profile, Row, Timing
 from benchmarks.step_process import measure_alone
 from benchmarks.step_profile import profile_of
 from benchmarks.timing import CpuClock, CudaClock, Task, clock_for, copy_task, failure, interleaved
 from benchmarks.workload import BACKWARD, FORWARD, OURS, STEP, Case, Implementation, Workload
+from effdet_fast.diagnostics import convolutions
 
 COPY = "copy"
 
@@ -73,7 +75,7 @@ def measure(
             if phase == STEP and device.type == "cpu":
                 yield _steps_alone(row, case, dtype, layout, errors, min_rounds)
                 continue
-            with convolutions(tf32):
+            with contextlib.nullcontext() if tf32 is None else convolutions(tf32):
                 tasks = {i.name: task_of(i, phase, upstream) for i in right}
                 row = timed(row, tasks, errors, clock, seconds, min_rounds)
                 if phase == STEP:
@@ -92,14 +94,15 @@ def timed(
     copy = copy_task(row.bytes, clock.device)
     samples, failures = interleaved({**tasks, COPY: copy}, clock, seconds, min_rounds)
     if OURS in failures:
-        samples = {}
+        samples.clear()
+    of_copy = samples.pop(COPY, None)
     timings = {}
-    for name in (name for name in tasks if name in samples):
+    for name, times in samples.items():
         try:
-            timings[name] = Timing.of(samples[name], errors[name], clock.peak_bytes(tasks[name]))
+            timings[name] = Timing.of(times, errors[name], clock.peak_bytes(tasks[name]))
         except Exception as error:
             failures[name] = failure(error)
-    timing_of_copy = Timing.of(samples[COPY]) if COPY in samples else None
+    timing_of_copy = Timing.of(of_copy) if of_copy else None
     return replace(row, copy=timing_of_copy, timings=timings, problems={**row.problems, **failures})
 
 

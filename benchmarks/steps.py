@@ -13,6 +13,7 @@ from typing import TextIO
 
 OK, FAILED, OUT_OF_TIME, NOT_REACHED = "ok", "FAILED", "OUT OF TIME", "NOT REACHED"
 SKIPPED, REFUSED = "skipped", "refused"
+GOOD = (OK, SKIPPED, REFUSED)
 GRACE_SECONDS = 5.0  # for what is interrupted to write what it has
 
 
@@ -46,7 +47,7 @@ class Result:
 
     @property
     def good(self) -> bool:
-        return self.status in (OK, SKIPPED, REFUSED)
+        return self.status in GOOD
 
 
 def run_all(

@@ -130,7 +130,7 @@ def _devices() -> list[torch.device]:
 def _add_self_tests(report: Report, device: torch.device) -> None:
     for name, check in SELF_TESTS.items():
         try:
-            with _float32_convolutions():
+            with convolutions(tf32=False):
                 error = check(device)
             failed = not error <= 1e-4
             report.add(
@@ -143,10 +143,10 @@ def _add_self_tests(report: Report, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _float32_convolutions() -> Iterator[None]:
-    """cuDNN rounds the inputs of float32 convolutions to 10 bits unless told otherwise, and references have some."""
+def convolutions(tf32: bool) -> Iterator[None]:
+    """cuDNN's convolutions of float32 round their inputs to TF32, 10 bits, as they do unless told otherwise; or do not."""
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = tf32
     try:
         yield
     finally:
