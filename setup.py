@@ -76,10 +76,15 @@ def native_extensions() -> tuple[list[Extension], dict]:
     shared = ["csrc/boundaries.cpp", "csrc/library.cpp"]
     own = {"kernels_cpu": "*/*_cpu*.cpp", "kernels_cuda": "*/*_cuda*.cu"}
     headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
+    # Errors name their file; nobody needs to know where it lay.
+    unplaced = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/"]
     hidden = "-fvisibility=hidden"
-    cpu_flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", hidden]
+    cpu_flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", hidden, *unplaced]
     # -O1 is for the host's part, which only launches: it compiles faster. nvcc optimises kernels fully in any case.
-    cuda_flags = {"cxx": ["-O1", "-g0", "-std=c++20", hidden], "nvcc": ["-O1", "-std=c++20", "-Xcompiler", hidden]}
+    cuda_flags = {
+        "cxx": ["-O1", "-g0", "-std=c++20", hidden, *unplaced],
+        "nvcc": ["-O1", "-std=c++20", "-Xcompiler", ",".join([hidden, *unplaced])],
+    }
 
     def library(name: str) -> Extension:
         cuda = name == "kernels_cuda"

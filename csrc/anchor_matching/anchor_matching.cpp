@@ -16,13 +16,17 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous() && boxes.scalar_type() == anchors.scalar_type(),
                   "match_anchors: boxes must be contiguous [batch, most, 4], of the anchors' dtype");
   const int64_t count = anchors.size(0), batch = boxes.size(0), most = boxes.size(1);
-  STD_TORCH_CHECK(labels.numel() == batch * most && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
+  STD_TORCH_CHECK(is_shaped(labels, {batch, most}) && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
                   "match_anchors: labels must be contiguous int64 [batch, most]");
-  STD_TORCH_CHECK(!counts || (counts->numel() == batch && counts->is_contiguous() && counts->scalar_type() == ScalarType::Long),
+  STD_TORCH_CHECK(!counts || (is_shaped(*counts, {batch}) && counts->is_contiguous() && counts->scalar_type() == ScalarType::Long),
                   "match_anchors: counts must be contiguous int64 [batch]");
   STD_TORCH_CHECK(most < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
   const bool is_double = anchors.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(is_double || anchors.scalar_type() == ScalarType::Float, "match_anchors: dtype must be float32 or float64");
+
+  STD_TORCH_CHECK(0 < negative && negative <= positive, "match_anchors: thresholds must be 0 < negative <= positive");
+  const auto force_rule = enum_of(force, Force::kTies, "match_anchors", "force");
+  const auto box_coder = enum_of(coder, Coder::kTorchvision, "match_anchors", "box_coder");
 
   const DeviceScope<Device> scope(anchors);
   Tensor out_labels = allocate(anchors, {batch, count}, ScalarType::Long);
@@ -36,9 +40,17 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
     torch::stable::zero_(*workspace);
   }
   const auto run = [&]<typename T>() {
-    const Problem<T> problem{
-        const_data<T>(anchors),   const_data<T>(boxes),     const_data<int64_t>(labels), const_data<int64_t>(counts), count, batch, most,
-        static_cast<T>(positive), static_cast<T>(negative), static_cast<Force>(force),   static_cast<Coder>(coder)};
+    const Problem<T> problem{const_data<T>(anchors),
+                             const_data<T>(boxes),
+                             const_data<int64_t>(labels),
+                             const_data<int64_t>(counts),
+                             count,
+                             batch,
+                             most,
+                             static_cast<T>(positive),
+                             static_cast<T>(negative),
+                             force_rule,
+                             box_coder};
     launch_match<T>(scope.device, problem, workspace ? mutable_data<int64_t>(*workspace) : nullptr,
                     {mutable_data<int64_t>(out_labels), mutable_data<T>(codes), mutable_data<int64_t>(positives)});
   };
@@ -48,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("match_anchors", TORCH_BOX(&match<Device>));
+  implement<"match_anchors", match<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::anchor_matching

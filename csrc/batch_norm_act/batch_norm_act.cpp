@@ -1,26 +1,15 @@
 // Tensor boundary of batch normalisation: check, allocate, dispatch the dtype once, register.
 #include "batch_norm_act.h"
 
-#include <array>
 #include <tuple>
 
 #include "../common/tensor.h"
 
 namespace ef::batch_norm_act {
 namespace {
-// Whether the elements lie one after the other in the order of the layout; the stride of a dimension of size 1 does not matter.
-bool is_dense(const Tensor& x, bool channels_last) {
-  int64_t expected = 1;
-  for (const int axis : channels_last ? std::array{1, 3, 2, 0} : std::array{3, 2, 1, 0}) {
-    if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
-    expected *= x.size(axis);
-  }
-  return true;
-}
-
 // A guard behind the checks in Python: nothing below may read or write outside the tensors.
 Shape checked_shape(const Tensor& x, bool channels_last) {
-  STD_TORCH_CHECK(x.dim() == 4 && (x.numel() == 0 || is_dense(x, channels_last)), "batch_norm_act: x must be dense [n, c, h, w]");
+  STD_TORCH_CHECK(x.dim() == 4 && is_dense(x, channels_last), "batch_norm_act: x must be dense [n, c, h, w]");
   const int64_t pixels = x.size(2) * x.size(3);
   return channels_last || pixels == 1 ? Shape{x.size(0) * pixels, x.size(1), 1} : Shape{x.size(0), x.size(1), pixels};
 }
@@ -29,9 +18,8 @@ void check_channels(const Tensor& values, const Tensor& x, int64_t rows = 1) {
                   "batch_norm_act: what belongs to a channel must be dense [c], in the dtype of the arithmetic");
 }
 void check_gradient(const Tensor& grad, const Tensor& x, bool channels_last) {
-  bool fits = grad.dim() == 4 && grad.scalar_type() == x.scalar_type() && (grad.numel() == 0 || is_dense(grad, channels_last));
-  for (int axis = 0; axis < 4 && fits; ++axis) fits = grad.size(axis) == x.size(axis);
-  STD_TORCH_CHECK(fits, "batch_norm_act: grad must be dense and like x");
+  STD_TORCH_CHECK(has_size_of(grad, x) && grad.scalar_type() == x.scalar_type() && is_dense(grad, channels_last),
+                  "batch_norm_act: grad must be dense and like x");
 }
 
 template <typename A>
@@ -41,7 +29,12 @@ Norm<A> norm_of(const Tensor& x, const Tensor& mean, const Tensor& var, const st
   check_channels(var, x);
   if (weight) check_channels(*weight, x);
   if (bias) check_channels(*bias, x);
-  return {const_data<A>(mean), const_data<A>(var), const_data<A>(weight), const_data<A>(bias), A(eps), static_cast<Activation>(activation)};
+  return {const_data<A>(mean),
+          const_data<A>(var),
+          const_data<A>(weight),
+          const_data<A>(bias),
+          A(eps),
+          activation_of(activation, "batch_norm_act")};
 }
 
 MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
@@ -164,12 +157,12 @@ std::tuple<Tensor, Tensor> train_backward(const Tensor& grad, const Tensor& x, c
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("batch_norm_stats", TORCH_BOX(&stats<Device>));
-  m.impl("batch_norm_act", TORCH_BOX(&forward<Device>));
-  m.impl("batch_norm_act_train", TORCH_BOX(&train<Device>));
-  m.impl("batch_norm_act_sums", TORCH_BOX(&sums<Device>));
-  m.impl("batch_norm_act_grad_input", TORCH_BOX(&grad_input<Device>));
-  m.impl("batch_norm_act_train_backward", TORCH_BOX(&train_backward<Device>));
+  implement<"batch_norm_stats", stats<Device>>(m);
+  implement<"batch_norm_act", forward<Device>>(m);
+  implement<"batch_norm_act_train", train<Device>>(m);
+  implement<"batch_norm_act_sums", sums<Device>>(m);
+  implement<"batch_norm_act_grad_input", grad_input<Device>>(m);
+  implement<"batch_norm_act_train_backward", train_backward<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::batch_norm_act

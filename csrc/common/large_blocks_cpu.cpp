@@ -11,10 +11,13 @@
 
 namespace ef {
 namespace {
-// Whole huge pages, or whole pages where a block is smaller than a huge one.
-int64_t unit_of(int64_t bytes) {
-  constexpr int64_t kPage = 4096, kHugePage = int64_t(2) << 20;
-  return bytes < kHugePage ? kPage : kHugePage;
+constexpr int64_t kPage = 4096, kHugePage = int64_t(2) << 20;
+
+int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+// Whole huge pages where that is at most a quarter more than was asked for, else whole pages.
+int64_t block_size(int64_t bytes) {
+  const int64_t huge = rounded_up(bytes, kHugePage);
+  return huge <= bytes + bytes / 4 ? huge : rounded_up(bytes, kPage);
 }
 }  // namespace
 
@@ -29,7 +32,7 @@ LargeBlocks::LargeBlocks() {
 }
 
 void* LargeBlocks::take(int64_t bytes) {
-  const int64_t unit = unit_of(bytes), size = (bytes + unit - 1) / unit * unit;
+  const int64_t size = block_size(bytes);
   const std::lock_guard lock(mutex_);
   const auto found = free_.lower_bound(size);
   void* block;
@@ -61,13 +64,14 @@ void LargeBlocks::empty() {
 }
 
 void* LargeBlocks::new_block(int64_t size) {
-  void* block = std::aligned_alloc(unit_of(size), size);
+  const int64_t alignment = size < kHugePage ? kPage : kHugePage;
+  void* block = std::aligned_alloc(alignment, rounded_up(size, alignment));
   if (!block) {
     drop_down_to(0);
-    block = std::aligned_alloc(unit_of(size), size);
+    block = std::aligned_alloc(alignment, rounded_up(size, alignment));
   }
   if (!block) throw std::bad_alloc();
-  prefer_huge_pages(block, size);
+  prefer_huge_pages(block, size / kHugePage * kHugePage);
   sizes_[block] = size;
   return block;
 }

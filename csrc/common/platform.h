@@ -14,7 +14,8 @@
 // Host loops marked with EF_CPU_CLONES are compiled once per instruction set and chosen when the library is loaded. A lambda inside such
 // a function is not cloned: keep the loop itself in the marked function. Where the best loop is another with AVX-512, EF_CPU_AVX512
 // marks it, which runs only if has_avx512(), and EF_CPU_CLONES_TO_AVX2 the one for the others.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Under AddressSanitizer there is one version, as its wide loads would be told from an overrun by nothing else.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define EF_CPU_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define EF_CPU_CLONES_TO_AVX2 __attribute__((target_clones("arch=x86-64-v3", "default")))
 #define EF_CPU_AVX512 __attribute__((target("arch=x86-64-v4")))

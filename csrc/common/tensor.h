@@ -9,22 +9,23 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "dtypes.h"
 #include "platform.h"
 
 #if defined(EF_EMULATE_CUDA)
 #include "guarded_allocation.h"  // tests/emulation: NaN-filled memory between guard bytes
-#elif !defined(EF_WITH_CUDA)
-#include "large_blocks.h"
+#elif !defined(EF_WITH_CUDA) && !defined(__SANITIZE_ADDRESS__)
+#include "large_blocks.h"  // whose spare bytes would hide an overrun from the sanitizer
+#define EF_LARGE_BLOCKS
 #endif
 
 namespace ef {
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 inline int64_t element_bytes(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -54,19 +55,26 @@ inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, Mem
   return strides;
 }
 
+template <class Sizes>
+int64_t bytes_of(const Sizes& sizes, ScalarType dtype) {
+  int64_t bytes = element_bytes(dtype);
+  bool fits = true;
+  for (const int64_t size : sizes) fits = fits && size >= 0 && !__builtin_mul_overflow(bytes, size, &bytes);
+  STD_TORCH_CHECK(fits, "effdet_fast: an output's sizes must not be negative, nor its bytes beyond 64 bits");
+  return bytes;
+}
+
 // Uninitialised. By plain functions of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
 template <class Sizes>
 Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
 #if defined(EF_EMULATE_CUDA)
+  bytes_of(sizes, dtype);
   return emulation::guarded_empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, dtype, like.device());
 #else
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  int32_t device_type, device_index;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-#if !defined(EF_WITH_CUDA)
-  int64_t bytes = element_bytes(dtype);
-  for (const int64_t size : sizes) bytes *= size;
+  const DeviceId device = device_of(like);
+  [[maybe_unused]] const int64_t bytes = bytes_of(sizes, dtype);
+#if defined(EF_LARGE_BLOCKS)
   if (like.is_cpu() && bytes >= LargeBlocks::kLeast) {
     return torch::stable::from_blob(LargeBlocks::instance().take(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
                                     like.device(), dtype, [](void* block) { LargeBlocks::instance().give_back(block); });
@@ -74,7 +82,7 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
 #endif
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, device_type, device_index, &handle));
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, device.type, device.index, &handle));
   return Tensor(handle);
 #endif
 }
@@ -147,18 +155,44 @@ void dispatch_floating(ScalarType dtype, const char* name, F&& f) {
       STD_TORCH_CHECK(false, name, ": dtype must be float16, bfloat16, float32 or float64");
   }
 }
+
+// A raw op's name as a template argument.
+template <size_t kSize>
+struct OpName {
+  char text[kSize];
+  constexpr OpName(const char (&name)[kSize]) { std::copy_n(name, kSize, text); }
+};
+
+// A boundary behind the check of all its tensors.
+template <OpName kName, auto kFunction>
+struct Checked;
+template <OpName kName, class Result, class... Arguments, Result (*kFunction)(Arguments...)>
+struct Checked<kName, kFunction> {
+  static Result call(Arguments... arguments) {
+    TensorChecker checker(kName.text);
+    (checker.see(arguments), ...);
+    return kFunction(arguments...);
+  }
+};
+template <OpName kName, auto kFunction>
+void implement(torch::stable::detail::StableLibrary& library) {
+  library.impl(kName.text, TORCH_BOX((&Checked<kName, kFunction>::call)));
+}
 }  // namespace ef
 
-// EF_REGISTER(register_ops): register_ops<Device>(m) calls m.impl("name", TORCH_BOX(&function<Device>)) for each raw op. A boundary is
-// compiled once for each library, which registers its device. The emulated library registers the CUDA path for CPU tensors in a
-// namespace of its own.
+// EF_REGISTER(register_ops): register_ops<Device>(m) calls implement<"name", function<Device>>(m) for each raw op. A boundary is
+// compiled once for each library, which registers its device. The emulated library registers the CUDA path for CPU tensors; it, and a
+// sanitized build of the CPU's, have a namespace of their own.
+#if !defined(EF_NAMESPACE)
+#define EF_NAMESPACE effdet_fast
+#endif
 #if defined(EF_EMULATE_CUDA)
 #define EF_REGISTER(register_ops) \
-  STABLE_TORCH_LIBRARY_IMPL(effdet_fast_emulated, CPU, m) { register_ops<ef::Cuda>(m); }
+  STABLE_TORCH_LIBRARY_IMPL(EF_NAMESPACE, CPU, m) { register_ops<ef::Cuda>(m); }
 #elif defined(EF_WITH_CUDA)
 #define EF_REGISTER(register_ops) \
-  STABLE_TORCH_LIBRARY_IMPL(effdet_fast, CUDA, m) { register_ops<ef::Cuda>(m); }
+  STABLE_TORCH_LIBRARY_IMPL(EF_NAMESPACE, CUDA, m) { register_ops<ef::Cuda>(m); }
 #else
 #define EF_REGISTER(register_ops) \
-  STABLE_TORCH_LIBRARY_IMPL(effdet_fast, CPU, m) { register_ops<ef::Cpu>(m); }
+  STABLE_TORCH_LIBRARY_IMPL(EF_NAMESPACE, CPU, m) { register_ops<ef::Cpu>(m); }
 #endif

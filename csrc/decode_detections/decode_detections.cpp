@@ -10,15 +10,8 @@ namespace ef::decode_detections {
 namespace {
 // Whether images are [cells, channels] in memory; throws where they are neither that nor [channels, cells].
 bool is_channels_last(const Tensor& x) {
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const int64_t nchw[4] = {c * h * w, h * w, w, 1}, nhwc[4] = {h * w * c, 1, w * c, c}, sizes[4] = {n, c, h, w};
-  const auto has = [&](const int64_t* strides) {
-    for (int axis = 0; axis < 4; ++axis)
-      if (sizes[axis] > 1 && x.stride(axis) != strides[axis] && x.numel() > 0) return false;
-    return true;
-  };
-  if (has(nchw)) return false;
-  STD_TORCH_CHECK(has(nhwc), "decode_candidates: outputs must be dense, NCHW or channels_last");
+  if (is_dense(x, false)) return false;
+  STD_TORCH_CHECK(is_dense(x, true), "decode_candidates: outputs must be dense, NCHW or channels_last");
   return true;
 }
 
@@ -49,7 +42,7 @@ Problem<scalar_t> problem_of(const std::vector<Tensor>& cls_outputs, const std::
                       anchors.is_contiguous() && anchors.scalar_type() == dtype,
                   "decode_candidates: anchors must be contiguous float32 (float64 for float64 outputs), a row per anchor");
   STD_TORCH_CHECK(
-      !clip_sizes || (clip_sizes->numel() == problem.batch * 2 && clip_sizes->is_contiguous() && clip_sizes->scalar_type() == dtype),
+      !clip_sizes || (is_shaped(*clip_sizes, {problem.batch, 2}) && clip_sizes->is_contiguous() && clip_sizes->scalar_type() == dtype),
       "decode_candidates: clip_sizes must be contiguous [batch, 2], dtype of the anchors");
   problem.anchors = const_data<acc_t<scalar_t>>(anchors);
   problem.clip_sizes = const_data<acc_t<scalar_t>>(clip_sizes);
@@ -93,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> decode(const std::vector<Tensor>& cls
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("decode_candidates", TORCH_BOX(&decode<Device>));
+  implement<"decode_candidates", decode<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::decode_detections

@@ -1,7 +1,6 @@
 // Tensor boundary of the depthwise convolution: check, allocate, dispatch the dtype once, register.
 #include "depthwise_conv.h"
 
-#include <array>
 #include <span>
 #include <tuple>
 
@@ -14,22 +13,13 @@ using Numbers = std::vector<int64_t>;
 
 MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 
-// Whether the elements lie one after the other in the order of the layout; the stride of a dimension of size 1 does not matter.
-bool is_dense(const Tensor& x, bool channels_last) {
-  int64_t expected = 1;
-  for (const int axis : channels_last ? std::array{1, 3, 2, 0} : std::array{3, 2, 1, 0}) {
-    if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
-    expected *= x.size(axis);
-  }
-  return true;
-}
-
 // A guard behind the checks in Python: nothing below may read or write outside the tensors.
 Shape checked_shape(const Tensor& x, int64_t kernel, int64_t stride, int64_t left, int64_t top, int64_t out_height, int64_t out_width,
                     int64_t prologue, bool channels_last) {
-  STD_TORCH_CHECK(x.dim() == 4 && (x.numel() == 0 || is_dense(x, channels_last)), "depthwise_conv: x must be dense [n, c, h, w]");
+  STD_TORCH_CHECK(x.dim() == 4 && is_dense(x, channels_last), "depthwise_conv: x must be dense [n, c, h, w]");
   STD_TORCH_CHECK((kernel == 3 || kernel == 5) && (stride == 1 || stride == 2), "depthwise_conv: no kernel for this filter or stride");
-  STD_TORCH_CHECK(left >= 0 && top >= 0 && out_height >= 0 && out_width >= 0, "depthwise_conv: sizes must not be negative");
+  for (const int64_t number : {left, top, out_height, out_width})
+    STD_TORCH_CHECK(number >= 0 && number < int64_t(1) << 31, "depthwise_conv: padding and sizes must be in [0, 2^31), got ", number);
   return {x.size(0),
           x.size(1),
           x.size(2),
@@ -40,13 +30,13 @@ Shape checked_shape(const Tensor& x, int64_t kernel, int64_t stride, int64_t lef
           top,
           int(kernel),
           int(stride),
-          static_cast<Activation>(prologue),
+          activation_of(prologue, "depthwise_conv"),
           channels_last};
 }
 
 void check_like_output(const Tensor& grad, const Tensor& x, const Shape& s) {
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == s.n && grad.size(1) == s.c && grad.scalar_type() == x.scalar_type() &&
-                      (grad.numel() == 0 || is_dense(grad, s.channels_last)),
+                      is_dense(grad, s.channels_last),
                   "depthwise_conv: grad must be dense and like the output");
 }
 
@@ -183,12 +173,12 @@ std::tuple<Tensor, Tensor> grad_weight_levels(const Tensors& grads, const Tensor
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("depthwise_conv", TORCH_BOX(&forward_one<Device>));
-  m.impl("depthwise_conv_levels", TORCH_BOX(&forward_levels<Device>));
-  m.impl("depthwise_conv_grad_input", TORCH_BOX(&grad_input_one<Device>));
-  m.impl("depthwise_conv_levels_grad_input", TORCH_BOX(&grad_input_levels<Device>));
-  m.impl("depthwise_conv_grad_weight", TORCH_BOX(&grad_weight_one<Device>));
-  m.impl("depthwise_conv_levels_grad_weight", TORCH_BOX(&grad_weight_levels<Device>));
+  implement<"depthwise_conv", forward_one<Device>>(m);
+  implement<"depthwise_conv_levels", forward_levels<Device>>(m);
+  implement<"depthwise_conv_grad_input", grad_input_one<Device>>(m);
+  implement<"depthwise_conv_levels_grad_input", grad_input_levels<Device>>(m);
+  implement<"depthwise_conv_grad_weight", grad_weight_one<Device>>(m);
+  implement<"depthwise_conv_levels_grad_weight", grad_weight_levels<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::depthwise_conv

@@ -14,6 +14,7 @@ struct Inputs {
   const Tensor &labels, &box_targets;
   const std::optional<Tensor>& anchors;
   const Tensor& num_positives;
+  const std::optional<Tensor>& class_weight;
   int64_t classes;
   double alpha, gamma, label_smoothing;
   int64_t box_loss, box_coder;
@@ -21,6 +22,12 @@ struct Inputs {
   int64_t normalizer;
   const std::vector<bool>& channels_last;  // of the class levels, then of the box levels
 };
+
+const Tensor& first_of(const Tensors& cls, int64_t classes) {
+  STD_TORCH_CHECK(!cls.empty() && cls[0].dim() == 4 && classes >= 1,
+                  "detection_loss: outputs must be [B, A * classes, H, W], classes at least 1");
+  return cls[0];
+}
 
 // [B, C, H, W] whose pixels lie in steps of one stride, and whose channels or pixels are innermost.
 template <typename scalar_t>
@@ -42,7 +49,7 @@ const A* upstream_of(const std::optional<Tensor>& grad, ScalarType dtype) {
 template <typename scalar_t>
 Problem<scalar_t> problem_of(const Inputs& in) {
   using A = acc_t<scalar_t>;
-  const ScalarType dtype = in.cls.at(0).scalar_type(), acc = acc_dtype(dtype);
+  const ScalarType dtype = in.cls[0].scalar_type(), acc = acc_dtype(dtype);
   STD_TORCH_CHECK(in.cls.size() <= kMaxLevels && in.box.size() == in.cls.size() && in.channels_last.size() == 2 * in.cls.size(),
                   "detection_loss: 1 to 8 levels of class and of box outputs, and the layout of each");
   Problem<scalar_t> p{};
@@ -62,19 +69,20 @@ Problem<scalar_t> problem_of(const Inputs& in) {
     p.anchors += pixels * p.per_cell;
   }
   const bool wide = in.labels.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK((wide || in.labels.scalar_type() == ScalarType::Int) && in.labels.numel() == p.images * p.anchors &&
+  STD_TORCH_CHECK((wide || in.labels.scalar_type() == ScalarType::Int) && is_shaped(in.labels, {p.images, p.anchors}) &&
                       in.labels.is_contiguous() && in.box_targets.scalar_type() == acc && in.box_targets.is_contiguous() &&
-                      in.box_targets.numel() == 4 * p.images * p.anchors,
+                      is_shaped(in.box_targets, {p.images, p.anchors, 4}),
                   "detection_loss: labels must be contiguous int64 or int32 [B, N], box_targets contiguous [B, N, 4] of the loss's dtype");
   p.labels = {wide ? const_data<int64_t>(in.labels) : nullptr, wide ? nullptr : const_data<int32_t>(in.labels)};
   p.box_targets = const_data<A>(in.box_targets);
-  p.box = {static_cast<BoxLoss>(in.box_loss), static_cast<BoxCoder>(in.box_coder), A(in.delta)};
+  p.box = {enum_of(in.box_loss, BoxLoss::kGiou, "detection_loss", "box_loss"),
+           enum_of(in.box_coder, BoxCoder::kXywh, "detection_loss", "box_coder"), A(in.delta)};
   STD_TORCH_CHECK(in.anchors.has_value()
-                      ? in.anchors->numel() == 4 * p.anchors && in.anchors->is_contiguous() && in.anchors->scalar_type() == acc
+                      ? is_shaped(*in.anchors, {p.anchors, 4}) && in.anchors->is_contiguous() && in.anchors->scalar_type() == acc
                       : p.box.loss != BoxLoss::kGiou,
                   "detection_loss: anchors must be contiguous [N, 4] of the loss's dtype");
   p.anchor_boxes = const_data<A>(in.anchors);
-  p.normalizer = static_cast<Normalizer>(in.normalizer);
+  p.normalizer = enum_of(in.normalizer, Normalizer::kPerImage, "detection_loss", "normalizer");
   STD_TORCH_CHECK(in.num_positives.scalar_type() == acc && in.num_positives.is_contiguous() &&
                       (p.normalizer == Normalizer::kBatch || in.num_positives.numel() == p.images),
                   "detection_loss: num_positives must be contiguous, of the loss's dtype, one per image");
@@ -82,6 +90,10 @@ Problem<scalar_t> problem_of(const Inputs& in) {
   p.positive_count = in.num_positives.numel();
   p.gamma = in.gamma;
   p.focal = focal_loss::Parameters<A>::of(in.alpha, in.gamma, in.label_smoothing);
+  STD_TORCH_CHECK(!in.class_weight || (is_shaped(*in.class_weight, {p.classes}) && in.class_weight->is_contiguous() &&
+                                       in.class_weight->scalar_type() == acc),
+                  "detection_loss: class_weight must be contiguous [classes], of the loss's dtype");
+  p.class_weight = const_data<A>(in.class_weight);
   p.box_loss_weight = A(in.box_loss_weight);
   return p;
 }
@@ -111,19 +123,21 @@ void launch_with_workspace(const DeviceScope<Device>& scope, const Tensor& like,
 // The losses, and `with_grad` the gradients of all outputs for an upstream gradient of 1 for the total, else none.
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensors> forward(const Tensors& cls, const Tensors& box, const Tensor& labels, const Tensor& box_targets,
-                                                    const std::optional<Tensor>& anchors, const Tensor& num_positives, int64_t num_classes,
-                                                    double alpha, double gamma, double label_smoothing, int64_t box_loss, int64_t box_coder,
-                                                    double delta, double box_loss_weight, int64_t normalizer,
-                                                    const std::vector<bool>& channels_last, bool with_grad) {
-  const Tensor& first = cls.at(0);
+                                                    const std::optional<Tensor>& anchors, const Tensor& num_positives,
+                                                    const std::optional<Tensor>& class_weight, int64_t num_classes, double alpha,
+                                                    double gamma, double label_smoothing, int64_t box_loss, int64_t box_coder, double delta,
+                                                    double box_loss_weight, int64_t normalizer, const std::vector<bool>& channels_last,
+                                                    bool with_grad) {
+  const Tensor& first = first_of(cls, num_classes);
   const DeviceScope<Device> scope(first);
   const ScalarType acc = acc_dtype(first.scalar_type());
   Tensor total = allocate(first, {}, acc), cls_loss = allocate(first, {}, acc), box_loss_value = allocate(first, {}, acc);
   Tensors grads;
   dispatch_floating(first.scalar_type(), "detection_loss", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
-    const Inputs in{cls,      box,       labels, box_targets,     anchors,    num_positives, num_classes, alpha, gamma, label_smoothing,
-                    box_loss, box_coder, delta,  box_loss_weight, normalizer, channels_last};
+    const Inputs in{cls,          box,         labels,          box_targets, anchors,         num_positives,
+                    class_weight, num_classes, alpha,           gamma,       label_smoothing, box_loss,
+                    box_coder,    delta,       box_loss_weight, normalizer, channels_last};
     Problem<scalar_t> p = problem_of<scalar_t>(in);
     if (with_grad) grads = allocate_gradients(in, p);
     launch_with_workspace(scope, first, p, {mutable_data<A>(total), mutable_data<A>(cls_loss), mutable_data<A>(box_loss_value)});
@@ -135,17 +149,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> forward(const Tensors& cls, const Te
 template <class Device>
 Tensors backward(const std::optional<Tensor>& grad_total, const std::optional<Tensor>& grad_cls, const std::optional<Tensor>& grad_box,
                  const Tensors& cls, const Tensors& box, const Tensor& labels, const Tensor& box_targets,
-                 const std::optional<Tensor>& anchors, const Tensor& num_positives, int64_t num_classes, double alpha, double gamma,
-                 double label_smoothing, int64_t box_loss, int64_t box_coder, double delta, double box_loss_weight, int64_t normalizer,
-                 const std::vector<bool>& channels_last) {
-  const Tensor& first = cls.at(0);
+                 const std::optional<Tensor>& anchors, const Tensor& num_positives, const std::optional<Tensor>& class_weight,
+                 int64_t num_classes, double alpha, double gamma, double label_smoothing, int64_t box_loss, int64_t box_coder, double delta,
+                 double box_loss_weight, int64_t normalizer, const std::vector<bool>& channels_last) {
+  const Tensor& first = first_of(cls, num_classes);
   const DeviceScope<Device> scope(first);
   const ScalarType acc = acc_dtype(first.scalar_type());
   Tensors grads;
   dispatch_floating(first.scalar_type(), "detection_loss_backward", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
-    const Inputs in{cls,      box,       labels, box_targets,     anchors,    num_positives, num_classes, alpha, gamma, label_smoothing,
-                    box_loss, box_coder, delta,  box_loss_weight, normalizer, channels_last};
+    const Inputs in{cls,          box,         labels,          box_targets, anchors,         num_positives,
+                    class_weight, num_classes, alpha,           gamma,       label_smoothing, box_loss,
+                    box_coder,    delta,       box_loss_weight, normalizer, channels_last};
     Problem<scalar_t> p = problem_of<scalar_t>(in);
     p.upstream = {upstream_of<A>(grad_total, acc), upstream_of<A>(grad_cls, acc), upstream_of<A>(grad_box, acc)};
     grads = allocate_gradients(in, p);
@@ -158,17 +173,20 @@ Tensors backward(const std::optional<Tensor>& grad_total, const std::optional<Te
 template <class Device>
 void rescale(const Tensors& grads, double box_loss_weight, const std::optional<Tensor>& grad_total, const std::optional<Tensor>& grad_cls,
              const std::optional<Tensor>& grad_box) {
-  const Tensor& first = grads.at(0);
+  STD_TORCH_CHECK(!grads.empty() && grads.size() <= 2 * kMaxLevels && grads.size() % 2 == 0,
+                  "detection_loss_rescale_: gradients of 1 to 8 levels");
+  const Tensor& first = grads[0];
   const DeviceScope<Device> scope(first);
   const ScalarType acc = acc_dtype(first.scalar_type());
-  STD_TORCH_CHECK(grads.size() <= 2 * kMaxLevels && grads.size() % 2 == 0, "detection_loss_rescale_: gradients of 1 to 8 levels");
   dispatch_floating(first.scalar_type(), "detection_loss_rescale_", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     Gradients<scalar_t> g{};
     g.levels = int(grads.size());
     g.cls_levels = g.levels / 2;
     for (int i = 0; i < g.levels; ++i) {
-      STD_TORCH_CHECK(grads[i].scalar_type() == first.scalar_type(), "detection_loss_rescale_: gradients must be of one dtype");
+      STD_TORCH_CHECK(
+          grads[i].scalar_type() == first.scalar_type() && grads[i].dim() == 4 && (is_dense(grads[i], false) || is_dense(grads[i], true)),
+          "detection_loss_rescale_: gradients must be dense [B, C, H, W] of one dtype");
       g.grad[i] = mutable_data<scalar_t>(grads[i]);
       g.count[i] = grads[i].numel();
     }
@@ -180,9 +198,9 @@ void rescale(const Tensors& grads, double box_loss_weight, const std::optional<T
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("detection_loss", TORCH_BOX(&forward<Device>));
-  m.impl("detection_loss_backward", TORCH_BOX(&backward<Device>));
-  m.impl("detection_loss_rescale_", TORCH_BOX(&rescale<Device>));
+  implement<"detection_loss", forward<Device>>(m);
+  implement<"detection_loss_backward", backward<Device>>(m);
+  implement<"detection_loss_rescale_", rescale<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::detection_loss

@@ -53,6 +53,7 @@ struct Problem {
   Normalizer normalizer;
   double gamma;
   focal_loss::Parameters<A> focal;
+  const A* class_weight;  // [classes], or null for 1
   BoxParameters<A> box;
   A box_loss_weight;
   Upstream<A> upstream;

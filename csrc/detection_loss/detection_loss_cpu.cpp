@@ -17,17 +17,18 @@ using focal_loss::hard_loss_and_grad;
 constexpr int64_t kChunk = 1 << 13;  // logits of a unit with the channels innermost
 constexpr int64_t kPixels = 1024;    // pixels of a unit with the pixels innermost
 
-// A dense run of background logits. Returns the sum of the losses without alpha.
-template <Modulator kModulator, bool kGrad, typename scalar_t>
-EF_CPU_CLONES acc_t<scalar_t> background_run(const scalar_t* __restrict x, int64_t m, const focal_loss::Parameters<acc_t<scalar_t>> p,
-                                             acc_t<scalar_t> scale, scalar_t* __restrict grad) {
+// A dense run of background logits, of one row if classes have weights. Returns the sum of the losses without alpha.
+template <Modulator kModulator, bool kGrad, class Weight, typename scalar_t>
+EF_CPU_CLONES acc_t<scalar_t> background_run(const scalar_t* __restrict x, const Weight weight, int64_t m,
+                                             const focal_loss::Parameters<acc_t<scalar_t>> p, acc_t<scalar_t> scale,
+                                             scalar_t* __restrict grad) {
   using A = acc_t<scalar_t>;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < m; ++i) {
     const auto f = hard_loss_and_grad<kModulator>(A(x[i]), p);
-    sum += f.loss;
-    if constexpr (kGrad) grad[i] = scalar_t(scale * f.grad);
+    sum += weight[i] * f.loss;
+    if constexpr (kGrad) grad[i] = scalar_t(weight[i] * (scale * f.grad));
   }
   return sum;
 }
@@ -108,15 +109,30 @@ scalar_t* grad_at(const Output<scalar_t>& output, int64_t channels, int64_t pixe
   return output.grad + image * channels * pixels + (output.channels_last ? pixel * channels + channel : channel * pixels + pixel);
 }
 
+template <typename scalar_t>
+acc_t<scalar_t> class_weight_of(const Problem<scalar_t>& p, int64_t c) {
+  return p.class_weight ? p.class_weight[c] : acc_t<scalar_t>(1);
+}
+
 // `rows` dense rows of classes, of anchors that follow each other.
 template <Modulator kModulator, bool kGrad, typename scalar_t>
 double class_rows(const Problem<scalar_t>& p, const scalar_t* x, int64_t first_label, int64_t rows, acc_t<scalar_t> scale, scalar_t* grad) {
   using A = acc_t<scalar_t>;
   const int64_t c = p.classes;
   const A negative = p.focal.alpha_negative, positive = p.focal.alpha_positive;
-  const auto run = [&](int64_t begin, int64_t end) {
-    const A sum = background_run<kModulator, kGrad>(x + begin, end - begin, p.focal, scale * negative, kGrad ? grad + begin : nullptr);
+  const auto part = [&](const auto& weight, int64_t begin, int64_t end) {
+    const A sum =
+        background_run<kModulator, kGrad>(x + begin, weight, end - begin, p.focal, scale * negative, kGrad ? grad + begin : nullptr);
     return double(negative) * sum;
+  };
+  const auto run = [&](int64_t begin, int64_t end) {
+    if (!p.class_weight) return part(focal_loss::NoClassWeight<A>{}, begin, end);
+    double sum = 0;
+    for (int64_t next; begin < end; begin = next) {
+      next = std::min(end, (begin / c + 1) * c);
+      sum += part(p.class_weight + begin % c, begin, next);
+    }
+    return sum;
   };
   double sum = 0;
   for (int64_t row = 0; row < rows; ++row) {
@@ -134,8 +150,9 @@ double class_rows(const Problem<scalar_t>& p, const scalar_t* x, int64_t first_l
     }
     const int64_t at = row * c + label;
     const auto f = hard_loss_and_grad<kModulator>(-A(x[at]), p.focal);
-    sum += run(row * c, at) + run(at + 1, row * c + c) + double(positive) * f.loss;
-    if constexpr (kGrad) grad[at] = scalar_t(-scale * positive * f.grad);
+    const A weight = class_weight_of(p, label);
+    sum += run(row * c, at) + run(at + 1, row * c + c) + double(weight) * (double(positive) * f.loss);
+    if constexpr (kGrad) grad[at] = scalar_t(weight * (-scale * positive * f.grad));
   }
   return sum;
 }
@@ -164,8 +181,10 @@ double class_loss(const Problem<scalar_t>& p, const Unit& unit, acc_t<scalar_t> 
   }
   for (int64_t c = 0; c < p.classes; ++c) {
     const int64_t channel = unit.first_anchor * p.classes + c;
-    sum += pixel_run<kModulator, kGrad>(input_at(level.cls, unit.image, channel, unit.first_pixel), labels, int32_t(c), m, p.focal, scale,
-                                        grad_at(level.cls, channels, level.pixels, unit.image, channel, unit.first_pixel));
+    const acc_t<scalar_t> weight = class_weight_of(p, c);
+    sum += double(weight) * pixel_run<kModulator, kGrad>(input_at(level.cls, unit.image, channel, unit.first_pixel), labels, int32_t(c), m,
+                                                         p.focal, weight * scale,
+                                                         grad_at(level.cls, channels, level.pixels, unit.image, channel, unit.first_pixel));
   }
   return sum;
 }

@@ -18,6 +18,7 @@
 namespace ef::detection_loss {
 using focal_loss::all_background;
 using focal_loss::background;
+using focal_loss::class_weight_at;
 using focal_loss::Marks;
 using focal_loss::Stride;
 inline constexpr int kThreads = 256, kSteps = 4, kClasses = 16;
@@ -30,17 +31,17 @@ struct Tiles {
   int64_t count;
 };
 
-// The logits of a vector whatever their labels: the sum of their losses, and their gradients.
-template <Modulator kModulator, int kVec, typename scalar_t>
+// The logits of a vector whatever their labels: the sum of their losses, and their gradients. weight(k): of the class of logit k.
+template <Modulator kModulator, int kVec, typename scalar_t, class Weight>
 __device__ acc_t<scalar_t> labelled(const Vec<scalar_t, kVec>& x, const Marks& marks, const focal_loss::Parameters<acc_t<scalar_t>>& p,
-                                    acc_t<scalar_t> scale, Vec<scalar_t, kVec>& grad) {
+                                    const Weight& weight, acc_t<scalar_t> scale, Vec<scalar_t, kVec>& grad) {
   using A = acc_t<scalar_t>;
   A sum = 0;
 #pragma unroll
   for (int k = 0; k < kVec; ++k) {
     const Element<A> f = focal<kModulator>(A(x.v[k]), (marks.positive >> k & 1) != 0, (marks.ignored >> k & 1) != 0, p);
-    sum += f.loss;
-    grad.v[k] = scalar_t(scale * f.grad);
+    sum += weight(k) * f.loss;
+    grad.v[k] = scalar_t(weight(k) * (scale * f.grad));
   }
   return sum;
 }
@@ -62,10 +63,11 @@ __device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level
   for (int step = 0; step < steps; ++step) {
     const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
     Vec<scalar_t, kVec> out;
-    if (all_background<kVec>(at, classes)) {
+    if (!p.class_weight && all_background<kVec>(at, classes)) {
       of_background += background<kModulator>(in, p.focal, slope, out);
     } else {
-      of_labelled += labelled<kModulator>(in, focal_loss::marks_of<kVec>(at, classes), p.focal, scale, out);
+      const auto weight = [&](int k) { return class_weight_at(p.class_weight, at.column + k, classes); };
+      of_labelled += labelled<kModulator>(in, focal_loss::marks_of<kVec>(at, classes), p.focal, weight, scale, out);
     }
     if (p.with_grad) store_vec<kVec>(grad, out);
     x += kThreads * kVec;
@@ -89,9 +91,11 @@ __device__ acc_t<scalar_t> single_channels_tile(const Problem<scalar_t>& p, cons
     const int64_t label = p.labels[image * p.anchors + level.first_anchor + row];
     const scalar_t x =
         level.cls.x[image * level.cls.image_stride + pixel * level.cls.pixel_stride + (i - pixel * channels) * level.cls.channel_stride];
-    const Element<A> f = focal<kModulator>(A(x), label == i - row * p.classes, label == -2, p.focal);
-    sum += f.loss;
-    if (p.with_grad) level.cls.grad[image * n + i] = scalar_t(scale * f.grad);
+    const int64_t column = i - row * p.classes;
+    const Element<A> f = focal<kModulator>(A(x), label == column, label == -2, p.focal);
+    const A weight = class_weight_at(p.class_weight, column, p.classes);
+    sum += weight * f.loss;
+    if (p.with_grad) level.cls.grad[image * n + i] = scalar_t(weight * (scale * f.grad));
   }
   return sum;
 }
@@ -122,13 +126,14 @@ __device__ acc_t<scalar_t> pixels_tile(const Problem<scalar_t>& p, const Level<s
   for (int c = 0; c < count; ++c) {
     const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
     Vec<scalar_t, kVec> out;
-    if ((special >> c & 1) == 0) {
+    if (!p.class_weight && (special >> c & 1) == 0) {
       of_background += background<kModulator>(in, p.focal, slope, out);
     } else {
       Marks marks{0, ignored};
 #pragma unroll
       for (int k = 0; k < kVec; ++k) marks.positive |= (positive[k] >> c & 1) << k;
-      of_labelled += labelled<kModulator>(in, marks, p.focal, scale, out);
+      const A weight = class_weight_at(p.class_weight, first + c, p.classes);
+      of_labelled += labelled<kModulator>(in, marks, p.focal, [&](int) { return weight; }, scale, out);
     }
     if (p.with_grad) store_vec<kVec>(grad, out);
     x += level.cls.channel_stride;

@@ -11,9 +11,10 @@ struct Options {
 };
 template <typename scalar_t>
 struct Problem {
-  const scalar_t* logits;  // [rows, classes]
-  const int64_t* labels;   // [rows], or null
-  const scalar_t* soft;    // [rows, classes], or null
+  const scalar_t* logits;               // [rows, classes]
+  const int64_t* labels;                // [rows], or null
+  const scalar_t* soft;                 // [rows, classes], or null
+  const acc_t<scalar_t>* class_weight;  // [classes], or null for 1
   int64_t rows, classes;
   Options options;
 };

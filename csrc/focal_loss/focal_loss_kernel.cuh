@@ -13,7 +13,7 @@
 #include "focal_loss_vector.cuh"
 
 namespace ef::focal_loss {
-// A target maps a logit to its loss and gradient.
+// A target maps a logit to its loss and gradient, without the weight of its class.
 template <Modulator kModulator, typename A>
 struct HardTarget {
   bool ignored, positive;
@@ -37,18 +37,20 @@ struct SoftTarget {
 using VectorPlace = Place<int64_t, int>;
 using SinglePlace = Place<int64_t, int64_t>;
 
-// The targets of the logits i .. i + kVec - 1, the first of which is at a place.
+// The targets of the logits i .. i + kVec - 1, the first of which is at a place, and the weights of their classes.
 template <Modulator kModulator, bool kSoft, int kVec, typename scalar_t>
 class Targets {
  public:
   template <class At>
-  __device__ Targets(const Problem<scalar_t>& in, int64_t i, const At& at) {
+  __device__ Targets(const Problem<scalar_t>& in, int64_t i, const At& at) : in_(in), column_(at.column) {
+    if (kSoft && in.class_weight) column_ = i - quotient(i, in.classes) * in.classes;
     if constexpr (kSoft) {
       soft_ = load_vec<kVec>(in.soft + i);
     } else {
       marks_ = marks_of<kVec>(at, in.classes);
     }
   }
+  __device__ acc_t<scalar_t> weight(int k) const { return class_weight_at(in_.class_weight, column_ + k, in_.classes); }
   __device__ auto operator[](int k) const {
     using A = acc_t<scalar_t>;
     if constexpr (kSoft) {
@@ -59,6 +61,8 @@ class Targets {
   }
 
  private:
+  const Problem<scalar_t>& in_;
+  int64_t column_;
   Marks marks_;
   Vec<scalar_t, kSoft ? kVec : 1> soft_;
 };
@@ -95,7 +99,7 @@ __global__ void focal_loss_kernel(Problem<scalar_t> in, Parameters<acc_t<scalar_
     const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
     Vec<scalar_t, kSize> out;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets[k].loss(acc_t<scalar_t>(x.v[k]), p));
+    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets.weight(k) * targets[k].loss(acc_t<scalar_t>(x.v[k]), p));
     store_vec<kSize>(loss + i, out);
   });
 }
@@ -107,7 +111,7 @@ __global__ void focal_loss_sum_kernel(Problem<scalar_t> in, Parameters<acc_t<sca
   for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
     if constexpr (!kSoft && kSize > 1) {
-      if (all_background<kSize>(at, int(in.classes))) {
+      if (!in.class_weight && all_background<kSize>(at, int(in.classes))) {
         Vec<scalar_t, kSize> unused;
         of_background += background<kModulator>(x, p, Slope<acc_t<scalar_t>>(p, 0), unused);
         return;
@@ -115,7 +119,7 @@ __global__ void focal_loss_sum_kernel(Problem<scalar_t> in, Parameters<acc_t<sca
     }
     const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) sum += targets[k].loss(acc_t<scalar_t>(x.v[k]), p);
+    for (int k = 0; k < kSize; ++k) sum += targets.weight(k) * targets[k].loss(acc_t<scalar_t>(x.v[k]), p);
   });
   sum = block_sum(p.alpha_negative * of_background + sum, shared_memory<acc_t<scalar_t>>());
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
@@ -141,7 +145,7 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
     const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
     Vec<scalar_t, kSize> out;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(upstream(k) * targets[k].grad(A(x.v[k]), p));
+    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets.weight(k) * (upstream(k) * targets[k].grad(A(x.v[k]), p)));
     store_vec<kSize>(grad_logits + i, out);
   };
   if (grad_loss) {
@@ -156,7 +160,7 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
   for_each_vector<kSoft, kVec>(in, [&]<int kSize>(int64_t i, const auto& at) {
     const Vec<scalar_t, kSize> x = load_vec<kSize>(in.logits + i);
     if constexpr (!kSoft && kSize > 1) {
-      if (all_background<kSize>(at, int(in.classes))) {
+      if (!in.class_weight && all_background<kSize>(at, int(in.classes))) {
         Vec<scalar_t, kSize> out;
         background<kModulator>(x, p, slope, out);
         store_vec<kSize>(grad_logits + i, out);

@@ -1,6 +1,6 @@
 // Focal loss of one logit x (Lin et al., 2017), with label smoothing on the cross entropy only. Scalar formulas: no memory, no torch.
 //   p = sigmoid(x)    p_t = p t + (1 - p)(1 - t)    alpha_t = alpha t + (1 - alpha)(1 - t)    t_s = t (1 - s) + s / 2
-//   loss = alpha_t (1 - p_t)^gamma (softplus(x) - x t_s)
+//   loss = alpha_t (1 - p_t)^gamma (softplus(x) - x t_s), times the weight of the logit's class where classes have one
 // For a hard target put z = -x (t = 1) or z = x (t = 0): then 1 - p_t = sigmoid(z) and the cross entropy is softplus(z) - z s / 2,
 // the same formula for both.
 #pragma once
@@ -35,6 +35,12 @@ EF_HD acc_t modulate(acc_t y, acc_t log_y, acc_t gamma) {
   if constexpr (kModulator == Modulator::kThreeHalves) return y * sqrt_of(y);
   return exp_of(gamma * log_y);
 }
+
+// The weight of every class where none is given; a pointer [classes] stands in its place where one is.
+template <typename acc_t>
+struct NoClassWeight {
+  EF_HD acc_t operator[](int64_t) const { return acc_t(1); }
+};
 
 template <typename acc_t>
 struct Logistic {  // everything the formulas need of z, from one exponential

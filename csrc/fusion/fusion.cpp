@@ -15,14 +15,6 @@ struct Options {
   bool channels_last;
 };
 
-bool is_dense(const Tensor& x, bool channels_last) {
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const int64_t nchw[4] = {c * h * w, h * w, w, 1}, nhwc[4] = {h * w * c, 1, w * c, c}, sizes[4] = {n, c, h, w};
-  for (int axis = 0; axis < 4; ++axis)
-    if (sizes[axis] > 1 && x.stride(axis) != (channels_last ? nhwc : nchw)[axis] && x.numel() > 0) return false;
-  return true;
-}
-
 bool fits(const Tensor& x, int64_t resample, int64_t h, int64_t w) {
   if (resample == int64_t(Resample::kNone)) return x.size(2) == h && x.size(3) == w;
   if (resample == int64_t(Resample::kMaxPool)) return (x.size(2) + 1) / 2 == h && (x.size(3) + 1) / 2 == w;
@@ -30,10 +22,7 @@ bool fits(const Tensor& x, int64_t resample, int64_t h, int64_t w) {
 }
 
 bool is_kept(const Tensor& x, const Tensor& grad, ScalarType dtype, bool channels_last) {
-  if (x.dim() != 4 || x.scalar_type() != dtype || !is_dense(x, channels_last)) return false;
-  for (int axis = 0; axis < 4; ++axis)
-    if (x.size(axis) != grad.size(axis)) return false;
-  return true;
+  return has_size_of(x, grad) && x.scalar_type() == dtype && is_dense(x, channels_last);
 }
 
 template <typename scalar_t>
@@ -56,22 +45,24 @@ Problem<scalar_t> problem_of(const Options& options) {
   problem.c = options.channels_last ? c : 1;
   problem.h = options.h;
   problem.w = options.w;
-  problem.method = static_cast<Method>(options.method);
-  if (problem.method != Method::kSum) {
-    STD_TORCH_CHECK(options.weights.has_value() && options.weights->numel() == problem.count && options.weights->is_contiguous() &&
+  problem.method = enum_of(options.method, Method::kSum, "fusion", "method");
+  STD_TORCH_CHECK(options.weights.has_value() == (problem.method != Method::kSum), "fusion: weights are for all methods but the sum");
+  if (options.weights) {
+    STD_TORCH_CHECK(is_shaped(*options.weights, {problem.count}) && options.weights->is_contiguous() &&
                         options.weights->scalar_type() == acc_dtype(inputs[0].scalar_type()),
-                    "fusion: weights must be float32 (float64 for float64 inputs), one per input");
+                    "fusion: weights must be contiguous float32 (float64 for float64 inputs), one per input");
     problem.weights = const_data<acc_t<scalar_t>>(options.weights);
   }
   problem.eps = acc_t<scalar_t>(options.eps);
-  problem.activation = static_cast<Activation>(options.activation);
+  problem.activation = activation_of(options.activation, "fusion");
   return problem;
 }
 
 // The output; after it, where they are kept, the maxima of each max_pool input and their taps.
 template <class Device>
 std::vector<Tensor> outputs(const Options& options, bool keeps) {
-  const Tensor& first = options.inputs.at(0);
+  STD_TORCH_CHECK(!options.inputs.empty() && options.inputs[0].dim() == 4, "fusion: inputs must be 1 to 4 tensors [N, C, H, W]");
+  const Tensor& first = options.inputs[0];
   const DeviceScope<Device> scope(first);
   const auto like_output = [&](ScalarType dtype) {
     return allocate(first, {first.size(0), first.size(1), options.h, options.w}, dtype,
@@ -111,9 +102,9 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inpu
                              const std::optional<Tensor>& weights, int64_t method, double eps, const std::vector<int64_t>& resample,
                              int64_t activation, bool channels_last, const std::vector<bool>& needs) {
   const DeviceScope<Device> scope(grad);
-  STD_TORCH_CHECK(grad.dim() == 4 && is_dense(grad, channels_last) && needs.size() == inputs.size() + 1 &&
-                      grad.scalar_type() == inputs.at(0).scalar_type() && grad.size(0) == inputs[0].size(0) &&
-                      grad.size(1) == inputs[0].size(1),
+  STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4 && grad.dim() == 4 && is_dense(grad, channels_last) &&
+                      needs.size() == inputs.size() + 1 && grad.scalar_type() == inputs[0].scalar_type() &&
+                      grad.size(0) == inputs[0].size(0) && grad.size(1) == inputs[0].size(1),
                   "fusion_backward: grad must be dense and like the output, needs one per input and one for the weights");
   std::vector<Tensor> results, workspaces;
   dispatch_floating(grad.scalar_type(), "fusion_backward", [&]<typename scalar_t>() {
@@ -167,9 +158,9 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inpu
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("fusion", TORCH_BOX(&forward<Device>));
-  m.impl("fusion_train", TORCH_BOX(&train<Device>));
-  m.impl("fusion_backward", TORCH_BOX(&backward<Device>));
+  implement<"fusion", forward<Device>>(m);
+  implement<"fusion_train", train<Device>>(m);
+  implement<"fusion_backward", backward<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::fusion

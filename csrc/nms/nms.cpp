@@ -12,7 +12,7 @@ template <class Device>
 Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou_threshold, int64_t most) {
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "nms: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
-  STD_TORCH_CHECK(!labels || (labels->numel() == batch * n && labels->is_contiguous() && labels->scalar_type() == ScalarType::Long),
+  STD_TORCH_CHECK(!labels || (is_shaped(*labels, {batch, n}) && labels->is_contiguous() && labels->scalar_type() == ScalarType::Long),
                   "nms: labels must be contiguous int64 [batch, n]");
   const DeviceScope<Device> scope(boxes);
   Tensor result = allocate(boxes, {batch, n}, ScalarType::Bool);
@@ -26,6 +26,14 @@ Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou
   return result;
 }
 
+// The CUDA kernel passes over an index that is none: to look at them here would wait for the device.
+void check_order(Cuda, const Tensor&, int64_t) {}
+void check_order(Cpu, const Tensor& order, int64_t n) {
+  const int64_t* indices = const_data<int64_t>(order);
+  const bool in_range = std::all_of(indices, indices + order.numel(), [&](int64_t i) { return i >= 0 && i < n; });
+  STD_TORCH_CHECK(in_range, "nms_padded: order must hold indices of boxes, in [0, ", n, ")");
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, const Tensor& ranked_scores, const Tensor& order,
                                                           const Tensor& labels, double iou_threshold, std::optional<double> score_threshold,
@@ -33,12 +41,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, c
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "nms_padded: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
   const auto is_dense = [&](const Tensor& x, ScalarType dtype) {
-    return x.numel() == batch * n && x.is_contiguous() && x.scalar_type() == dtype;
+    return is_shaped(x, {batch, n}) && x.is_contiguous() && x.scalar_type() == dtype;
   };
   STD_TORCH_CHECK(is_dense(ranked_scores, boxes.scalar_type()), "nms_padded: scores must be contiguous [batch, n], of the boxes' dtype");
   STD_TORCH_CHECK(is_dense(order, ScalarType::Long) && is_dense(labels, ScalarType::Long),
                   "nms_padded: order and labels must be contiguous int64 [batch, n]");
   STD_TORCH_CHECK(max_detections >= 1 && max_detections <= kMostDetections, "nms_padded: max_detections must be in [1, 2^30]");
+  check_order(Device{}, order, n);
   const DeviceScope<Device> scope(boxes);
   STD_TORCH_CHECK(std::min(n, max_detections) <= most_padded(scope.device), "nms_padded: an image can keep more than ",
                   most_padded(scope.device), " boxes");
@@ -57,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, c
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("nms", TORCH_BOX(&keep<Device>));
-  m.impl("nms_padded", TORCH_BOX(&padded<Device>));
+  implement<"nms", keep<Device>>(m);
+  implement<"nms_padded", padded<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::nms

@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kWindow)
       [&](int64_t rank, Candidate<A>& candidate) {
         if (in.has_score_threshold && !(score_of(rank) > in.score_threshold)) return false;
         index = in.order[first + rank];
+        if (index < 0 || index >= in.n) return false;
         candidate = {load_box<kAligned>(in.boxes, first + index), in.labels[first + index]};
         return true;
       },

@@ -107,21 +107,23 @@ struct Classes {
   std::vector<int64_t> slot;          // [n], the class number of a box
   std::vector<int64_t> first_packet;  // [classes]
 
-  Classes(const int64_t* labels, int64_t n, int64_t most_kept) : slot(n) {
+  // Counts the boxes in `order`, which may name one more than once.
+  Classes(const int64_t* labels, const int64_t* order, int64_t n, int64_t most_kept) : slot(n) {
     const auto [lowest, highest] = std::minmax_element(labels, labels + n);
     std::vector<int64_t> sizes;
     // Ids may lie further apart than an int64 can tell; the difference of the unsigned values is right.
     const uint64_t range = n ? static_cast<uint64_t>(*highest) - static_cast<uint64_t>(*lowest) : 0;
     if (range <= static_cast<uint64_t>(2 * n + 1024)) {
       sizes.resize(range + 1);
-      for (int64_t i = 0; i < n; ++i) ++sizes[slot[i] = labels[i] - *lowest];
+      for (int64_t i = 0; i < n; ++i) slot[i] = labels[i] - *lowest;
     } else {
       std::vector<int64_t> ids(labels, labels + n);
       std::sort(ids.begin(), ids.end());
       ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
       sizes.resize(ids.size());
-      for (int64_t i = 0; i < n; ++i) ++sizes[slot[i] = std::lower_bound(ids.begin(), ids.end(), labels[i]) - ids.begin()];
+      for (int64_t i = 0; i < n; ++i) slot[i] = std::lower_bound(ids.begin(), ids.end(), labels[i]) - ids.begin();
     }
+    for (int64_t rank = 0; rank < n; ++rank) ++sizes[slot[order[rank]]];
     int64_t packets = 0;
     for (int64_t size : sizes) {
       first_packet.push_back(packets);
@@ -190,7 +192,7 @@ void launch_padded(Cpu, const BatchProblem<scalar_t>& in, const Detections<scala
   const A threshold = threshold_in<A>(in.iou_threshold);
   parallel_for(in.batch, 1, [&](int64_t first, int64_t last) {
     for (int64_t image = first; image < last; ++image) {
-      const Classes classes(in.labels + image * in.n, in.n, in.max_detections);
+      const Classes classes(in.labels + image * in.n, in.order + image * in.n, in.n, in.max_detections);
       std::vector<Packet<A>> packets(classes.first_packet.back());
       std::vector<int64_t> counts(classes.first_packet.size());
       const int64_t found =

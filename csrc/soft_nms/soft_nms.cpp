@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect(const Tensor& boxes, c
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "soft_nms: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
   const auto is_dense = [&](const Tensor& x, ScalarType dtype) {
-    return x.numel() == batch * n && x.is_contiguous() && x.scalar_type() == dtype;
+    return is_shaped(x, {batch, n}) && x.is_contiguous() && x.scalar_type() == dtype;
   };
   STD_TORCH_CHECK(is_dense(scores, boxes.scalar_type()), "soft_nms: scores must be contiguous [batch, n], of the boxes' dtype");
   STD_TORCH_CHECK(is_dense(labels, ScalarType::Long), "soft_nms: labels must be contiguous int64 [batch, n]");
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect(const Tensor& boxes, c
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("soft_nms", TORCH_BOX(&detect<Device>));
+  implement<"soft_nms", detect<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::soft_nms

@@ -1,32 +1,19 @@
 // Tensor boundary of squeeze-and-excite: check, allocate, dispatch the dtype once, register.
 #include "squeeze_excite.h"
 
-#include <array>
-
 #include "../common/tensor.h"
 
 namespace ef::squeeze_excite {
 namespace {
-// Whether the elements lie one after the other in the order of the layout; the stride of a dimension of size 1 does not matter.
-bool is_dense(const Tensor& x, bool channels_last) {
-  int64_t expected = 1;
-  for (const int axis : channels_last ? std::array{1, 3, 2, 0} : std::array{3, 2, 1, 0}) {
-    if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
-    expected *= x.size(axis);
-  }
-  return true;
-}
-
 // Guards behind the checks in Python: nothing below may read or write outside the tensors.
 Shape checked_shape(const Tensor& x, bool channels_last) {
-  STD_TORCH_CHECK(x.dim() == 4 && (x.numel() == 0 || is_dense(x, channels_last)), "squeeze_excite: x must be dense [n, c, h, w]");
+  STD_TORCH_CHECK(x.dim() == 4 && is_dense(x, channels_last), "squeeze_excite: x must be dense [n, c, h, w]");
   const int64_t n = x.size(0), c = x.size(1), pixels = x.size(2) * x.size(3);
   return channels_last || pixels == 1 ? Shape{n, pixels, c} : Shape{n * c, pixels, 1};
 }
 void check_like(const Tensor& grad, const Tensor& x, bool channels_last) {
-  bool fits = grad.dim() == 4 && grad.scalar_type() == x.scalar_type() && (grad.numel() == 0 || is_dense(grad, channels_last));
-  for (int axis = 0; axis < 4 && fits; ++axis) fits = grad.size(axis) == x.size(axis);
-  STD_TORCH_CHECK(fits, "squeeze_excite: grad must be dense and like x");
+  STD_TORCH_CHECK(has_size_of(grad, x) && grad.scalar_type() == x.scalar_type() && is_dense(grad, channels_last),
+                  "squeeze_excite: grad must be dense and like x");
 }
 void check_dense(const std::optional<Tensor>& values, int64_t count, const Tensor& x, const char* name) {
   if (!values) return;
@@ -71,7 +58,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& reduce, const 
     launch_gates<A>(
         scope.device,
         {channels, squeezed, const_data<A>(reduce), const_data<A>(reduce_bias), const_data<A>(expand), const_data<A>(expand_bias)},
-        Activation(activation), gates);
+        activation_of(activation, "squeeze_excite"), gates);
     launch_scale<scalar_t>(scope.device, shape, const_data<scalar_t>(x), gates.gate, nullptr, mutable_data<scalar_t>(y));
   });
   return {y, kept};
@@ -109,7 +96,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& 
     launch_reduce<scalar_t>(scope.device, shape,
                             {const_data<scalar_t>(x), const_data<scalar_t>(grad), gates.gate, mutable_data<A>(partials), grad_gate});
     launch_gates_backward<A>(scope.device, {channels, squeezed, const_data<A>(reduce), nullptr, const_data<A>(expand), nullptr},
-                             Activation(activation), gates,
+                             activation_of(activation, "squeeze_excite"), gates,
                              {grad_gate, needs[0] || needs[1] || needs[2] ? grad_gate + 2 * gate_count : nullptr, grad_mean, gradient(1),
                               gradient(3), gradient(2), gradient(4)});
     if (needs[0])
@@ -120,8 +107,8 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& 
 
 template <class Device>
 void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("squeeze_excite", TORCH_BOX(&forward<Device>));
-  m.impl("squeeze_excite_backward", TORCH_BOX(&backward<Device>));
+  implement<"squeeze_excite", forward<Device>>(m);
+  implement<"squeeze_excite_backward", backward<Device>>(m);
 }
 }  // namespace
 }  // namespace ef::squeeze_excite

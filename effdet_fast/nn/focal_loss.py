@@ -6,10 +6,20 @@ from effdet_fast.ops.focal_loss import sigmoid_focal_loss
 
 
 class FocalLoss(nn.Module):
-    """:func:`effdet_fast.ops.sigmoid_focal_loss` with its options kept; no parameters."""
+    """:func:`effdet_fast.ops.sigmoid_focal_loss` with its options kept; no parameters. ``class_weight`` is a buffer."""
 
-    def __init__(self, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none", label_smoothing: float = 0.0):
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        reduction: str = "none",
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+    ):
         super().__init__()
+        self.register_buffer("class_weight", class_weight)
         self.alpha = alpha
         self.gamma = gamma
         self.reduction = reduction
@@ -24,6 +34,7 @@ class FocalLoss(nn.Module):
             self.reduction,
             label_smoothing=self.label_smoothing,
             normalizer=normalizer,
+            class_weight=self.class_weight,
         )
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops._arguments import autocast_dtype, check_floating, check_integer, check_same_device, dtype_name
@@ -88,6 +89,17 @@ def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, picks: Tensor) 
         torch.where(kept, labels.gather(1, rows), -1),
         picks,
         kept.sum(1),
+    )
+
+
+def padded_to(found: Detections, max_detections: int) -> Detections:
+    """With rows of zeros and -1 added up to ``max_detections``."""
+    missing = max_detections - found.scores.shape[1]
+    if missing == 0:
+        return found
+    zeros = F.pad(found.boxes, (0, 0, 0, missing)), F.pad(found.scores, (0, missing))
+    return Detections(
+        *zeros, F.pad(found.labels, (0, missing), value=-1), F.pad(found.indices, (0, missing), value=-1), found.counts
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops import _library
@@ -223,8 +224,11 @@ def decode_detections(
 def _with_anchors(found: Detections, anchor_indices: Tensor) -> Detections:
     if anchor_indices.shape[1] == 0:
         return found
-    anchors = anchor_indices.gather(1, found.indices.clamp(min=0))
-    indices = torch.where(found.indices >= 0, anchors, -1)
+    rows, most = min(found.indices.shape[1], anchor_indices.shape[1]), found.indices.shape[1]
+    picks = found.indices if rows == most else found.indices[:, :rows]
+    indices = torch.where(picks >= 0, anchor_indices.gather(1, picks.clamp(min=0)), -1)
+    if rows < most:
+        indices = F.pad(indices, (0, most - rows), value=-1)
     # torch 2.11 cannot trace _replace.
     return Detections(found.boxes, found.scores, found.labels, indices, found.counts)
 

@@ -22,7 +22,7 @@ from effdet_fast.ops._detection_loss_arguments import (
     joined_labels,
 )
 from effdet_fast.ops._layout import dense
-from effdet_fast.ops.focal_loss import check_focal_options, sigmoid_focal_loss_reference
+from effdet_fast.ops.focal_loss import check_class_weight, check_focal_options, sigmoid_focal_loss_reference
 
 # torchvision's decoder limits the logarithm of a side relative to its anchor's.
 GIOU_EPS = 1e-7
@@ -58,6 +58,7 @@ def detection_loss_reference(
     normalizer: str = "batch",
     anchors: Tensor | None = None,
     box_coder: str = "effdet",
+    class_weight: Tensor | None = None,
 ) -> DetectionLoss:
     """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
     batch = cls_outputs[0].shape[0]
@@ -70,7 +71,8 @@ def detection_loss_reference(
     logits, codes = joined(cls_outputs), joined(box_outputs)
     labels, targets = joined_labels(cls_targets).long(), joined_codes(box_targets).to(dtype)
 
-    cls = sigmoid_focal_loss_reference(logits, labels, alpha, gamma, label_smoothing=label_smoothing).sum((1, 2))
+    focal = {"label_smoothing": label_smoothing, "class_weight": class_weight}
+    cls = sigmoid_focal_loss_reference(logits, labels, alpha, gamma, **focal).sum((1, 2))
     if box_loss == "huber":
         # A masked difference of exactly 0 has no loss, and no gradient either.
         masked = torch.where(targets != 0, codes, 0)
@@ -116,7 +118,7 @@ def _grads_like(cls, box, channels_last) -> list[Tensor]:
     ]
 
 
-def _fake(cls, box, labels, box_targets, anchors, num_positives, *options):
+def _fake(cls, box, labels, box_targets, anchors, num_positives, class_weight, *options):
     dtype = arithmetic_dtype(cls[0])
     *_, channels_last, with_grad = options
     losses = [cls[0].new_empty((), dtype=dtype) for _ in range(3)]
@@ -128,9 +130,9 @@ def _backward_fake(grad_total, grad_cls, grad_box, cls, box, *arguments):
 
 
 _ARGUMENTS = (
-    "Tensor[] cls, Tensor[] box, Tensor labels, Tensor box_targets, Tensor? anchors, Tensor num_positives, int num_classes, "
-    "float alpha, float gamma, float label_smoothing, int box_loss, int box_coder, float delta, float box_loss_weight, "
-    "int normalizer, bool[] channels_last"
+    "Tensor[] cls, Tensor[] box, Tensor labels, Tensor box_targets, Tensor? anchors, Tensor num_positives, "
+    "Tensor? class_weight, int num_classes, float alpha, float gamma, float label_smoothing, int box_loss, int box_coder, "
+    "float delta, float box_loss_weight, int normalizer, bool[] channels_last"
 )
 _UPSTREAM = "Tensor? grad_total, Tensor? grad_cls, Tensor? grad_box"
 _loss_and_grads = _library.define(
@@ -147,14 +149,22 @@ class _DetectionLoss(torch.autograd.Function):
     forgets them; any further one computes them anew, so nothing that was handed out is written again."""
 
     @staticmethod
-    def forward(ctx, options, arguments, labels, box_targets, anchors, num_positives, *outputs):
+    def forward(ctx, options, arguments, labels, box_targets, anchors, num_positives, class_weight, *outputs):
         levels = len(outputs) // 2
         # float16 has no room for gradients that a loss scale has yet to multiply. A compiled backward must not change buffers.
         with_grad = outputs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
         total, cls, box, grads = _loss_and_grads(
-            outputs[:levels], outputs[levels:], labels, box_targets, anchors, num_positives, *options, with_grad
+            outputs[:levels],
+            outputs[levels:],
+            labels,
+            box_targets,
+            anchors,
+            num_positives,
+            class_weight,
+            *options,
+            with_grad,
         )
-        ctx.save_for_backward(labels, box_targets, anchors, num_positives, *outputs)
+        ctx.save_for_backward(labels, box_targets, anchors, num_positives, class_weight, *outputs)
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.arguments = arguments
@@ -163,17 +173,19 @@ class _DetectionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        labels, box_targets, anchors, num_positives, *outputs = ctx.saved_tensors
+        *given, class_weight = ctx.saved_tensors[:5]
+        outputs = ctx.saved_tensors[5:]
         levels = len(outputs) // 2
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[7:]
         box_loss_weight = ctx.arguments["box_loss_weight"]
         grads: list[Tensor | None]
         if all(grad is None for grad in upstream):
             grads = [None] * len(outputs)
         elif _library.wants_second_derivative():
-            targets = (labels, box_targets, num_positives)
+            labels, box_targets, anchors, num_positives = given
+            tensors = {"anchors": anchors, "class_weight": class_weight}
             losses = detection_loss_reference(
-                outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
+                outputs[:levels], outputs[levels:], labels, box_targets, num_positives, **tensors, **ctx.arguments
             )
             known = [(loss, grad) for loss, grad in zip(losses, upstream, strict=True) if grad is not None]
             wanted = [x for x, need in zip(outputs, needs, strict=True) if need]
@@ -183,12 +195,11 @@ class _DetectionLoss(torch.autograd.Function):
             )
             grads = [next(found) if need else None for need in needs]
         elif ctx.grads is None or (box_loss_weight == 0 and upstream[2] is not None):
-            given = (labels, box_targets, anchors, num_positives)
-            grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, *ctx.options)
+            grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, class_weight, *ctx.options)
         else:
             grads, ctx.grads = ctx.grads, None
             _rescale_(grads, box_loss_weight, *upstream)
-        return None, None, None, None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+        return *(None,) * 7, *(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
 def detection_loss(
@@ -208,6 +219,7 @@ def detection_loss(
     normalizer: str = "batch",
     anchors: Tensor | None = None,
     box_coder: str = "effdet",
+    class_weight: Tensor | None = None,
 ) -> DetectionLoss:
     """Focal loss of every logit and box loss of every code, over all levels and images in one launch that also writes gradients.
 
@@ -242,6 +254,8 @@ def detection_loss(
         anchors: ``[N, 4]`` xyxy, needed by "giou" alone, which decodes with them.
         box_coder: what the codes mean to "giou": "effdet" is (ty, tx, th, tw), not limited; "torchvision" is (dx, dy, dw, dh)
             with weights of 1, where outputs (not targets) dw and dh are limited to log(1000 / 16).
+        class_weight: ``[num_classes]``, floating: multiplies the focal losses of each class's logits, as in
+            :func:`sigmoid_focal_loss`. No gradient flows to it.
 
     Returns:
         ``DetectionLoss(total, cls, box)``, scalars in float32 (float64 for float64 outputs), each differentiable with respect to
@@ -261,6 +275,8 @@ def detection_loss(
     )
     first = cls_outputs[0]
     check_anchors(op, anchors, box_loss, first, labels.shape[1])
+    if class_weight is not None:
+        check_class_weight(op, class_weight, "cls_outputs[0]", first, num_classes)
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "alpha": alpha,
@@ -274,7 +290,7 @@ def detection_loss(
     }
     if not _library.is_native(first):
         return detection_loss_reference(
-            cls_outputs, box_outputs, labels, codes, positives, anchors=anchors, **arguments
+            cls_outputs, box_outputs, labels, codes, positives, anchors=anchors, class_weight=class_weight, **arguments
         )
 
     dtype = arithmetic_dtype(first)
@@ -282,10 +298,11 @@ def detection_loss(
     labels = dense(labels, torch.int32 if labels.dtype == torch.int32 else torch.int64)
     codes, positives = dense(codes, dtype), dense(positives, dtype)
     anchors = dense(anchors, dtype) if anchors is not None and box_loss == "giou" else None
+    class_weight = None if class_weight is None else dense(class_weight, dtype)
     focal = (num_classes, float(alpha), float(gamma), float(label_smoothing))
     box = (BOX_LOSSES[box_loss], BOX_CODERS[box_coder], float(delta), float(box_loss_weight))
     options = (*focal, *box, NORMALIZERS[normalizer], channels_last)
-    given = (labels, codes, anchors, positives)
+    given = (labels, codes, anchors, positives, class_weight)
     if torch.is_grad_enabled() and any([x.requires_grad for x in outputs]):
         return DetectionLoss(*_DetectionLoss.apply(options, arguments, *given, *outputs))
     levels = len(cls_outputs)

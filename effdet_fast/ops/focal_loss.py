@@ -17,6 +17,7 @@ from effdet_fast.ops._arguments import (
     dtype_name,
     may_read_values,
 )
+from effdet_fast.ops._layout import dense
 
 
 def sigmoid_focal_loss_reference(
@@ -28,6 +29,7 @@ def sigmoid_focal_loss_reference(
     *,
     label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
     x = inputs.to(arithmetic_dtype(inputs))
@@ -45,6 +47,8 @@ def sigmoid_focal_loss_reference(
         loss = loss * torch.where(positive, torch.where(positive, y, 1) ** gamma, 0)
     if alpha >= 0:
         loss = loss * (alpha * t + (1 - alpha) * (1 - t))
+    if class_weight is not None:
+        loss = loss * class_weight.to(x.dtype)
     if ignored is not None:
         loss = loss.masked_fill(ignored, 0)
     if reduction == "none":
@@ -58,39 +62,41 @@ def _reduced(total: Tensor, reduction: str, numel: int, normalizer: float | Tens
     return total if normalizer is None else total / normalizer
 
 
+_ARGUMENTS = "Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing, Tensor? class_weight"
 _focal_loss = _library.define(
-    "focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
-    lambda inputs, targets, alpha, gamma, label_smoothing: torch.empty_like(inputs),
+    f"focal_loss({_ARGUMENTS}) -> Tensor", lambda inputs, targets, *options: torch.empty_like(inputs)
 )
 _focal_loss_sum = _library.define(
-    "focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
-    lambda inputs, targets, alpha, gamma, label_smoothing: inputs.new_empty((), dtype=arithmetic_dtype(inputs)),
+    f"focal_loss_sum({_ARGUMENTS}) -> Tensor",
+    lambda inputs, targets, *options: inputs.new_empty((), dtype=arithmetic_dtype(inputs)),
 )
 _focal_loss_backward = _library.define(
-    "focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing) -> Tensor",
-    lambda grad, inputs, targets, alpha, gamma, label_smoothing: torch.empty_like(inputs),
+    f"focal_loss_backward(Tensor grad, {_ARGUMENTS}) -> Tensor",
+    lambda grad, inputs, targets, *options: torch.empty_like(inputs),
 )
 
 
 class _FocalLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs, targets, alpha, gamma, label_smoothing, summed):
-        ctx.save_for_backward(inputs, targets)
+    def forward(ctx, inputs, targets, alpha, gamma, label_smoothing, class_weight, summed):
+        ctx.save_for_backward(inputs, targets, class_weight)
         ctx.options = (alpha, gamma, label_smoothing)
         ctx.summed = summed
-        return (_focal_loss_sum if summed else _focal_loss)(inputs, targets, alpha, gamma, label_smoothing)
+        return (_focal_loss_sum if summed else _focal_loss)(inputs, targets, *ctx.options, class_weight)
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, targets = ctx.saved_tensors
+        inputs, targets, class_weight = ctx.saved_tensors
         if _library.wants_second_derivative():
             alpha, gamma, smoothing = ctx.options
             reduction = "sum" if ctx.summed else "none"
-            loss = sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, label_smoothing=smoothing)
-            return *torch.autograd.grad(loss, inputs, grad, create_graph=True), None, None, None, None, None
+            loss = sigmoid_focal_loss_reference(
+                inputs, targets, alpha, gamma, reduction, label_smoothing=smoothing, class_weight=class_weight
+            )
+            return *torch.autograd.grad(loss, inputs, grad, create_graph=True), *(None,) * 6
         if not ctx.summed and grad.stride() != inputs.stride():  # the kernel walks both in one order
             grad = torch.empty_like(inputs).copy_(grad)
-        return _focal_loss_backward(grad, inputs, targets, *ctx.options), None, None, None, None, None
+        return _focal_loss_backward(grad, inputs, targets, *ctx.options, class_weight), *(None,) * 6
 
 
 def sigmoid_focal_loss(
@@ -102,12 +108,14 @@ def sigmoid_focal_loss(
     *,
     label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """Focal loss ``alpha_t * (1 - p_t)**gamma * BCE(x, t_s)``, in one pass forward and one backward.
 
     The first five arguments are those of ``torchvision.ops.sigmoid_focal_loss``. With ``p = sigmoid(x)``:
     ``p_t = p t + (1 - p)(1 - t)``, ``alpha_t = alpha t + (1 - alpha)(1 - t)``; the cross entropy alone sees the smoothed target
-    ``t_s = t (1 - s) + s / 2``.
+    ``t_s = t (1 - s) + s / 2``. ``class_weight`` multiplies the loss of each logit of class c by ``class_weight[c]``, whether c
+    is the row's label or not, as the ``weight`` of ``F.binary_cross_entropy_with_logits`` does.
 
     Args:
         inputs: logits, ``[...]``, or ``[..., C]`` with labels; float16, bfloat16, float32 or float64; any strides (contiguous and
@@ -120,6 +128,8 @@ def sigmoid_focal_loss(
         reduction: "none" (shape of ``inputs``), "mean" over all elements, or "sum".
         label_smoothing: s, in [0, 1].
         normalizer: divides a "sum"; a number, or a 0-d tensor on the device of ``inputs`` (no synchronisation).
+        class_weight: ``[C]``, C the last dimension of ``inputs``; floating, on the device of ``inputs``; used in the dtype of the
+            arithmetic. None weighs all classes alike. It does not change what "mean" divides by. No gradient flows to it.
 
     Returns:
         With "none" a tensor like ``inputs`` (under autocast: float32); reduced losses are float32 (float64 for float64) scalars.
@@ -143,16 +153,33 @@ def sigmoid_focal_loss(
             wider = torch.promote_types(inputs.dtype, targets.dtype)
             inputs, targets = inputs.to(wider), targets.to(wider)
     targets = _check_targets(op, inputs, targets)
+    if class_weight is not None:
+        check_class_weight(op, class_weight, "inputs", inputs, inputs.shape[-1] if inputs.dim() else None)
 
     if not _library.is_native(inputs):
         return sigmoid_focal_loss_reference(
-            inputs, targets, alpha, gamma, reduction, label_smoothing=label_smoothing, normalizer=normalizer
+            inputs,
+            targets,
+            alpha,
+            gamma,
+            reduction,
+            label_smoothing=label_smoothing,
+            normalizer=normalizer,
+            class_weight=class_weight,
         )
-    channels_last = inputs.dim() == 4 and targets.dim() == 4 and inputs.is_contiguous(memory_format=torch.channels_last)
+    by_place = class_weight is None  # nothing depends on which dimension the classes are
+    channels_last = (
+        by_place
+        and inputs.dim() == 4
+        and targets.dim() == 4
+        and inputs.is_contiguous(memory_format=torch.channels_last)
+    )
     memory_format = torch.channels_last if channels_last and not inputs.is_contiguous() else torch.contiguous_format
     inputs = inputs.contiguous(memory_format=memory_format)
     targets = targets.contiguous(memory_format=memory_format if targets.dim() == 4 else torch.contiguous_format)
-    options = (float(alpha), float(gamma), float(label_smoothing))
+    if class_weight is not None:
+        class_weight = dense(class_weight, arithmetic_dtype(inputs))
+    options = (float(alpha), float(gamma), float(label_smoothing), class_weight)
     summed = reduction != "none"
     if torch.is_grad_enabled() and inputs.requires_grad:
         loss = _FocalLoss.apply(inputs, targets, *options, summed)
@@ -168,6 +195,16 @@ def check_focal_options(op: str, alpha: float, gamma: float, label_smoothing: fl
         raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+
+
+def check_class_weight(op: str, class_weight: Tensor, inputs_name: str, inputs: Tensor, classes: int | None) -> None:
+    check_floating(op, "class_weight", class_weight)
+    check_same_device(op, "class_weight", class_weight, inputs_name, inputs)
+    if classes is None or class_weight.shape != (classes,):
+        wanted = "None for 0-d inputs" if classes is None else f"of shape [{classes}]"
+        raise ValueError(f"{op}: class_weight must be {wanted}, got {list(class_weight.shape)}")
+    if class_weight.requires_grad:
+        raise ValueError(f"{op}: class_weight must not require a gradient, got a tensor with requires_grad=True")
 
 
 def _check_reduction(op: str, reduction: str, normalizer: float | Tensor | None) -> None:

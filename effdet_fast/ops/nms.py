@@ -13,6 +13,7 @@ from effdet_fast.ops._boxes import (
     check_number,
     detections_of,
     iou_with,
+    padded_to,
 )
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
 
@@ -66,16 +67,16 @@ def batched_nms_padded_reference(
     alive = torch.ones_like(order, dtype=torch.bool)
     if score_threshold is not None:
         alive = ranked_scores.double() > score_threshold
-    picks = order.new_full((batch, max_detections), -1)
-    for k in range(min(max_detections, n)):
+    rows = min(max_detections, n)
+    picks = order.new_full((batch, rows), -1)
+    for k in range(rows):
         best = alive.long().argmax(1, keepdim=True)  # the first that is alive, where there is one
         found = alive.gather(1, best)
         picks[:, k] = torch.where(found, order.gather(1, best), -1).squeeze(1)
         box = ranked.gather(1, best.unsqueeze(-1).expand(-1, -1, 4))
         suppressed = (iou_with(box, ranked).double() > iou_threshold) & (classes == classes.gather(1, best))
         alive = (alive & ~suppressed).scatter(1, best, False)
-    kept_scores = scores.gather(1, picks.clamp(min=0)) if n else scores.new_zeros(batch, max_detections)
-    return detections_of(boxes, kept_scores, labels, picks)
+    return padded_to(detections_of(boxes, scores.gather(1, picks.clamp(min=0)), labels, picks), max_detections)
 
 
 _nms = _library.define(
@@ -265,7 +266,8 @@ def _nms_padded_by_class(
     """All classes of all images at the same time; what they keep is joined by rank and cut to the best."""
     classes, by_class = labels.gather(1, order).sort(dim=1, stable=True)
     candidates = boxes.gather(1, order.gather(1, by_class).unsqueeze(-1).expand(-1, -1, 4))
-    takes_part, most = torch.ones_like(order, dtype=torch.bool), max_detections
+    rows = min(max_detections, order.shape[1])
+    takes_part, most = torch.ones_like(order, dtype=torch.bool), rows
     if score_threshold is not None:
         takes_part = ranked_scores.double() > score_threshold
         # NaN scores rank first and must suppress nothing, as a box of NaN does. Such boxes are kept, so a class may need more.
@@ -274,7 +276,7 @@ def _nms_padded_by_class(
     kept = _nms(candidates, classes, float(iou_threshold), most)
     kept = torch.empty_like(kept).scatter_(1, by_class, kept) & takes_part
     row = kept.cumsum(1) - 1
-    row = torch.where(kept & (row < max_detections), row, max_detections)  # the row past the last takes all the others
-    picks = order.new_full((len(order), max_detections + 1), -1).scatter_(1, row, order)[:, :-1].contiguous()
-    found = ranked_scores.new_zeros(len(order), max_detections + 1).scatter_(1, row, ranked_scores)[:, :-1]
-    return detections_of(boxes, found, labels, picks)
+    row = torch.where(kept & (row < rows), row, rows)  # the row past the last takes all the others
+    picks = order.new_full((len(order), rows + 1), -1).scatter_(1, row, order)[:, :-1].contiguous()
+    found = ranked_scores.new_zeros(len(order), rows + 1).scatter_(1, row, ranked_scores)[:, :-1]
+    return padded_to(detections_of(boxes, found, labels, picks), max_detections)

@@ -13,6 +13,7 @@ from effdet_fast.ops._boxes import (
     check_number,
     detections_of,
     iou_with,
+    padded_to,
 )
 
 _METHODS = ("gaussian", "linear")
@@ -55,9 +56,10 @@ def soft_nms_padded_reference(
     lowest = _NEVER if score_threshold is None else score_threshold
     corners, current = boxes.to(arithmetic_dtype(boxes)), scores.to(arithmetic_dtype(scores))
     current = torch.where(current.double() > lowest, current, _NEVER)
-    picks = labels.new_full((batch, max_detections), -1)
-    decayed = scores.new_zeros(batch, max_detections)
-    for k in range(min(max_detections, n)):
+    rows = min(max_detections, n)
+    picks = labels.new_full((batch, rows), -1)
+    decayed = scores.new_zeros(batch, rows)
+    for k in range(rows):
         best = current.argmax(1, keepdim=True)  # the first of equal scores
         score = current.gather(1, best)
         picks[:, k] = torch.where(score > _NEVER, best, -1).squeeze(1)
@@ -69,7 +71,7 @@ def soft_nms_padded_reference(
             decay = torch.where(iou.double() > iou_threshold, 1 - iou, 1)
         current = torch.where(labels == labels.gather(1, best), current * decay, current).scatter(1, best, _NEVER)
         current = torch.where(current.double() > lowest, current, _NEVER)
-    return detections_of(boxes, decayed, labels, picks)
+    return padded_to(detections_of(boxes, decayed, labels, picks), max_detections)
 
 
 _soft_nms = _library.define(
@@ -164,7 +166,9 @@ def soft_nms(
     check_number(op, "score_threshold", score_threshold)
     if max_detections is not None:
         check_most_detections(op, max_detections)
-    most = max(1, scores.shape[0]) if max_detections is None else max_detections
+    most = max(1, scores.shape[0])
+    if max_detections is not None:
+        most = min(most, max_detections)
     return _kept(
         soft_nms_padded(boxes[None], scores[None], labels[None], method, sigma, iou_threshold, score_threshold, most)
     )

@@ -1,4 +1,5 @@
-"""Compiles the CUDA sources with the host compiler against cuda_emulation.h, one shared library for all ops."""
+"""Compiles the CUDA sources with the host compiler against cuda_emulation.h, one shared library for all ops; or the CPU's, to be
+looked at by sanitizers."""
 
 import fcntl
 import hashlib
@@ -18,19 +19,19 @@ FLAGS = [
     "-g1",
     "-fopenmp-simd",
     "-ffp-contract=off",
-    "-DEF_EMULATE_CUDA",
+    "-DEF_NAMESPACE=effdet_fast_emulated",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
     f"-I{INCLUDE}",
     f"-I{ROOT / 'tests/emulation'}",
 ]
 
 
-def sources(csrc: Path) -> list[Path]:
+def sources(csrc: Path, kernels: str) -> list[Path]:
     """The launch functions and Tensor boundaries of every op, and the controls of the emulation."""
     boundaries = [
         folder / f"{folder.name}.cpp" for folder in csrc.iterdir() if folder.is_dir() and folder.name != "common"
     ]
-    return sorted([*csrc.glob("*/*_cuda*.cu"), *boundaries]) + [ROOT / "tests/emulation/controls.cpp"]
+    return sorted([*csrc.glob(kernels), *boundaries]) + [ROOT / "tests/emulation/controls.cpp"]
 
 
 def included(source: Path) -> set[Path]:
@@ -54,6 +55,7 @@ def build(
     sanitize: bool = False,
     only: str | None = None,
     only_float32: bool = False,
+    cpu: bool = False,
 ) -> Path:
     """Path of the library; an object is rebuilt only where its source or a header that it includes has changed.
 
@@ -63,8 +65,14 @@ def build(
         sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
         only: leave out all ops but this one.
         only_float32: leave out the other dtypes: enough for the self-tests, in a quarter of the time.
+        cpu: the CPU's kernels instead of the emulated ones.
     """
-    flags = [*FLAGS, *(f"-D{define}" for define in defines), *(["-DEF_ONLY_FLOAT32"] if only_float32 else [])]
+    flags = [
+        *FLAGS,
+        *([] if cpu else ["-DEF_EMULATE_CUDA"]),
+        *(f"-D{define}" for define in defines),
+        *(["-DEF_ONLY_FLOAT32"] if only_float32 else []),
+    ]
     flags += (
         ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
         if sanitize
@@ -92,7 +100,11 @@ def build(
                 raise RuntimeError(f"{target.name} cannot be built for the emulation:\n{done.stderr[-6000:]}")
             os.replace(f"{target}.tmp", target)
 
-    chosen = [s for s in sources(csrc) if only is None or s.parent.name in (only, "emulation")]
+    chosen = [
+        s
+        for s in sources(csrc, "*/*_cpu*.cpp" if cpu else "*/*_cuda*.cu")
+        if only is None or s.parent.name in (only, "emulation")
+    ]
     if only_float32:
         chosen = [s for s in chosen if not s.stem.endswith(("_double", "_half", "_bfloat16"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,4 @@
-"""The emulated kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer."""
+"""The kernels once more under AddressSanitizer and UndefinedBehaviorSanitizer: the emulated ones, and the CPU's."""
 
 import os
 import subprocess
@@ -18,7 +18,8 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess:
         pytest.skip("g++ has no AddressSanitizer")
     environment = os.environ | {
         "LD_PRELOAD": str(Path(runtime).resolve()),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",  # the interpreter itself leaks
+        # The interpreter itself leaks. What cannot be allocated is an exception here as elsewhere.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "OMP_NUM_THREADS": "1",
     }
@@ -27,7 +28,18 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="module", params=["emulated", "cpu"])
+def library(request: pytest.FixtureRequest) -> str:
+    return str(build(sanitize=True, only_float32=True, cpu=request.param == "cpu"))
+
+
 @pytest.mark.slow
-def test_the_kernels_are_clean():
-    done = run_sanitized("-m", "tests.emulation.check", str(build(sanitize=True, only_float32=True)))
+def test_the_kernels_are_clean(library):
+    done = run_sanitized("-m", "tests.emulation.check", library)
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stdout + done.stderr[-6000:]
+
+
+@pytest.mark.slow
+def test_raw_ops_stay_inside_of_what_they_are_handed(library):
+    done = run_sanitized("-m", "tests.ops.raw_ops", "emulated", "20000", "--library", library, "--only-float32")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -182,7 +182,8 @@ def test_label_types_and_one_normaliser_for_all(native_backend):
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_opcheck(device, layout, with_grad):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_opcheck(device, layout, with_grad, weighted):
     outputs, labels, codes, positives, anchors = problem([(2, 3), (1, 2)], 2, 4, torch.float32, device, layout)
     last = [layout == CHANNELS_LAST] * 4
     arguments = (
@@ -192,6 +193,7 @@ def test_opcheck(device, layout, with_grad):
         codes,
         anchors,
         positives,
+        torch.rand(4, device=device) if weighted else None,
         4,
         0.25,
         1.5,

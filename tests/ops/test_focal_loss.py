@@ -234,7 +234,7 @@ def test_opcheck(device, kind, channels_last):
     inputs, targets = make((2, 3, 4, 5), torch.float32, device, kind)
     if channels_last and kind == "soft":
         inputs, targets = (x.to(memory_format=torch.channels_last) for x in (inputs, targets))
-    options = (0.25, 2.0, 0.1)
+    options = (0.25, 2.0, 0.1, None)
     raw = torch.ops.effdet_fast
     torch.library.opcheck(raw.focal_loss.default, (inputs, targets, *options))
     torch.library.opcheck(raw.focal_loss_sum.default, (inputs, targets, *options))
