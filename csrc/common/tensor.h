@@ -66,14 +66,12 @@ int64_t bytes_of(const Sizes& sizes, ScalarType dtype) {
 
 // Uninitialised. By plain functions of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
 template <class Sizes>
-Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype, [[maybe_unused]] int64_t bytes) {
 #if defined(EF_EMULATE_CUDA)
-  bytes_of(sizes, dtype);
   return emulation::guarded_empty({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, dtype, like.device());
 #else
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const DeviceId device = device_of(like);
-  [[maybe_unused]] const int64_t bytes = bytes_of(sizes, dtype);
 #if defined(EF_LARGE_BLOCKS)
   if (like.is_cpu() && bytes >= LargeBlocks::kLeast) {
     return torch::stable::from_blob(LargeBlocks::instance().take(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
@@ -90,11 +88,14 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
 // Uninitialised tensor on the device of `like`.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
                        MemoryFormat format = MemoryFormat::Contiguous) {
-  return allocate_strided(like, sizes, dense_strides(sizes, format), dtype);
+  const int64_t bytes = bytes_of(sizes, dtype);  // first: strides of sizes that are none would overflow
+  return allocate_strided(like, sizes, dense_strides(sizes, format), dtype, bytes);
 }
 
 // Uninitialised tensor with the sizes, strides (of a dense tensor), dtype and device of `like`.
-inline Tensor allocate_like(const Tensor& like) { return allocate_strided(like, like.sizes(), like.strides(), like.scalar_type()); }
+inline Tensor allocate_like(const Tensor& like) {
+  return allocate_strided(like, like.sizes(), like.strides(), like.scalar_type(), bytes_of(like.sizes(), like.scalar_type()));
+}
 
 // The dtype sums are returned in: that of the arithmetic.
 inline ScalarType acc_dtype(ScalarType dtype) { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }

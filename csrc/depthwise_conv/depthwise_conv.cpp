@@ -16,7 +16,7 @@ MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat
 // A guard behind the checks in Python: nothing below may read or write outside the tensors.
 Shape checked_shape(const Tensor& x, int64_t kernel, int64_t stride, int64_t left, int64_t top, int64_t out_height, int64_t out_width,
                     int64_t prologue, bool channels_last) {
-  STD_TORCH_CHECK(x.dim() == 4 && is_dense(x, channels_last), "depthwise_conv: x must be dense [n, c, h, w]");
+  STD_TORCH_CHECK(is_dense(x, channels_last), "depthwise_conv: x must be dense [n, c, h, w]");
   STD_TORCH_CHECK((kernel == 3 || kernel == 5) && (stride == 1 || stride == 2), "depthwise_conv: no kernel for this filter or stride");
   for (const int64_t number : {left, top, out_height, out_width})
     STD_TORCH_CHECK(number >= 0 && number < int64_t(1) << 31, "depthwise_conv: padding and sizes must be in [0, 2^31), got ", number);
@@ -35,8 +35,7 @@ Shape checked_shape(const Tensor& x, int64_t kernel, int64_t stride, int64_t lef
 }
 
 void check_like_output(const Tensor& grad, const Tensor& x, const Shape& s) {
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == s.n && grad.size(1) == s.c && grad.scalar_type() == x.scalar_type() &&
-                      is_dense(grad, s.channels_last),
+  STD_TORCH_CHECK(grad.size(0) == s.n && grad.size(1) == s.c && grad.scalar_type() == x.scalar_type() && is_dense(grad, s.channels_last),
                   "depthwise_conv: grad must be dense and like the output");
 }
 
@@ -46,11 +45,16 @@ void check_filter(const Tensor& weight, const Tensor& x) {
                   "depthwise_conv: weight must be dense [c, 1, k, k]");
 }
 
+void check_maps(std::span<const Tensor> maps) {
+  for (const Tensor& map : maps) STD_TORCH_CHECK(map.dim() == 4, "depthwise_conv: maps and their gradients must be [n, c, h, w]");
+}
+
 // As many numbers as maps, for each of the lists.
 template <class... Lists>
 void check_counts(std::span<const Tensor> xs, const Lists&... lists) {
   STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMaxLevels && ((lists.size() == xs.size()) && ...),
                   "depthwise_conv: 1 to 8 maps, and for each its numbers");
+  check_maps(xs);
 }
 
 template <class Device>
@@ -80,6 +84,7 @@ template <class Device>
 Tensors grad_input(std::span<const Tensor> grads, std::span<const Tensor> xs, const Tensor& weight, int64_t stride,
                    std::span<const int64_t> left, std::span<const int64_t> top, int64_t prologue, bool channels_last) {
   check_counts(xs, grads, left, top);
+  check_maps(grads);
   const DeviceScope<Device> scope(xs[0]);
   const ScalarType dtype = weight.scalar_type();
   Tensors grad_xs;
@@ -104,6 +109,7 @@ std::tuple<Tensor, Tensor> grad_weight(std::span<const Tensor> grads, std::span<
                                        std::span<const int64_t> left, std::span<const int64_t> top, int64_t prologue, bool channels_last,
                                        bool with_bias) {
   check_counts(xs, grads, left, top);
+  check_maps(grads);
   const DeviceScope<Device> scope(xs[0]);
   const ScalarType dtype = xs[0].scalar_type();
   const int64_t channels = xs[0].size(1);

@@ -11,13 +11,15 @@ from tests.emulation.build import ROOT, build
 
 
 def run_sanitized(*arguments: str) -> subprocess.CompletedProcess:
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    if not Path(runtime).is_absolute():
+    # The sanitizer looks up how C++ throws as it is loaded; Python does not bring that.
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    if not all(Path(runtime).is_absolute() for runtime in runtimes):
         pytest.skip("g++ has no AddressSanitizer")
     environment = os.environ | {
-        "LD_PRELOAD": str(Path(runtime).resolve()),
+        "LD_PRELOAD": " ".join(str(Path(runtime).resolve()) for runtime in runtimes),
         # The interpreter itself leaks. What cannot be allocated is an exception here as elsewhere.
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
