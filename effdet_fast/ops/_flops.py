@@ -17,21 +17,24 @@ import torch
 
 Shape = Sequence[int]
 _COUNTER = "torch.utils.flop_counter"
-_UNUSED = ([1, 1], [0, 0], [1, 1], False, [0, 0])  # stride, padding, dilation, transposed, output padding: shapes tell
 
 
 def _formula_of(op: Any) -> Callable[..., int]:
-    return sys.modules[_COUNTER].flop_registry[op]
+    return importlib.import_module(_COUNTER).flop_registry[op]
+
+
+def _options(x: Shape, weight: Shape) -> tuple[Any, ...]:
+    """Bias, stride, padding, dilation, transposed, output padding, groups. All that counts is in the shapes."""
+    return None, [1, 1], [0, 0], [1, 1], False, [0, 0], x[1] // max(weight[1], 1)
 
 
 def _forward(x: Shape, weight: Shape, out: Shape) -> int:
-    return _formula_of(torch.ops.aten.convolution)(x, weight, None, *_UNUSED, x[1] // weight[1], out_val=out)
+    return _formula_of(torch.ops.aten.convolution)(x, weight, *_options(x, weight), out_val=out)
 
 
 def _backward(grad: Shape, x: Shape, weight: Shape, need_x: bool = False, need_weight: bool = False) -> int:
-    backward, needs = _formula_of(torch.ops.aten.convolution_backward), [need_x, need_weight, False]
-    groups = x[1] // weight[1]
-    return backward(grad, x, weight, None, *_UNUSED, groups, needs, out_val=(x, weight, None))
+    formula, needs = _formula_of(torch.ops.aten.convolution_backward), [need_x, need_weight, False]
+    return formula(grad, x, weight, *_options(x, weight), needs, out_val=(x, weight, None))
 
 
 def _depthwise(x: Shape, weight: Shape, *args: Any, out_shape: Shape) -> int:

@@ -35,3 +35,8 @@ def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> T
 
 def dense_like(x: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(channels_last))
+
+
+def with_strides_of(like: Tensor, x: Tensor) -> Tensor:
+    """A contiguous gradient with the strides of its contiguous parameter, also where a size is 1: DDP compares them all."""
+    return x if x.stride() == like.stride() else x.as_strided(like.shape, like.stride())
