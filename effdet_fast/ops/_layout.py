@@ -39,4 +39,5 @@ def dense_like(x: Tensor, channels_last: bool) -> Tensor:
 
 def with_strides_of(like: Tensor, x: Tensor) -> Tensor:
     """A contiguous gradient with the strides of its contiguous parameter, also where a size is 1: DDP compares them all."""
-    return x if x.stride() == like.stride() else x.as_strided(like.shape, like.stride())
+    # In place, as autograd adds up the gradients of a shared parameter into a tensor only if that has its memory for itself.
+    return x if x.stride() == like.stride() else x.as_strided_(like.shape, like.stride())

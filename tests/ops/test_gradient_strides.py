@@ -60,6 +60,13 @@ def test_gradients_have_the_strides_of_their_parameters(name, layout, backend):
         parameter.grad.detach_().zero_()  # no view of anything
 
 
+@pytest.mark.parametrize("name", ["depthwise 3x3", "depthwise 5x5", "levels", "squeeze_excite"])
+def test_of_a_module_that_is_called_twice(name):
+    module, x = module_and_input(name, torch.channels_last)
+    (module(x).sum() + module(x).sum()).backward()
+    assert_same_strides(module)
+
+
 @modules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("reference", [False, True])
