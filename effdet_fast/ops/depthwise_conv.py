@@ -110,8 +110,8 @@ class _DepthwiseConv(torch.autograd.Function):
             grad_x = _depthwise_conv_grad_input(grad, x, weight, *options)
         if need_weight or need_bias:
             grad_weight, grad_bias = _depthwise_conv_grad_weight(grad, x, weight.shape[2], *options, need_bias)
-        grad_weight = with_strides_of(weight, grad_weight) if need_weight else None
-        return grad_x, grad_weight, grad_bias if need_bias else None, None, None, None
+            grad_weight = with_strides_of(weight, grad_weight)
+        return grad_x, grad_weight if need_weight else None, grad_bias if need_bias else None, None, None, None
 
 
 def _forward(x, weight, bias, geometry: Geometry, prologue: str | None, channels_last: bool) -> Tensor:
