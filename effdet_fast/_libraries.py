@@ -12,6 +12,9 @@ import torch
 from effdet_fast._build_info import read_build_info
 
 missing: dict[str, str] = {}  # device type -> why its kernels are not loaded
+REBUILD = "in the source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
+REBUILD_CUDA = f"{REBUILD} (with EFFDET_FAST_CUDA=1 it tells what is in the way)"
+_warned_of_cuda = False
 
 
 def path_of(device_type: str) -> Path:
@@ -50,6 +53,23 @@ if "cpu" in missing:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def warn_if_missing(device_type: str) -> bool:
+    """Says once per process that and why tensors on a GPU run on the references; False, as no kernels are loaded."""
+    global _warned_of_cuda
+    if device_type == "cuda" and "cuda" in missing and not _warned_of_cuda:
+        _warned_of_cuda = True
+        warnings.warn(
+            f"effdet_fast: the kernels for CUDA are not loaded ({missing['cuda']}), every op on a GPU runs on its slower "
+            f"reference implementation. To change that, {REBUILD_CUDA}",
+            stacklevel=4,
+        )
+    return False
+
+
+# torch.compile calls it while it compiles; as torch.compiler.assume_constant_result, which would import torch._dynamo.
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def native_device_types() -> frozenset[str]:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from effdet_fast import _libraries, ops
 from effdet_fast._build_info import covers, sources_hash
+from effdet_fast._libraries import REBUILD, REBUILD_CUDA
 from effdet_fast.version import __version__
-
-REBUILD = "in the source folder: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 @dataclass
@@ -105,8 +104,8 @@ def _add_build(report: Report) -> None:
                 value = f"kernels built for {cuda['cuda_archs']}, not for this GPU's sm_{arch}"
                 report.add(f"GPU {i}", value, remedy, failed=True)
     else:
-        remedy = f"{REBUILD} (with EFFDET_FAST_CUDA=1 it tells what is in the way)"
-        report.add("CUDA kernels", f"not loaded: {_libraries.missing['cuda']}", remedy if gpu else None, failed=gpu)
+        reason = f"not loaded: {_libraries.missing['cuda']}"
+        report.add("CUDA kernels", reason, REBUILD_CUDA if gpu else None, failed=gpu)
     checkout = Path(__file__).resolve().parents[1]
     built_from = {library["sources"] for library in info.values() if library}
     if built_from and (checkout / "csrc").is_dir() and built_from != {sources_hash(checkout)}:

@@ -141,3 +141,51 @@ def test_cuda_kernels_load_where_torch_has_the_same_major(monkeypatch, tmp_path,
 def test_a_cpu_library_loads_in_every_torch(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert _libraries._why_not_for_this_torch(path_of("cpu")) is None
+
+
+ON_A_GPU = """
+import json, sys, warnings
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+import torch
+from effdet_fast import _libraries, ops
+from effdet_fast.ops import _library
+
+def activate(x=torch.ones(1, 2, 3, 3), activation="relu"):
+    return ops.batch_norm_act(x, torch.zeros(2), torch.ones(2), activation=activation)
+
+def warnings_of(function, device="cuda", again=False):
+    _library.device_type = lambda x: device  # what tensors pass for
+    _libraries._warned_of_cuda &= not again
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        function()
+    return [[each.category.__name__, str(each.message), each.filename] for each in seen]
+
+def referenced():
+    with ops.use_reference():
+        activate()
+
+compiled = torch.compile(activate, backend="eager", fullgraph=True)
+print(json.dumps({
+    "on the CPU": warnings_of(activate, "cpu"),
+    "elsewhere": warnings_of(activate, "meta"),
+    "use_reference": warnings_of(referenced),
+    "first": warnings_of(activate),
+    "second": warnings_of(activate) + warnings_of(lambda: ops.nms(torch.ones(1, 4), torch.ones(1), 0.5)),
+    "compiled": warnings_of(compiled, again=True),
+    "compiled, second": warnings_of(compiled),
+}))
+"""
+
+
+def test_references_on_a_gpu_are_told_once(tmp_path):
+    """Of a build for the CPU alone; compiled, too, which must not break the graph."""
+    ignored = shutil.ignore_patterns("__pycache__", "kernels_cuda.so")
+    shutil.copytree(ROOT / "effdet_fast", tmp_path / "effdet_fast", ignore=ignored)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{ON_A_GPU}"
+    seen = json.loads(output_of(sys.executable, "-c", code))
+    ((category, message, _),) = first = seen.pop("first")
+    assert category == "UserWarning" and "(not built)" in message and _libraries.REBUILD_CUDA in message
+    assert first[0][2] == "<string>"  # the line that called the op
+    assert [each[1] for each in seen.pop("compiled")] == [message]
+    assert not any(seen.values()), seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effdet_fast.acceleration.stand_in import stand_in
 from effdet_fast.ops import _library
 from effdet_fast.ops.focal_loss import sigmoid_focal_loss
 from effdet_fast.ops.nms import batched_nms, nms
@@ -50,8 +50,7 @@ def patch_torchvision() -> Patch:
       (`gamma` below 1 and a certain prediction), ours is its limit 0.
 
     Whatever ours do not take goes to torchvision's function, which then raises its own errors: quantised boxes, targets that
-    need a gradient, devices without our kernels, and tracing. `torch.jit.script` needs torchvision's own functions: restore
-    first.
+    need a gradient, and devices without our kernels. `torch.jit.trace`, `torch.jit.script` and `torch.fx` get torchvision's too.
 
     Returns:
         A `Patch`: call its `restore()`, or use it in `with effdet_fast.patch_torchvision(): ...`. Patches may be nested and
@@ -90,18 +89,17 @@ def _sigmoid_focal_loss(
 
 
 def _in_place_of(original: _Function, ours: _Function) -> _Function:
-    @functools.wraps(original)
     def function(*args: Any, **kwargs: Any) -> Tensor:
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
         # Whoever took this function along while patched has torchvision's afterwards.
-        if _patches and all(map(_library.is_native, tensors)) and not torch.jit.is_tracing():
+        if _patches and all(map(_library.is_native, tensors)):
             try:
                 return ours(*args, **kwargs)
             except (TypeError, ValueError):
                 pass
         return original(*args, **kwargs)
 
-    return function
+    return stand_in(original, function)
 
 
 def _exchange(pairs: list[tuple[_Function, _Function]]) -> None:

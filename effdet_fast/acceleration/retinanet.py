@@ -167,7 +167,7 @@ class RetinaNetDetections(Swap):
         outputs = (*logits, *codes)
         wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in outputs)
         known = len({each.dtype for each in outputs}) == 1 and len(logits) <= MAX_LEVELS and image_shapes
-        if wants_gradient or not known or torch.jit.is_tracing() or RetinaNetDetections.reason_against(self):
+        if wants_gradient or not known or RetinaNetDetections.reason_against(self):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)  # type: ignore[misc]
         found = decode_detections(
             [as_level(level.contiguous()) for level in logits],

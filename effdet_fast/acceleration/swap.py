@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from effdet_fast.acceleration.stand_in import stand_in
+
 ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6"}
 
 
@@ -22,7 +24,7 @@ class Swap:
     overrides the method. It annotates the attributes of the object that it reads; one that lacks any is of an unknown version of
     its class.
     It must not rely on attributes of its own, and goes on to `super()` whenever what it relied on no longer holds, for instance
-    after a hook was added to a part it would skip.
+    after a hook was added to a part it would skip. While `torch.fx` or TorchScript records, it is not called at all.
 
     Attributes:
         classes: Names, "package.Class", of the classes it is for.
@@ -58,9 +60,16 @@ def _new(original: type, swaps: tuple[type[Swap], ...]) -> Any:
 @functools.cache
 def accelerated_class(original: type, swaps: tuple[type[Swap], ...]) -> type:
     """The subclass of `original` with the methods of the swaps; always the same one."""
-    # The module's name stays: tools decide by it what is one of PyTorch's own modules.
-    names = {"__module__": original.__module__, "_parts": (original, swaps)}
-    return type(f"Accelerated{original.__name__}", (*swaps, original), names)
+    names = {
+        "__module__": original.__module__,  # tools decide by it what is one of PyTorch's own modules
+        "__annotations__": next(filter(None, map(inspect.get_annotations, original.__mro__)), {}),  # for TorchScript
+        "_parts": (original, swaps),
+    }
+    cls = type(f"Accelerated{original.__name__}", (*swaps, original), names)
+    for name in {name for kind in cls.__mro__[: cls.__mro__.index(Swap)] for name in vars(kind)}:
+        if inspect.isfunction(method := getattr(original, name, None)):
+            setattr(cls, name, stand_in(method, getattr(cls, name)))
+    return cls
 
 
 def parts_of_class(cls: type) -> tuple[type, tuple[type[Swap], ...]]:

@@ -2,6 +2,7 @@
 
 from effdet_fast.ops._arguments import set_debug
 from effdet_fast.ops._boxes import Detections
+from effdet_fast.ops._flops import register_on_import as _count_flops_with_pytorch
 from effdet_fast.ops._library import use_reference
 from effdet_fast.ops.anchor_matching import AnchorTargets, match_anchors, match_anchors_reference
 from effdet_fast.ops.batch_norm_act import batch_norm_act, batch_norm_act_reference
@@ -69,3 +70,5 @@ __all__ = [
     "weighted_fusion",
     "weighted_fusion_reference",
 ]
+
+_count_flops_with_pytorch()

@@ -35,3 +35,9 @@ def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> T
 
 def dense_like(x: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(channels_last))
+
+
+def with_strides_of(like: Tensor, x: Tensor) -> Tensor:
+    """A contiguous gradient with the strides of its contiguous parameter, also where a size is 1: DDP compares them all."""
+    # In place, as autograd adds up the gradients of a shared parameter into a tensor only if that has its memory for itself.
+    return x if x.stride() == like.stride() else x.as_strided_(like.shape, like.stride())

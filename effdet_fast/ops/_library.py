@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from effdet_fast._libraries import native_device_types
+from effdet_fast._libraries import native_device_types, warn_if_missing
 from effdet_fast.ops._arguments import device_type
 
 _LIBRARY = torch.library.Library("effdet_fast", "FRAGMENT")
@@ -47,7 +47,7 @@ def _with_memory(x: Tensor) -> Tensor:
 
 def is_native(x: Tensor) -> bool:
     """Whether kernels for the tensor's device were built; otherwise the reference implementation runs."""
-    return device_type(x) in _native
+    return device_type(x) in _native or (bool(_native) and warn_if_missing(device_type(x)))
 
 
 def wants_second_derivative() -> bool:

@@ -16,7 +16,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
-from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
+from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last, with_strides_of
 
 Padding = int | str | tuple[int, int] | tuple[int, int, int, int]
 PointwiseFunction = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
@@ -110,6 +110,7 @@ class _DepthwiseConv(torch.autograd.Function):
             grad_x = _depthwise_conv_grad_input(grad, x, weight, *options)
         if need_weight or need_bias:
             grad_weight, grad_bias = _depthwise_conv_grad_weight(grad, x, weight.shape[2], *options, need_bias)
+            grad_weight = with_strides_of(weight, grad_weight)
         return grad_x, grad_weight if need_weight else None, grad_bias if need_bias else None, None, None, None
 
 

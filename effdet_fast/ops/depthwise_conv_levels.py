@@ -14,7 +14,7 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
 )
-from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
+from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last, with_strides_of
 from effdet_fast.ops.depthwise_conv import (
     Geometry,
     Padding,
@@ -111,7 +111,8 @@ class _DepthwiseConvLevels(torch.autograd.Function):
                 some = [dense[i] for i in used], [xs[i] for i in used]
                 numbers = _numbers([ctx.geometries[i] for i in used])
                 sums = _grad_weight(*some, weight.shape[2], *numbers, *last, need_bias)
-                grad_weight, grad_bias = sums[0] if need_weight else None, sums[1] if need_bias else None
+                grad_weight = with_strides_of(weight, sums[0]) if need_weight else None
+                grad_bias = sums[1] if need_bias else None
         return grad_weight, grad_bias, None, None, None, *grad_xs
 
 

@@ -44,8 +44,8 @@ def squeeze_excite_reference(
     )
     wide = x.to(dtype)
     with _outside_autocast(x):
-        reduced = F.linear(wide.mean((2, 3)), reduce_weight.flatten(1), reduce_bias)
-        gate = F.linear(_ACTIVATIONS[activation](reduced), expand_weight.flatten(1), expand_bias)
+        reduced = F.linear(wide.mean((2, 3)), _matrix(reduce_weight), reduce_bias)
+        gate = F.linear(_ACTIVATIONS[activation](reduced), _matrix(expand_weight), expand_bias)
     return (wide * gate.sigmoid()[:, :, None, None]).to(x.dtype)
 
 
@@ -55,6 +55,11 @@ def _to(dtype, *weights) -> Weights:
         t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in weights
     ]
     return reduce_weight, reduce_bias, expand_weight, expand_bias
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[R, C, 1, 1] as [R, C], so that the gradient gets the strides of the weight also where a size is 1: DDP compares them."""
+    return weight.permute(0, 2, 3, 1).flatten(0, 2) if is_channels_last(weight) else weight.flatten(1)
 
 
 def _outside_autocast(x: Tensor):
