@@ -16,6 +16,8 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
     is_like,
+    number,
+    number_or_scalar,
 )
 from effdet_fast.ops._layout import dense, dense_like, in_layout, is_channels_last
 
@@ -160,8 +162,8 @@ class _BatchStatistics(torch.autograd.Function):
         eps, activation, channels_last = ctx.options
         need_x, _, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         if _library.wants_second_derivative():
-            y = _from_statistics(x, *_batch_statistics(x)[:2], weight, bias, eps, _ACTIVATION_NAMES[activation])
-            grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), (need_x, need_weight, need_bias), grad)
+            needed = (need_x, need_weight, need_bias)
+            grad_x, grad_weight, grad_bias = _gradients(x, None, weight, bias, ctx.options, needed, grad)
             return grad_x, None, None, None, grad_weight, grad_bias, None, None, None
         grad = in_layout(grad, channels_last)
         grad_x = None
@@ -192,9 +194,8 @@ class _GivenStatistics(torch.autograd.Function):
         if _library.wants_second_derivative():
             if ctx.group is not None:
                 raise RuntimeError(f"{_OP}: there is no second derivative over several processes")
-            y = _from_statistics(x, mean, var, weight, bias, eps, _ACTIVATION_NAMES[activation])
             needed = (need_x, need_weight, need_bias)
-            grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), needed, grad)
+            grad_x, grad_weight, grad_bias = _gradients(x, (mean, var), weight, bias, ctx.options, needed, grad)
             return grad_x, None, None, grad_weight, grad_bias, *(None,) * 5
         grad = in_layout(grad, channels_last)
         grad_x = grad_weight = grad_bias = mean_sums = None
@@ -210,11 +211,17 @@ class _GivenStatistics(torch.autograd.Function):
         return grad_x, None, None, grad_weight if need_weight else None, grad_bias if need_bias else None, *(None,) * 5
 
 
-def _gradients(y: Tensor, inputs, needed, grad: Tensor) -> list[Tensor | None]:
-    """Of those inputs that need one, differentiable."""
-    wanted = [x for x, need in zip(inputs, needed, strict=False) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
+def _gradients(x: Tensor, statistics, weight, bias, options, needed, grad: Tensor) -> list[Tensor | None]:
+    """Of those of x, weight and bias that need one, differentiable. Statistics None are the batch's."""
+    eps, activation, _ = options
+
+    def reference() -> Tensor:
+        mean, var = _batch_statistics(x)[:2] if statistics is None else statistics
+        return _from_statistics(x, mean, var, weight, bias, eps, _ACTIVATION_NAMES[activation])
+
+    wanted = [values for values, need in zip((x, weight, bias), needed, strict=True) if need]
+    found = iter(_library.gradients(reference, wanted, grad))
+    return [next(found) if need else None for need in needed]
 
 
 def batch_norm_act(
@@ -258,6 +265,7 @@ def batch_norm_act(
         ValueError: a shape or device does not fit, an option is unknown or out of range, running statistics are missing, or
             there is only one value per channel to take statistics of.
     """
+    momentum, eps = number_or_scalar(_OP, "momentum", momentum), number(_OP, "eps", eps)
     _check(x, running_mean, running_var, weight, bias, training, eps, activation)
     shared = training and group is not None
     count = x.shape[0] * x.shape[2] * x.shape[3]

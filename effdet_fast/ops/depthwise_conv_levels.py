@@ -92,9 +92,12 @@ class _DepthwiseConvLevels(torch.autograd.Function):
         if used and _library.wants_second_derivative():
             # The bias is not kept: its gradient needs no value of it.
             bias = weight.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
-            ys = [_pytorch(xs[i], weight, bias, ctx.geometries[i], ctx.prologue) for i in used]
+
+            def reference() -> list[Tensor]:
+                return [_pytorch(xs[i], weight, bias, ctx.geometries[i], ctx.prologue) for i in used]
+
             leaves = [xs[i] for i in wanted] + [t for t, need in ((weight, need_weight), (bias, need_bias)) if need]
-            found = iter(torch.autograd.grad(ys, leaves, [grads[i] for i in used], create_graph=True))
+            found = iter(_library.gradients(reference, leaves, [grads[i] for i in used]))
             for i in wanted:
                 grad_xs[i] = next(found)
             grad_weight = next(found) if need_weight else None

@@ -15,6 +15,7 @@ from effdet_fast.ops._detection_loss_arguments import (
     BOX_LOSSES,
     NORMALIZERS,
     check_anchors,
+    check_num_classes,
     check_options,
     check_outputs,
     check_targets,
@@ -172,15 +173,16 @@ class _DetectionLoss(torch.autograd.Function):
             grads = [None] * len(outputs)
         elif _library.wants_second_derivative():
             targets = (labels, box_targets, num_positives)
-            losses = detection_loss_reference(
-                outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
-            )
-            known = [(loss, grad) for loss, grad in zip(losses, upstream, strict=True) if grad is not None]
+            known = [i for i, grad in enumerate(upstream) if grad is not None]
+
+            def reference() -> list[Tensor]:
+                losses = detection_loss_reference(
+                    outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
+                )
+                return [losses[i] for i in known]
+
             wanted = [x for x, need in zip(outputs, needs, strict=True) if need]
-            options = {"create_graph": True, "allow_unused": True}
-            found = iter(
-                torch.autograd.grad([loss for loss, _ in known], wanted, [grad for _, grad in known], **options)
-            )
+            found = iter(_library.gradients(reference, wanted, [upstream[i] for i in known]))
             grads = [next(found) if need else None for need in needs]
         elif ctx.grads is None or (box_loss_weight == 0 and upstream[2] is not None):
             given = (labels, box_targets, anchors, num_positives)
@@ -253,8 +255,9 @@ def detection_loss(
             label is >= num_classes or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
     """
     op = "detection_loss"
-    check_focal_options(op, alpha, gamma, label_smoothing)
-    check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder)
+    num_classes = check_num_classes(op, num_classes)
+    alpha, gamma, label_smoothing = check_focal_options(op, alpha, gamma, label_smoothing)
+    delta, box_loss_weight = check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder)
     cls_outputs, box_outputs = check_outputs(op, cls_outputs, box_outputs, num_classes)
     labels, codes, positives = check_targets(
         op, cls_outputs, cls_targets, box_targets, num_positives, num_classes, normalizer
