@@ -53,13 +53,22 @@ def wants_second_derivative() -> bool:
 
 
 def gradients(
-    reference: Callable[[], Tensor | Sequence[Tensor]], inputs: Sequence[Tensor], grads: Tensor | Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """What a backward returns that must itself be differentiable: of the reference, of which PyTorch knows every derivative."""
-    create_graph = torch.is_grad_enabled()
+    reference: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Tensor | Sequence[Tensor],
+) -> list[Tensor | None]:
+    """What a backward returns that must itself be differentiable: for each input that needs one its gradient of `reference`."""
     with torch.enable_grad():
-        outputs = reference()
-    return torch.autograd.grad(outputs, inputs, grads, create_graph=create_graph, allow_unused=True)
+        # A view each, as the same tensor may be given twice, with a gradient for each place.
+        views = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needs, strict=True)]
+        wanted = [x for x, need in zip(views, needs, strict=True) if need and x is not None]
+        # Of PyTorch's own backwards only those that build a graph know their tangents.
+        every = torch.autograd.grad(reference(*views), wanted, grads, create_graph=True, allow_unused=True)
+    if not torch.is_grad_enabled():  # then nobody wants the graph; unlike `detach`, a copy keeps the tangent
+        every = tuple([None if grad is None else grad.clone() for grad in every])
+    found = iter(every)
+    return [next(found) if need else None for need in needs]
 
 
 @contextmanager

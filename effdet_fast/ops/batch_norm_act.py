@@ -95,7 +95,8 @@ def _update_running(running_mean, running_var, mean, var, count: float | Tensor,
 def _move(statistics: tuple[Tensor, Tensor], towards: tuple[Tensor, Tensor], momentum: float | Tensor) -> None:
     for running, batch in zip(statistics, towards, strict=True):
         factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        running.lerp_(batch.detach().to(running.dtype), factor)
+        # In place by `out`: functorch refuses `lerp_` of a captured tensor, and takes this as it takes F.batch_norm.
+        torch.lerp(running, batch.detach().to(running.dtype), factor, out=running)
 
 
 def _statistics_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,13 +216,11 @@ def _gradients(x: Tensor, statistics, weight, bias, options, needed, grad: Tenso
     """Of those of x, weight and bias that need one, differentiable. Statistics None are the batch's."""
     eps, activation, _ = options
 
-    def reference() -> Tensor:
+    def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         mean, var = _batch_statistics(x)[:2] if statistics is None else statistics
         return _from_statistics(x, mean, var, weight, bias, eps, _ACTIVATION_NAMES[activation])
 
-    wanted = [values for values, need in zip((x, weight, bias), needed, strict=True) if need]
-    found = iter(_library.gradients(reference, wanted, grad))
-    return [next(found) if need else None for need in needed]
+    return _library.gradients(reference, (x, weight, bias), needed, grad)
 
 
 def batch_norm_act(

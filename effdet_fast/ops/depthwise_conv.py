@@ -98,13 +98,10 @@ class _DepthwiseConv(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if _library.wants_second_derivative():
             # The bias is not kept: its gradient needs no value of it.
-            bias = grad.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
-            wanted = [v for v, need in ((x, need_x), (weight, need_weight)) if need] + (
-                [bias] if bias is not None else []
-            )
-            reference = partial(_pytorch, x, weight, bias, ctx.geometry, ctx.prologue)
-            grads = iter(_library.gradients(reference, wanted, grad))
-            return *(next(grads) if need else None for need in (need_x, need_weight, need_bias)), None, None, None
+            bias = weight.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
+            reference = partial(_pytorch, geometry=ctx.geometry, prologue=ctx.prologue)
+            needs = (need_x, need_weight, need_bias)
+            return *_library.gradients(reference, (x, weight, bias), needs, grad), None, None, None
         left, _, top, _ = ctx.geometry.sides
         options = (ctx.geometry.stride[0], left, top, ACTIVATIONS[ctx.prologue], ctx.channels_last)
         grad = in_layout(grad, ctx.channels_last)

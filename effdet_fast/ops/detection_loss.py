@@ -74,8 +74,9 @@ def detection_loss_reference(
     cls = sigmoid_focal_loss_reference(logits, labels, alpha, gamma, label_smoothing=label_smoothing).sum((1, 2))
     if box_loss == "huber":
         # A masked difference of exactly 0 has no loss, and no gradient either.
-        masked = torch.where(targets != 0, codes, 0)
-        box = F.huber_loss(masked, targets, reduction="none", delta=delta).sum((1, 2)) / 4
+        error = (torch.where(targets != 0, codes, 0) - targets).abs()
+        quadratic = error.clamp(max=delta)  # PyTorch knows no tangent of the gradient of its huber_loss
+        box = (quadratic * (error - quadratic / 2)).sum((1, 2)) / 4
     else:
         positive = (labels >= 0).unsqueeze(2)
         # Other anchors get harmless numbers first: their loss is dropped, and must not bring NaN into the gradient.
@@ -175,15 +176,13 @@ class _DetectionLoss(torch.autograd.Function):
             targets = (labels, box_targets, num_positives)
             known = [i for i, grad in enumerate(upstream) if grad is not None]
 
-            def reference() -> list[Tensor]:
+            def reference(*outputs: Tensor) -> list[Tensor]:
                 losses = detection_loss_reference(
                     outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
                 )
                 return [losses[i] for i in known]
 
-            wanted = [x for x, need in zip(outputs, needs, strict=True) if need]
-            found = iter(_library.gradients(reference, wanted, [upstream[i] for i in known]))
-            grads = [next(found) if need else None for need in needs]
+            grads = _library.gradients(reference, outputs, needs, [upstream[i] for i in known])
         elif ctx.grads is None or (box_loss_weight == 0 and upstream[2] is not None):
             given = (labels, box_targets, anchors, num_positives)
             grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, *ctx.options)

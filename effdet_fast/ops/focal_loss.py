@@ -90,9 +90,9 @@ class _FocalLoss(torch.autograd.Function):
         if _library.wants_second_derivative():
             alpha, gamma, smoothing = ctx.options
             reduction = "sum" if ctx.summed else "none"
-            arguments = (inputs, targets, alpha, gamma, reduction)
-            reference = partial(sigmoid_focal_loss_reference, *arguments, label_smoothing=smoothing)
-            return *_library.gradients(reference, [inputs], grad), None, None, None, None, None
+            options = {"alpha": alpha, "gamma": gamma, "reduction": reduction, "label_smoothing": smoothing}
+            reference = partial(sigmoid_focal_loss_reference, targets=targets, **options)
+            return *_library.gradients(reference, [inputs], [True], grad), None, None, None, None, None
         if not ctx.summed and grad.stride() != inputs.stride():  # the kernel walks both in one order
             grad = torch.empty_like(inputs).copy_(grad)
         return _focal_loss_backward(grad, inputs, targets, *ctx.options), None, None, None, None, None

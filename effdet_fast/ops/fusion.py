@@ -1,7 +1,6 @@
 """Weighted feature fusion of a BiFPN node (Tan et al., "EfficientDet", 2020): resampling, weights, sum, activation in one."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,14 +127,14 @@ class _Fusion(torch.autograd.Function):
         method, eps, resample, h, w, activation, channels_last = ctx.options
         needs = [*ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
         if _library.wants_second_derivative():
-            wanted = [x for x, need in zip([*inputs, weights], needs, strict=True) if need]
-            reference = partial(weighted_fusion_reference, inputs, weights, **ctx.arguments)
-            grads = iter(_library.gradients(reference, wanted, grad))
+            reference = lambda *every: weighted_fusion_reference(every[:-1], every[-1], **ctx.arguments)  # noqa: E731
+            found = _library.gradients(reference, [*inputs, weights], needs, grad)
         else:
             grad = in_layout(grad, channels_last)
             options = (method, eps, resample, activation, channels_last)
             grads = iter(_fusion_backward(grad, inputs, kept, weights, *options, needs))
-        *grad_inputs, grad_weights = [next(grads) if need else None for need in needs]
+            found = [next(grads) if need else None for need in needs]
+        *grad_inputs, grad_weights = found
         return None, None, grad_weights, *grad_inputs
 
 
