@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -21,6 +22,9 @@ ACTIVATIONS: dict[str | None, int] = {
 }  # numbered as in csrc/common/activation.h
 
 TOO_LARGE = 1 << 63  # for the integers of an op
+_dispatch_modes, _dispatch_mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode
+_Mode = torch._C._TorchDispatchModeKey
+_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _Result = TypeVar("_Result")
 
 _debug = False
@@ -38,8 +42,12 @@ def device_type(x: Tensor) -> str:
 
 
 def may_read_values(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at without costing a synchronisation nobody asked for."""
-    return not torch.compiler.is_compiling() and (x.is_cpu or (_debug and not x.is_meta))
+    """Whether a tensor has values that may be looked at without costing a synchronisation nobody asked for."""
+    if torch.compiler.is_compiling() or not (x.is_cpu or (_debug and not x.is_meta)):
+        return False
+    # FakeTensorMode, make_fx and vmap call with tensors that stand for others.
+    tools = _dispatch_modes() and (_dispatch_mode(_Mode.FAKE) is not None or _dispatch_mode(_Mode.PROXY) is not None)
+    return not (tools or _is_functorch_wrapped(x) or isinstance(x, FakeTensor))
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:

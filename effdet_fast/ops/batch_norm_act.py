@@ -48,6 +48,9 @@ def batch_norm_act_reference(
 
 
 def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, float]:
+    x = x.to(arithmetic_dtype(x))
+    count: float = x.shape[0] * x.shape[2] * x.shape[3]
+
     def total(values: Tensor) -> Tensor:
         if group is None:
             return values
@@ -57,8 +60,8 @@ def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tupl
 
         return all_reduce(values, group=group)
 
-    x = x.to(arithmetic_dtype(x))
-    count = float(total(x.new_tensor(x.shape[0] * x.shape[2] * x.shape[3])))
+    if group is not None:
+        count = float(total(x.new_tensor(count)))
     mean = total(x.sum((0, 2, 3))) / count
     return mean, total((x - _per_channel(mean)).square().sum((0, 2, 3))) / count, count
 
