@@ -4,12 +4,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from effdet_fast import ops
+from effdet_fast.data.batch import normalize
+from effdet_fast.models.anchors import AnchorCache
+from effdet_fast.models.model_table import CONFIGS
 from tests.ops.every_op import calls_without_gradient, differentiable_calls
 
 CALLS = {**differentiable_calls(), **calls_without_gradient()}
@@ -115,3 +118,13 @@ def test_sizes_of_one_need_no_more_versions_than_anywhere(name, channels_last):
             y, expected = compiled(x, *others), function(x, *others)
             torch.testing.assert_close(y, expected)
             torch.testing.assert_close(*(torch.autograd.grad(t.sum(), x)[0] for t in (y, expected)))
+
+
+def test_caches_keep_no_fake_tensor():
+    images, anchors = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), AnchorCache(CONFIGS["efficientdet_d0"])
+    halves, mode = [0.375] * 3, FakeTensorMode()
+    with mode:
+        assert isinstance(normalize(mode.from_tensor(images), halves, halves), FakeTensor)
+        assert isinstance(anchors.boxes(torch.device("cpu")), FakeTensor)
+    assert type(normalize(images, halves, halves)) is torch.Tensor
+    assert type(anchors.boxes(torch.device("cpu"))) is torch.Tensor
