@@ -72,8 +72,10 @@ def detection_loss_reference(
     logits, codes = joined(cls_outputs), joined(box_outputs)
     labels, targets = joined_labels(cls_targets).long(), joined_codes(box_targets).to(dtype)
 
-    focal = {"label_smoothing": label_smoothing, "class_weight": class_weight}
-    cls = sigmoid_focal_loss_reference(logits, labels, alpha, gamma, **focal).sum((1, 2))
+    focal = sigmoid_focal_loss_reference(
+        logits, labels, alpha, gamma, label_smoothing=label_smoothing, class_weight=class_weight
+    )
+    cls = focal.sum((1, 2))
     if box_loss == "huber":
         # A masked difference of exactly 0 has no loss, and no gradient either.
         error = (torch.where(targets != 0, codes, 0) - targets).abs()
