@@ -50,8 +50,8 @@ __device__ Marks marks_of(const Place<label_t, column_t>& at, int64_t classes) {
   Marks marks;
   const label_t* row = at.label;
   for (int64_t begin = 0, column = at.column; begin < kVec; column = 0, ++row) {
-    const int64_t label = *row, end = begin + classes - column, place = begin + label - column, last = end < kVec ? end : kVec;
-    if (label >= 0 && place >= begin && place < last) marks.positive |= 1u << place;
+    const int64_t label = *row, end = begin + classes - column, last = end < kVec ? end : kVec;
+    if (label >= column && label - column < last - begin) marks.positive |= 1u << (begin + label - column);
     if (label == -2) marks.ignored |= (1u << last) - (1u << begin);
     begin = last;
   }

@@ -43,7 +43,7 @@ def define(schema: str, fake: Callable) -> torch._ops.OpOverload:
     op = getattr(torch.ops.effdet_fast, name).default
 
     def on_zeros(*arguments):
-        for argument, value in zip(op._schema.arguments, arguments, strict=True):
+        for argument, value in zip(op._schema.arguments, arguments, strict=False):  # defaults are left out
             if argument.is_write and any(x._is_zerotensor() for x in tree_flatten(value)[0] if isinstance(x, Tensor)):
                 raise ValueError(f"{name}: {argument.name} must have memory to be written, got zeros without any")
         return op(*tree_map_only(Tensor, _with_memory, arguments))

@@ -66,7 +66,7 @@ def _reduced(total: Tensor, reduction: str, numel: int, normalizer: float | Tens
     return total if normalizer is None else total / normalizer
 
 
-_ARGUMENTS = "Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing, Tensor? class_weight"
+_ARGUMENTS = "Tensor inputs, Tensor targets, float alpha, float gamma, float label_smoothing, Tensor? class_weight=None"
 _focal_loss = _library.define(
     f"focal_loss({_ARGUMENTS}) -> Tensor", lambda inputs, targets, *options: torch.empty_like(inputs)
 )
