@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
 
 from effdet_fast.models.config import DetectorConfig
@@ -75,9 +76,8 @@ class AnchorCache:
 
     def boxes(self, device: torch.device) -> torch.Tensor:
         """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
-        if device in self._boxes:
-            return self._boxes[device]
-        boxes = generate_anchors(self.config).to(device)
-        if not isinstance(boxes, FakeTensor):  # which has no values for the calls after
-            self._boxes[device] = boxes
-        return boxes
+        kept = self._boxes.get(device)
+        # One made under FakeTensorMode has no values for the calls after.
+        if kept is None or (isinstance(kept, FakeTensor) and kept.fake_mode is not detect_fake_mode()):
+            self._boxes[device] = generate_anchors(self.config).to(device)
+        return self._boxes[device]
