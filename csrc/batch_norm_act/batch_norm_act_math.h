@@ -44,7 +44,7 @@ EF_HD A value(A x, A mean, A scale, A bias) {
 // g, from the distance of x to the mean.
 template <Activation kActivation, typename A>
 EF_HD A grad_normalized(A grad, A distance, A scale, A bias) {
-  return grad * activate_grad<kActivation>(distance * scale + bias);
+  return activate_backward<kActivation>(grad, distance * scale + bias);
 }
 
 // Distances whose squares are summed are those to the median of three values of a part: near its mean, whatever one outlier does.

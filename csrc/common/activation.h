@@ -1,4 +1,4 @@
-// The pointwise activations an op can carry, and their derivatives. Numbered as in effdet_fast/ops/_arguments.py.
+// The pointwise activations an op can carry, and their gradients. Numbered as in effdet_fast/ops/_arguments.py.
 #pragma once
 #include "math.h"
 
@@ -14,15 +14,16 @@ EF_HD T activate(T x) {
   return x;
 }
 
+// The gradient for x from that for activate(x). What is cut off gets 0 even where `grad` is NaN, as in PyTorch.
 template <Activation kActivation, typename T>
-EF_HD T activate_grad(T x) {
+EF_HD T activate_backward(T grad, T x) {
   if constexpr (kActivation == Activation::kSilu) {
     const T s = quotient_of(T(1), T(1) + exp_of_number(-x));
-    return s * (T(1) + x * (T(1) - s));
+    return grad * (s * (T(1) + x * (T(1) - s)));
   }
-  if constexpr (kActivation == Activation::kRelu) return x <= T(0) ? T(0) : T(1);
-  if constexpr (kActivation == Activation::kRelu6) return x <= T(0) || x >= T(6) ? T(0) : T(1);
-  return T(1);
+  if constexpr (kActivation == Activation::kRelu) return x <= T(0) ? T(0) : grad;
+  if constexpr (kActivation == Activation::kRelu6) return x <= T(0) || x >= T(6) ? T(0) : grad;
+  return grad;
 }
 
 // Calls f.template operator()<Activation::...>() for a number from Python.

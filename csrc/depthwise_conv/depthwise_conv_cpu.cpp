@@ -213,7 +213,7 @@ void grad_input_part(const Shape& s, const scalar_t* grad, const scalar_t* x, co
     for (int i = 0; i < results; ++i, ++iy) {
       if (s.prologue != Activation::kNone) {
         load_line(in, part.n, iy, in_line);
-        dispatch_activation(int64_t(s.prologue), [&]<Activation kPrologue>() { scale_line<kPrologue>(lines[i], in_line, size); });
+        dispatch_activation(int64_t(s.prologue), [&]<Activation kPrologue>() { unactivate_line<kPrologue>(lines[i], in_line, size); });
       }
       if (!in_place) store_line(out, part.n, iy, lines[i]);
     }

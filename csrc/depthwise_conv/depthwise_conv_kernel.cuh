@@ -360,9 +360,10 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
 #pragma unroll
             for (int j = 0; j < kOwned * kVec; ++j) {
               const A value = z[j / kVec][j % kVec];
-              row[j / kVec][j % kVec] *= prologue == Activation::kSilu   ? activate_grad<Activation::kSilu>(value)
-                                         : prologue == Activation::kRelu ? activate_grad<Activation::kRelu>(value)
-                                                                         : activate_grad<Activation::kRelu6>(value);
+              A& grad = row[j / kVec][j % kVec];
+              grad = prologue == Activation::kSilu   ? activate_backward<Activation::kSilu>(grad, value)
+                     : prologue == Activation::kRelu ? activate_backward<Activation::kRelu>(grad, value)
+                                                     : activate_backward<Activation::kRelu6>(grad, value);
             }
           }
           store_columns(grad_x, kept, in.column, wide, row);

@@ -122,11 +122,11 @@ EF_CPU_CLONES void activate_line(A* line, int64_t count) {
   for (int64_t i = 0; i < count; ++i) line[i] = activate<kPrologue>(line[i]);
 }
 
-// Times the derivative of the prologue at x.
+// The gradient for x from that for its prologue.
 template <Activation kPrologue, typename A>
-EF_CPU_CLONES void scale_line(A* __restrict line, const A* __restrict x, int64_t count) {
+EF_CPU_CLONES void unactivate_line(A* __restrict line, const A* __restrict x, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) line[i] *= activate_grad<kPrologue>(x[i]);
+  for (int64_t i = 0; i < count; ++i) line[i] = activate_backward<kPrologue>(line[i], x[i]);
 }
 
 template <typename scalar_t>

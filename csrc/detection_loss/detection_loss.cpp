@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensors> forward(const Tensors& cls, const Te
     using A = acc_t<scalar_t>;
     const Inputs in{cls,          box,         labels,          box_targets, anchors,         num_positives,
                     class_weight, num_classes, alpha,           gamma,       label_smoothing, box_loss,
-                    box_coder,    delta,       box_loss_weight, normalizer, channels_last};
+                    box_coder,    delta,       box_loss_weight, normalizer,  channels_last};
     Problem<scalar_t> p = problem_of<scalar_t>(in);
     if (with_grad) grads = allocate_gradients(in, p);
     launch_with_workspace(scope, first, p, {mutable_data<A>(total), mutable_data<A>(cls_loss), mutable_data<A>(box_loss_value)});
@@ -160,7 +160,7 @@ Tensors backward(const std::optional<Tensor>& grad_total, const std::optional<Te
     using A = acc_t<scalar_t>;
     const Inputs in{cls,          box,         labels,          box_targets, anchors,         num_positives,
                     class_weight, num_classes, alpha,           gamma,       label_smoothing, box_loss,
-                    box_coder,    delta,       box_loss_weight, normalizer, channels_last};
+                    box_coder,    delta,       box_loss_weight, normalizer,  channels_last};
     Problem<scalar_t> p = problem_of<scalar_t>(in);
     p.upstream = {upstream_of<A>(grad_total, acc), upstream_of<A>(grad_cls, acc), upstream_of<A>(grad_box, acc)};
     grads = allocate_gradients(in, p);

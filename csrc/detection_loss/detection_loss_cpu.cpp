@@ -43,7 +43,7 @@ EF_CPU_CLONES acc_t<scalar_t> pixel_run(const scalar_t* __restrict x, const int3
   for (int64_t j = 0; j < m; ++j) {
     const Element<A> f = focal<kModulator>(A(x[j]), labels[j] == label, labels[j] == -2, p);
     sum += f.loss;
-    if constexpr (kGrad) grad[j] = scalar_t(scale * f.grad);
+    if constexpr (kGrad) grad[j] = scalar_t(scaled(scale, f.grad));
   }
   return sum;
 }
@@ -58,14 +58,14 @@ EF_CPU_CLONES acc_t<scalar_t> huber_run(const scalar_t* __restrict codes, const 
   for (int64_t i = 0; i < m; ++i) {
     const Element<A> f = huber(A(codes[i]), targets[i], delta);
     sum += f.loss;
-    if constexpr (kGrad) grad[i] = scalar_t(scale * f.grad);
+    if constexpr (kGrad) grad[i] = scalar_t(scaled(scale, f.grad));
   }
   return sum;
 }
 
 template <typename scalar_t>
 EF_CPU_CLONES void scale_run(scalar_t* __restrict x, int64_t m, acc_t<scalar_t> factor) {
-  for (int64_t i = 0; i < m; ++i) x[i] = scalar_t(factor * acc_t<scalar_t>(x[i]));
+  for (int64_t i = 0; i < m; ++i) x[i] = scalar_t(scaled(factor, acc_t<scalar_t>(x[i])));
 }
 
 struct Unit {
@@ -213,7 +213,7 @@ double box_loss_of(const Problem<scalar_t>& p, const Unit& unit, acc_t<scalar_t>
       sum += box_loss(codes, p.box_targets + 4 * i, anchor, positive, p.box, slope);
       if constexpr (kGrad) {
         scalar_t* grad = grad_at(box, channels, level.pixels, unit.image, 4 * a, pixel);
-        for (int k = 0; k < 4; ++k) grad[k * grad_step] = scalar_t(scale * slope[k]);
+        for (int k = 0; k < 4; ++k) grad[k * grad_step] = scalar_t(scaled(scale, slope[k]));
       }
     }
   }

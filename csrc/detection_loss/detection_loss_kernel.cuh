@@ -41,7 +41,7 @@ __device__ acc_t<scalar_t> labelled(const Vec<scalar_t, kVec>& x, const Marks& m
   for (int k = 0; k < kVec; ++k) {
     const Element<A> f = focal<kModulator>(A(x.v[k]), (marks.positive >> k & 1) != 0, (marks.ignored >> k & 1) != 0, p);
     sum += weight(k) * f.loss;
-    grad.v[k] = scalar_t(weight(k) * (scale * f.grad));
+    grad.v[k] = scalar_t(weight(k) * scaled(scale, f.grad));
   }
   return sum;
 }
@@ -95,7 +95,7 @@ __device__ acc_t<scalar_t> single_channels_tile(const Problem<scalar_t>& p, cons
     const Element<A> f = focal<kModulator>(A(x), label == column, label == -2, p.focal);
     const A weight = class_weight_at(p.class_weight, column, p.classes);
     sum += weight * f.loss;
-    if (p.with_grad) level.cls.grad[image * n + i] = scalar_t(weight * (scale * f.grad));
+    if (p.with_grad) level.cls.grad[image * n + i] = scalar_t(weight * scaled(scale, f.grad));
   }
   return sum;
 }
@@ -164,7 +164,7 @@ __device__ acc_t<scalar_t> boxes_tile(const Problem<scalar_t>& p, const Level<sc
     scalar_t* grad = box.grad + image * channels * level.pixels;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      grad[box.channels_last ? pixel * channels + channel + k : (channel + k) * level.pixels + pixel] = scalar_t(scale * slope[k]);
+      grad[box.channels_last ? pixel * channels + channel + k : (channel + k) * level.pixels + pixel] = scalar_t(scaled(scale, slope[k]));
   }
   return loss;
 }
@@ -251,10 +251,10 @@ __global__ void detection_loss_rescale_kernel(Gradients<scalar_t> g) {
     if (i + kVec <= n) {
       Vec<scalar_t, kVec> value = load_vec<kVec>(grad + i);
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) value.v[k] = scalar_t(factor * A(value.v[k]));
+      for (int k = 0; k < kVec; ++k) value.v[k] = scalar_t(scaled(factor, A(value.v[k])));
       store_vec<kVec>(grad + i, value);
     } else {
-      for (int64_t k = i; k < n; ++k) grad[k] = scalar_t(factor * A(grad[k]));
+      for (int64_t k = i; k < n; ++k) grad[k] = scalar_t(scaled(factor, A(grad[k])));
     }
   }
 }

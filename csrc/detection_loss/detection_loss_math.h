@@ -28,6 +28,12 @@ struct Element {
   A loss, grad;
 };
 
+// A gradient times what comes from above. None stays none, be that NaN: what is masked or ignored takes no part.
+template <typename A>
+EF_HD A scaled(A scale, A grad) {
+  return grad == A(0) ? A(0) : scale * grad;
+}
+
 // Focal loss of one logit with its alpha, and the derivative; an ignored one has none of either, whatever its logit.
 template <focal_loss::Modulator kModulator, typename A>
 EF_HD Element<A> focal(A x, bool positive, bool ignored, const focal_loss::Parameters<A>& p) {

@@ -95,13 +95,17 @@ __device__ Values<acc_t<scalar_t>, kVec> resampled(const Problem<scalar_t>& p, c
   return load_values<kVec>(source + (y * in.w + x) * p.c);
 }
 
-// f(value) for each value, `activation` decided once per vector.
-template <bool kGradient, int kVec, typename A>
-__device__ void activate_values(Activation activation, Values<A, kVec>& value) {
+// Each value activated; or, of a gradient for those, that for the values before it. `activation` is decided once per vector.
+template <int kVec, typename A>
+__device__ void activate_values(Activation activation, Values<A, kVec>& value, Values<A, kVec>* grad = nullptr) {
   const auto apply = [&]<Activation kActivation>() {
 #pragma unroll
     for (int k = 0; k < kVec; ++k) {
-      value.v[k] = kGradient ? activate_grad<kActivation>(value.v[k]) : activate<kActivation>(value.v[k]);
+      if (grad) {
+        grad->v[k] = activate_backward<kActivation>(grad->v[k], value.v[k]);
+      } else {
+        value.v[k] = activate<kActivation>(value.v[k]);
+      }
     }
   };
   if (activation == Activation::kSilu) return apply.template operator()<Activation::kSilu>();
@@ -130,7 +134,7 @@ __global__ void fusion_kernel(Problem<scalar_t> p, Pooled<scalar_t> kept, scalar
 #pragma unroll
       for (int k = 0; k < kVec; ++k) sum.v[k] = i == 0 ? weights.v[i] * r.v[k] : sum.v[k] + weights.v[i] * r.v[k];
     }
-    activate_values<false>(p.activation, sum);
+    activate_values(p.activation, sum);
     store_values<kVec>(out + at, sum, A(1));
   });
 }
@@ -159,9 +163,7 @@ __global__ void fusion_backward_kernel(Problem<scalar_t> p, Cells cells, Backwar
 #pragma unroll
             for (int i = 1; i < kCount; ++i) sum.v[k] += weights.v[i] * r[i].v[k];
           }
-          activate_values<true>(p.activation, sum);
-#pragma unroll
-          for (int k = 0; k < kVec; ++k) grad.v[k] *= sum.v[k];
+          activate_values(p.activation, sum, &grad);
         }
         if (work.grad_sum) store_values<kVec>(work.grad_sum + at, grad, A(1));
 #pragma unroll

@@ -51,7 +51,7 @@ EF_CPU_CLONES void unfuse(const Rows<acc_t<scalar_t>> rows, const NormalizedWeig
                           const scalar_t* __restrict grad, int64_t m, acc_t<scalar_t>* __restrict out) {
   using A = acc_t<scalar_t>;
 #pragma GCC ivdep
-  for (int64_t j = 0; j < m; ++j) out[j] = A(grad[j]) * activate_grad<kActivation>(weighted_sum<kCount>(rows.of, weights, j));
+  for (int64_t j = 0; j < m; ++j) out[j] = activate_backward<kActivation>(A(grad[j]), weighted_sum<kCount>(rows.of, weights, j));
 }
 
 // totals[i] += the sum of rows[i] * grad; all inputs in one loop, as each sum waits for its own additions.

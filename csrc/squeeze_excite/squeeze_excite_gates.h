@@ -74,7 +74,7 @@ void launch_gates_backward(Cpu, const Weights<A>& w, Activation activation, cons
   combine(grad.gate, w.channels, 1, w.expand, g.images, w.channels, w.squeezed, grad.reduced);
   if (!grad.reduced) return;
   dispatch_activation(int64_t(activation), [&]<Activation kActivation>() {
-    for (int64_t i = 0; i < g.images * w.squeezed; ++i) grad.reduced[i] *= activate_grad<kActivation>(g.reduced[i]);
+    for (int64_t i = 0; i < g.images * w.squeezed; ++i) grad.reduced[i] = activate_backward<kActivation>(grad.reduced[i], g.reduced[i]);
   });
   combine(grad.reduced, 1, w.squeezed, g.mean, w.squeezed, g.images, w.channels, grad.reduce);
   combine(Same<A>{1}, 0, 0, grad.reduced, 1, g.images, w.squeezed, grad.reduce_bias);

@@ -76,6 +76,6 @@ __global__ void squeeze_excite_grad_reduced_kernel(Weights<A> w, Gates<A> g, Gat
   __syncthreads();
   if (threadIdx.y > 0 || r >= w.squeezed) return;
   for (int share = 1; share < kGateWarps; ++share) sum += shared[share * kWarpSize + threadIdx.x];
-  grad.reduced[image * w.squeezed + r] = sum * activate_grad<kActivation>(g.reduced[image * w.squeezed + r]);
+  grad.reduced[image * w.squeezed + r] = activate_backward<kActivation>(sum, g.reduced[image * w.squeezed + r]);
 }
 }  // namespace ef::squeeze_excite
