@@ -75,5 +75,6 @@ class AnchorCache:
     def boxes(self, device: torch.device) -> torch.Tensor:
         """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
         if device not in self._boxes:
-            self._boxes[device] = generate_anchors(self.config).to(device)
+            with torch.inference_mode(False):  # kept for training too, whose backward saves no tensor of inference mode
+                self._boxes[device] = generate_anchors(self.config).to(device)
         return self._boxes[device]

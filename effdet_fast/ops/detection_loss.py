@@ -17,6 +17,7 @@ from effdet_fast.ops._detection_loss_arguments import (
     check_anchors,
     check_options,
     check_outputs,
+    check_target_values,
     check_targets,
     joined_codes,
     joined_labels,
@@ -249,8 +250,10 @@ def detection_loss(
 
     Raises:
         TypeError: an argument has the wrong type, or dtypes are not supported or differ outside autocast.
-        ValueError: numbers of levels, shapes or devices do not fit, an option is out of range, a target requires a gradient, or a
-            label is >= num_classes or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
+        ValueError: numbers of levels, shapes or devices do not fit, an option is out of range, a target requires a gradient, a
+            label is >= num_classes or < -2, or ``box_targets`` ("huber": any; else of a label >= 0) or, with "giou", ``anchors``
+            (of a label >= 0) are not finite. Values are looked at on the CPU; on a GPU only after
+            ``effdet_fast.set_debug(True)``.
     """
     op = "detection_loss"
     check_focal_options(op, alpha, gamma, label_smoothing)
@@ -261,6 +264,7 @@ def detection_loss(
     )
     first = cls_outputs[0]
     check_anchors(op, anchors, box_loss, first, labels.shape[1])
+    check_target_values(op, labels, codes, anchors, box_loss)
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "alpha": alpha,
