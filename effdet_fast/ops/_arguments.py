@@ -1,10 +1,13 @@
 """Checks of arguments that several ops share. Every message names the argument, what it must be, and what it was."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -17,6 +20,12 @@ ACTIVATIONS: dict[str | None, int] = {
     "relu": 2,
     "relu6": 3,
 }  # numbered as in csrc/common/activation.h
+
+TOO_LARGE = 1 << 63  # for the integers of an op
+_dispatch_modes, _dispatch_mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode
+_Mode = torch._C._TorchDispatchModeKey
+_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_Result = TypeVar("_Result")
 
 _debug = False
 
@@ -33,8 +42,12 @@ def device_type(x: Tensor) -> str:
 
 
 def may_read_values(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at without costing a synchronisation nobody asked for."""
-    return not torch.compiler.is_compiling() and (x.is_cpu or (_debug and not x.is_meta))
+    """Whether a tensor has values that may be looked at without costing a synchronisation nobody asked for."""
+    if torch.compiler.is_compiling() or not (x.is_cpu or (_debug and not x.is_meta)):
+        return False
+    # FakeTensorMode, make_fx and vmap call with tensors that stand for others.
+    tools = _dispatch_modes() and (_dispatch_mode(_Mode.FAKE) is not None or _dispatch_mode(_Mode.PROXY) is not None)
+    return not (tools or _is_functorch_wrapped(x) or isinstance(x, FakeTensor))
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -63,6 +76,50 @@ def check_integer(op: str, name: str, x: Any) -> None:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {dtype_name(x.dtype)}")
 
 
+def integer(op: str, name: str, value: Any) -> int:
+    """The value as a plain int, which NumPy's integers become; symbols stay what they are."""
+    plain = plain_integer(value)
+    if plain is None:
+        raise TypeError(f"{op}: {name} must be {_kind('an int', value)}")
+    return plain
+
+
+def plain_integer(value: Any) -> int | None:
+    """As :func:`integer`, but None for what is none: bool, a float, a tensor, more than 64 bits."""
+    if type(value) is int:
+        return value if -TOO_LARGE <= value < TOO_LARGE else None
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    return int(value) if isinstance(value, np.integer) else None
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """The value as a plain int or float, which NumPy's scalars become; symbols stay what they are."""
+    if type(value) is float or isinstance(value, torch.SymFloat):
+        return value  # type: ignore[return-value]
+    if isinstance(value, float | np.floating | bool):
+        return float(value)
+    plain = plain_integer(value)
+    if plain is None:
+        raise TypeError(f"{op}: {name} must be {_kind('a number', value)}")
+    return plain
+
+
+def number_or_scalar(op: str, name: str, value: Any) -> float | Tensor:
+    """As :func:`number`; 0-d tensors are taken too."""
+    if type(value) is float or not isinstance(value, Tensor):
+        return number(op, name, value)
+    if value.dim() != 0:
+        raise ValueError(f"{op}: {name} must be a number or a 0-d tensor, got shape {list(value.shape)}")
+    return value
+
+
+def _kind(wanted: str, value: Any) -> str:
+    if type(value) is int:
+        return f"{wanted} of at most 64 bits, got {value}"
+    return f"{wanted}, got {type(value).__name__}"
+
+
 def is_like(x: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a parameter is what it must be in nearly every call; the checks that say what is wrong are for all others."""
     return isinstance(x, Tensor) and x.dtype == dtype and x.shape == shape and x.device == device
@@ -77,6 +134,25 @@ def check_choice(op: str, name: str, value: Any, choices: Iterable[Any]) -> None
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def remembered(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Its results are kept: a model calls with the same few shapes over and over.
+
+    Arguments must be plain values, as 1, 1.0 and True are one key. Sizes may be symbols while compiling or tracing; those are
+    no keys.
+    """
+    kept = lru_cache(maxsize=1024)(function)
+
+    def call(*arguments: Any) -> _Result:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return kept(*arguments)
+        except TypeError:
+            return function(*arguments)
+
+    return call
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

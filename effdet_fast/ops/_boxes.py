@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from effdet_fast.ops._arguments import autocast_dtype, check_floating, check_integer, check_same_device, dtype_name
+from effdet_fast.ops._arguments import (
+    autocast_dtype,
+    check_floating,
+    check_integer,
+    check_same_device,
+    dtype_name,
+    integer,
+    number,
+)
 from effdet_fast.ops._layout import detached
 
 MOST_DETECTIONS = 1 << 30  # as in csrc/common/detection_tensors.h
@@ -125,15 +133,15 @@ def check_classes(op: str, name: str, classes: Tensor, scores: Tensor) -> Tensor
     return classes.to(device=scores.device, dtype=torch.int64)
 
 
-def check_number(op: str, name: str, threshold: Any) -> None:
-    if not isinstance(threshold, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(threshold).__name__}")
+def check_threshold(op: str, name: str, threshold: Any) -> float:
+    threshold = number(op, name, threshold)
     if threshold != threshold:
         raise ValueError(f"{op}: {name} must be a number, got nan")
+    return threshold
 
 
-def check_most_detections(op: str, max_detections: Any) -> None:
-    if not isinstance(max_detections, int):
-        raise TypeError(f"{op}: max_detections must be an int, got {type(max_detections).__name__}")
-    if not 1 <= max_detections <= MOST_DETECTIONS:
-        raise ValueError(f"{op}: max_detections must be in [1, {MOST_DETECTIONS}], got {max_detections}")
+def check_most_detections(op: str, max_detections: Any) -> int:
+    most = integer(op, "max_detections", max_detections)
+    if not 1 <= most <= MOST_DETECTIONS:
+        raise ValueError(f"{op}: max_detections must be in [1, {MOST_DETECTIONS}], got {most}")
+    return most

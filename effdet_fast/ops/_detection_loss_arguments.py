@@ -14,8 +14,10 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     check_tensor,
     dtype_name,
+    integer,
     is_like,
     may_read_values,
+    number,
 )
 from effdet_fast.ops.focal_loss import check_label_values
 
@@ -38,7 +40,8 @@ def joined_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.cat([level.unflatten(3, (-1, 4)).flatten(1, 3) for level in codes], 1)
 
 
-def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -> None:
+def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -> tuple[float, float]:
+    delta, box_loss_weight = number(op, "delta", delta), number(op, "box_loss_weight", box_loss_weight)
     if not 0 < delta < math.inf:
         raise ValueError(f"{op}: delta must be positive, got {delta}")
     if not 0 <= box_loss_weight < math.inf:
@@ -46,6 +49,14 @@ def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -
     check_choice(op, "box_loss", box_loss, BOX_LOSSES)
     check_choice(op, "normalizer", normalizer, NORMALIZERS)
     check_choice(op, "box_coder", box_coder, BOX_CODERS)
+    return delta, box_loss_weight
+
+
+def check_num_classes(op: str, num_classes: int) -> int:
+    num_classes = integer(op, "num_classes", num_classes)
+    if num_classes < 1:
+        raise ValueError(f"{op}: num_classes must be at least 1, got {num_classes}")
+    return num_classes
 
 
 def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -56,8 +67,6 @@ def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[
         raise ValueError(f"{op}: cls_outputs must be 1 to {MAX_LEVELS} levels, got {len(cls_outputs)}")
     if len(box_outputs) != len(cls_outputs):
         raise ValueError(f"{op}: box_outputs must be {len(cls_outputs)} levels as cls_outputs, got {len(box_outputs)}")
-    if not num_classes >= 1:
-        raise ValueError(f"{op}: num_classes must be at least 1, got {num_classes}")
     outputs = [*cls_outputs, *box_outputs]
     first = outputs[0]
     check_floating(op, "cls_outputs[0]", first)

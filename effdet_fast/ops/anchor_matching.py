@@ -16,6 +16,7 @@ from effdet_fast.ops._arguments import (
     check_integer,
     check_same_device,
     may_read_values,
+    number,
 )
 from effdet_fast.ops._boxes import encode_boxes, iou_with
 from effdet_fast.ops._layout import dense, detached
@@ -219,6 +220,7 @@ def _match(
 ) -> AnchorTargets:
     op = "match_anchors"
     _check(op, anchors, gt_boxes, gt_labels, gt_counts)
+    pos_iou, neg_iou = number(op, "pos_iou", pos_iou), number(op, "neg_iou", neg_iou)
     if not 0 < neg_iou <= pos_iou:
         raise ValueError(f"{op}: thresholds must be 0 < neg_iou <= pos_iou, got neg_iou={neg_iou}, pos_iou={pos_iou}")
     if force_match and allow_low_quality_matches:

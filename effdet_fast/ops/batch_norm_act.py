@@ -16,6 +16,8 @@ from effdet_fast.ops._arguments import (
     check_same_device,
     dtype_name,
     is_like,
+    number,
+    number_or_scalar,
 )
 from effdet_fast.ops._layout import dense, dense_like, in_layout, is_channels_last
 
@@ -46,6 +48,9 @@ def batch_norm_act_reference(
 
 
 def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor, float]:
+    x = x.to(arithmetic_dtype(x))
+    count: float = x.shape[0] * x.shape[2] * x.shape[3]
+
     def total(values: Tensor) -> Tensor:
         if group is None:
             return values
@@ -55,8 +60,8 @@ def _batch_statistics(x: Tensor, group: dist.ProcessGroup | None = None) -> tupl
 
         return all_reduce(values, group=group)
 
-    x = x.to(arithmetic_dtype(x))
-    count = float(total(x.new_tensor(x.shape[0] * x.shape[2] * x.shape[3])))
+    if group is not None:
+        count = float(total(x.new_tensor(count)))
     mean = total(x.sum((0, 2, 3))) / count
     return mean, total((x - _per_channel(mean)).square().sum((0, 2, 3))) / count, count
 
@@ -93,7 +98,8 @@ def _update_running(running_mean, running_var, mean, var, count: float | Tensor,
 def _move(statistics: tuple[Tensor, Tensor], towards: tuple[Tensor, Tensor], momentum: float | Tensor) -> None:
     for running, batch in zip(statistics, towards, strict=True):
         factor = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-        running.lerp_(batch.detach().to(running.dtype), factor)
+        # In place by `out`: functorch refuses `lerp_` of a captured tensor, and takes this as it takes F.batch_norm.
+        torch.lerp(running, batch.detach().to(running.dtype), factor, out=running)
 
 
 def _statistics_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,8 +166,8 @@ class _BatchStatistics(torch.autograd.Function):
         eps, activation, channels_last = ctx.options
         need_x, _, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
         if _library.wants_second_derivative():
-            y = _from_statistics(x, *_batch_statistics(x)[:2], weight, bias, eps, _ACTIVATION_NAMES[activation])
-            grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), (need_x, need_weight, need_bias), grad)
+            needed = (need_x, need_weight, need_bias)
+            grad_x, grad_weight, grad_bias = _gradients(x, None, weight, bias, ctx.options, needed, grad)
             return grad_x, None, None, None, grad_weight, grad_bias, None, None, None
         grad = in_layout(grad, channels_last)
         grad_x = None
@@ -192,9 +198,8 @@ class _GivenStatistics(torch.autograd.Function):
         if _library.wants_second_derivative():
             if ctx.group is not None:
                 raise RuntimeError(f"{_OP}: there is no second derivative over several processes")
-            y = _from_statistics(x, mean, var, weight, bias, eps, _ACTIVATION_NAMES[activation])
             needed = (need_x, need_weight, need_bias)
-            grad_x, grad_weight, grad_bias = _gradients(y, (x, weight, bias), needed, grad)
+            grad_x, grad_weight, grad_bias = _gradients(x, (mean, var), weight, bias, ctx.options, needed, grad)
             return grad_x, None, None, grad_weight, grad_bias, *(None,) * 5
         grad = in_layout(grad, channels_last)
         grad_x = grad_weight = grad_bias = mean_sums = None
@@ -210,11 +215,15 @@ class _GivenStatistics(torch.autograd.Function):
         return grad_x, None, None, grad_weight if need_weight else None, grad_bias if need_bias else None, *(None,) * 5
 
 
-def _gradients(y: Tensor, inputs, needed, grad: Tensor) -> list[Tensor | None]:
-    """Of those inputs that need one, differentiable."""
-    wanted = [x for x, need in zip(inputs, needed, strict=False) if need]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-    return [next(found) if need else None for _, need in zip(inputs, needed, strict=False)]
+def _gradients(x: Tensor, statistics, weight, bias, options, needed, grad: Tensor) -> list[Tensor | None]:
+    """Of those of x, weight and bias that need one, differentiable. Statistics None are the batch's."""
+    eps, activation, _ = options
+
+    def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, var = _batch_statistics(x)[:2] if statistics is None else statistics
+        return _from_statistics(x, mean, var, weight, bias, eps, _ACTIVATION_NAMES[activation])
+
+    return _library.gradients(reference, (x, weight, bias), needed, grad)
 
 
 def batch_norm_act(
@@ -258,6 +267,7 @@ def batch_norm_act(
         ValueError: a shape or device does not fit, an option is unknown or out of range, running statistics are missing, or
             there is only one value per channel to take statistics of.
     """
+    momentum, eps = number_or_scalar(_OP, "momentum", momentum), number(_OP, "eps", eps)
     _check(x, running_mean, running_var, weight, bias, training, eps, activation)
     shared = training and group is not None
     count = x.shape[0] * x.shape[2] * x.shape[3]

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from effdet_fast.ops import _library
-from effdet_fast.ops._arguments import arithmetic_dtype, check_choice, check_floating, check_same_device, dtype_name
-from effdet_fast.ops._boxes import Detections, check_most_detections, check_number, decode_boxes, is_empty
+from effdet_fast.ops._arguments import (
+    arithmetic_dtype,
+    check_choice,
+    check_floating,
+    check_same_device,
+    dtype_name,
+    integer,
+)
+from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes, is_empty
 from effdet_fast.ops._layout import dense
 from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
@@ -172,16 +179,16 @@ def decode_detections(
         ValueError: shapes or devices do not fit, or an option is out of its range.
     """
     op = "decode_detections"
+    num_classes = _at_least_1(op, "num_classes", num_classes)
+    max_candidates = _at_least_1(op, "max_candidates", max_candidates)
     _check(op, cls_outputs, box_outputs, anchors, num_classes, clip_sizes)
-    if not isinstance(max_candidates, int) or max_candidates < 1:
-        raise ValueError(f"{op}: max_candidates must be an int >= 1, got {max_candidates}")
-    check_number(op, "iou_threshold", iou_threshold)
+    iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
     if score_threshold is not None:
-        check_number(op, "score_threshold", score_threshold)
-    check_most_detections(op, max_detections)
+        score_threshold = check_threshold(op, "score_threshold", score_threshold)
+    max_detections = check_most_detections(op, max_detections)
     check_choice(op, "box_coder", box_coder, _BOX_CODERS)
     check_choice(op, "method", method, METHODS)
-    check_sigma(op, sigma)
+    sigma = check_sigma(op, sigma)
     if not _library.is_native(anchors):
         return decode_detections_reference(
             cls_outputs,
@@ -253,6 +260,13 @@ def _dense(x: Tensor) -> Tensor:
     return x.detach() if is_dense else x.detach().contiguous()
 
 
+def _at_least_1(op: str, name: str, value: int) -> int:
+    value = integer(op, name, value)
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be an int >= 1, got {value}")
+    return value
+
+
 def _check(
     op: str,
     cls_outputs: Sequence[Tensor],
@@ -262,8 +276,6 @@ def _check(
     clip_sizes: Tensor | None,
 ) -> None:
     check_floating(op, "anchors", anchors)
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"{op}: num_classes must be an int >= 1, got {num_classes}")
     if not 1 <= len(cls_outputs) <= _MOST_LEVELS or len(box_outputs) != len(cls_outputs):
         raise ValueError(
             f"{op}: cls_outputs and box_outputs must have 1 to {_MOST_LEVELS} levels each, and as many, "

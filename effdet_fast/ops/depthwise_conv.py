@@ -1,7 +1,7 @@
 """Depthwise convolution (one k x k filter per channel), and the depthwise-separable convolution built on it."""
 
-from functools import lru_cache
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,14 @@ from torch import Tensor
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     ACTIVATIONS,
+    TOO_LARGE,
     autocast_dtype,
     check_choice,
     check_floating,
     check_same_device,
     dtype_name,
+    plain_integer,
+    remembered,
 )
 from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last
 
@@ -95,13 +98,10 @@ class _DepthwiseConv(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if _library.wants_second_derivative():
             # The bias is not kept: its gradient needs no value of it.
-            bias = grad.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
-            wanted = [v for v, need in ((x, need_x), (weight, need_weight)) if need] + (
-                [bias] if bias is not None else []
-            )
-            y = _pytorch(x, weight, bias, ctx.geometry, ctx.prologue)
-            grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-            return *(next(grads) if need else None for need in (need_x, need_weight, need_bias)), None, None, None
+            bias = weight.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
+            reference = partial(_pytorch, geometry=ctx.geometry, prologue=ctx.prologue)
+            needs = (need_x, need_weight, need_bias)
+            return *_library.gradients(reference, (x, weight, bias), needs, grad), None, None, None
         left, _, top, _ = ctx.geometry.sides
         options = (ctx.geometry.stride[0], left, top, ACTIVATIONS[ctx.prologue], ctx.channels_last)
         grad = in_layout(grad, ctx.channels_last)
@@ -254,35 +254,42 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(value, int) and value >= 1:  # first, as it is asked in every call
+    if type(value) is int and 1 <= value < TOO_LARGE:  # first, as it is asked in every call
         return (value, value)
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= 1 for v in pair):
-        raise ValueError(f"{op}: {name} must be an integer >= 1 or two of them, got {value!r}")
+    wanted = "an integer >= 1 or two of them"
+    pair = _integers(op, name, wanted, value, 2)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value!r}")
     return pair
 
 
 def _sides(op: str, padding: Padding) -> str | tuple[int, int, int, int]:
     """(left, right, top, bottom), or "same", for which they follow from the sizes."""
+    if type(padding) is int and 0 <= padding < TOO_LARGE:
+        return (padding,) * 4
     if isinstance(padding, str):
         check_choice(op, "padding", padding, ("same",))
-        return padding
-    if isinstance(padding, int) and padding >= 0:
-        return (padding,) * 4
-    sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
+        return "same"
+    wanted = "'same', an integer >= 0, (vertical, horizontal) or (left, right, top, bottom)"
+    sides = _integers(op, "padding", wanted, padding, 4)
     if len(sides) == 2:
         sides = (sides[1], sides[1], sides[0], sides[0])
-    if len(sides) != 4 or not all(isinstance(side, int) and side >= 0 for side in sides):
-        wanted = "'same', an integer >= 0, (vertical, horizontal) or (left, right, top, bottom)"
+    if len(sides) != 4 or min(sides) < 0:
         raise ValueError(f"{op}: padding must be {wanted}, got {padding!r}")
     return sides
 
 
+def _integers(op: str, name: str, wanted: str, value: Any, count: int) -> tuple[int, ...]:
+    """Those of a list or tuple, or one number `count` times, as plain ints."""
+    numbers = tuple(map(plain_integer, value if isinstance(value, list | tuple) else (value,) * count))
+    if None in numbers:
+        raise TypeError(f"{op}: {name} must be {wanted}, got {value!r}")
+    return numbers  # type: ignore[return-value]
+
+
 def _geometry(op, x: Tensor, weight: Tensor, stride, padding, dilation, name: str = "x") -> Geometry:
     stride, dilation = _pair(op, "stride", stride), _pair(op, "dilation", dilation)
-    arguments = (op, x.shape, weight.shape, stride, _sides(op, padding), dilation, name)
-    # Sizes may be symbols while compiling.
-    geometry = _resolve(*arguments) if torch.compiler.is_compiling() else _resolve_once(*arguments)
+    geometry = _resolve_once(op, x.shape, weight.shape, stride, _sides(op, padding), dilation, name)
     if geometry.size[0] < 1 or geometry.size[1] < 1:
         got = f"{list(x.shape)} with padding {padding!r}"
         raise ValueError(
@@ -318,5 +325,4 @@ def _resolve(op, shape, weight_shape, stride, sides, dilation, name) -> Geometry
     return Geometry(stride, dilation, sides, (height, width), has_kernel)
 
 
-# A model calls with the same few shapes over and over.
-_resolve_once = lru_cache(maxsize=1024)(_resolve)
+_resolve_once = remembered(_resolve)

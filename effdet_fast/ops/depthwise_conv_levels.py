@@ -92,13 +92,13 @@ class _DepthwiseConvLevels(torch.autograd.Function):
         if used and _library.wants_second_derivative():
             # The bias is not kept: its gradient needs no value of it.
             bias = weight.new_zeros(weight.shape[0], requires_grad=True) if need_bias else None
-            ys = [_pytorch(xs[i], weight, bias, ctx.geometries[i], ctx.prologue) for i in used]
-            leaves = [xs[i] for i in wanted] + [t for t, need in ((weight, need_weight), (bias, need_bias)) if need]
-            found = iter(torch.autograd.grad(ys, leaves, [grads[i] for i in used], create_graph=True))
-            for i in wanted:
-                grad_xs[i] = next(found)
-            grad_weight = next(found) if need_weight else None
-            grad_bias = next(found) if need_bias else None
+
+            def reference(weight: Tensor, bias: Tensor | None, *xs: Tensor) -> list[Tensor]:
+                return [_pytorch(xs[i], weight, bias, ctx.geometries[i], ctx.prologue) for i in used]
+
+            needs = (need_weight, need_bias, *need_xs)
+            found = _library.gradients(reference, (weight, bias, *xs), needs, [grads[i] for i in used])
+            grad_weight, grad_bias, *grad_xs = found
         elif used:
             dense = {i: in_layout(grads[i], ctx.channels_last) for i in used}
             last = (ACTIVATIONS[ctx.prologue], ctx.channels_last)

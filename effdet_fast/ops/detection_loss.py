@@ -15,6 +15,7 @@ from effdet_fast.ops._detection_loss_arguments import (
     BOX_LOSSES,
     NORMALIZERS,
     check_anchors,
+    check_num_classes,
     check_options,
     check_outputs,
     check_target_values,
@@ -74,8 +75,9 @@ def detection_loss_reference(
     cls = sigmoid_focal_loss_reference(logits, labels, alpha, gamma, label_smoothing=label_smoothing).sum((1, 2))
     if box_loss == "huber":
         # A masked difference of exactly 0 has no loss, and no gradient either.
-        masked = torch.where(targets != 0, codes, 0)
-        box = F.huber_loss(masked, targets, reduction="none", delta=delta).sum((1, 2)) / 4
+        error = (torch.where(targets != 0, codes, 0) - targets).abs()
+        quadratic = error.clamp(max=delta)  # PyTorch knows no tangent of the gradient of its huber_loss
+        box = (quadratic * (error - quadratic / 2)).sum((1, 2)) / 4
     else:
         positive = (labels >= 0).unsqueeze(2)
         # Other anchors get harmless numbers first: their loss is dropped, and must not bring NaN into the gradient.
@@ -173,16 +175,15 @@ class _DetectionLoss(torch.autograd.Function):
             grads = [None] * len(outputs)
         elif _library.wants_second_derivative():
             targets = (labels, box_targets, num_positives)
-            losses = detection_loss_reference(
-                outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
-            )
-            known = [(loss, grad) for loss, grad in zip(losses, upstream, strict=True) if grad is not None]
-            wanted = [x for x, need in zip(outputs, needs, strict=True) if need]
-            options = {"create_graph": True, "allow_unused": True}
-            found = iter(
-                torch.autograd.grad([loss for loss, _ in known], wanted, [grad for _, grad in known], **options)
-            )
-            grads = [next(found) if need else None for need in needs]
+            known = [i for i, grad in enumerate(upstream) if grad is not None]
+
+            def reference(*outputs: Tensor) -> list[Tensor]:
+                losses = detection_loss_reference(
+                    outputs[:levels], outputs[levels:], *targets, anchors=anchors, **ctx.arguments
+                )
+                return [losses[i] for i in known]
+
+            grads = _library.gradients(reference, outputs, needs, [upstream[i] for i in known])
         elif ctx.grads is None or (box_loss_weight == 0 and upstream[2] is not None):
             given = (labels, box_targets, anchors, num_positives)
             grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, *ctx.options)
@@ -256,8 +257,9 @@ def detection_loss(
             ``effdet_fast.set_debug(True)``.
     """
     op = "detection_loss"
-    check_focal_options(op, alpha, gamma, label_smoothing)
-    check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder)
+    num_classes = check_num_classes(op, num_classes)
+    alpha, gamma, label_smoothing = check_focal_options(op, alpha, gamma, label_smoothing)
+    delta, box_loss_weight = check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder)
     cls_outputs, box_outputs = check_outputs(op, cls_outputs, box_outputs, num_classes)
     labels, codes, positives = check_targets(
         op, cls_outputs, cls_targets, box_targets, num_positives, num_classes, normalizer

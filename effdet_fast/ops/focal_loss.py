@@ -1,5 +1,7 @@
 """Sigmoid focal loss (Lin et al., "Focal Loss for Dense Object Detection", 2017), from labels or from soft targets."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,8 @@ from effdet_fast.ops._arguments import (
     check_tensor,
     dtype_name,
     may_read_values,
+    number,
+    number_or_scalar,
 )
 
 
@@ -86,8 +90,9 @@ class _FocalLoss(torch.autograd.Function):
         if _library.wants_second_derivative():
             alpha, gamma, smoothing = ctx.options
             reduction = "sum" if ctx.summed else "none"
-            loss = sigmoid_focal_loss_reference(inputs, targets, alpha, gamma, reduction, label_smoothing=smoothing)
-            return *torch.autograd.grad(loss, inputs, grad, create_graph=True), None, None, None, None, None
+            options = {"alpha": alpha, "gamma": gamma, "reduction": reduction, "label_smoothing": smoothing}
+            reference = partial(sigmoid_focal_loss_reference, targets=targets, **options)
+            return *_library.gradients(reference, [inputs], [True], grad), None, None, None, None, None
         if not ctx.summed and grad.stride() != inputs.stride():  # the kernel walks both in one order
             grad = torch.empty_like(inputs).copy_(grad)
         return _focal_loss_backward(grad, inputs, targets, *ctx.options), None, None, None, None, None
@@ -133,8 +138,8 @@ def sigmoid_focal_loss(
     op = "sigmoid_focal_loss"
     check_floating(op, "inputs", inputs)
     check_tensor(op, "targets", targets)
-    check_focal_options(op, alpha, gamma, label_smoothing)
-    _check_reduction(op, reduction, normalizer)
+    alpha, gamma, label_smoothing = check_focal_options(op, alpha, gamma, label_smoothing)
+    normalizer = _check_reduction(op, reduction, normalizer)
     check_same_device(op, "targets", targets, "inputs", inputs)
     if autocast_dtype(inputs) is not None:
         if reduction == "none" and inputs.dtype != torch.float64:
@@ -161,22 +166,25 @@ def sigmoid_focal_loss(
     return _reduced(loss, reduction, inputs.numel(), normalizer) if summed else loss
 
 
-def check_focal_options(op: str, alpha: float, gamma: float, label_smoothing: float) -> None:
+def check_focal_options(op: str, alpha: float, gamma: float, label_smoothing: float) -> tuple[float, float, float]:
+    alpha, gamma = number(op, "alpha", alpha), number(op, "gamma", gamma)
+    label_smoothing = number(op, "label_smoothing", label_smoothing)
     if not (0 <= alpha <= 1 or alpha == -1):
         raise ValueError(f"{op}: alpha must be in [0, 1], or -1 for no weighting, got {alpha}")
     if not gamma >= 0:
         raise ValueError(f"{op}: gamma must be >= 0, got {gamma}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    return alpha, gamma, label_smoothing
 
 
-def _check_reduction(op: str, reduction: str, normalizer: float | Tensor | None) -> None:
+def _check_reduction(op: str, reduction: str, normalizer: float | Tensor | None) -> float | Tensor | None:
     check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
-    if normalizer is not None:
-        if reduction != "sum":
-            raise ValueError(f"{op}: normalizer needs reduction='sum', got reduction={reduction!r}")
-        if isinstance(normalizer, Tensor) and normalizer.dim() != 0:
-            raise ValueError(f"{op}: normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+    if normalizer is None:
+        return None
+    if reduction != "sum":
+        raise ValueError(f"{op}: normalizer needs reduction='sum', got reduction={reduction!r}")
+    return number_or_scalar(op, "normalizer", normalizer)
 
 
 def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Weighted feature fusion of a BiFPN node (Tan et al., "EfficientDet", 2020): resampling, weights, sum, activation in one."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,9 @@ from effdet_fast.ops._arguments import (
     check_floating,
     check_same_device,
     dtype_name,
+    number,
+    plain_integer,
+    remembered,
 )
 from effdet_fast.ops._layout import dense, empty_in_layout, in_layout, is_channels_last
 
@@ -125,14 +127,14 @@ class _Fusion(torch.autograd.Function):
         method, eps, resample, h, w, activation, channels_last = ctx.options
         needs = [*ctx.needs_input_grad[3:], ctx.needs_input_grad[2]]
         if _library.wants_second_derivative():
-            wanted = [x for x, need in zip([*inputs, weights], needs, strict=True) if need]
-            out = weighted_fusion_reference(inputs, weights, **ctx.arguments)
-            grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+            reference = lambda *every: weighted_fusion_reference(every[:-1], every[-1], **ctx.arguments)  # noqa: E731
+            found = _library.gradients(reference, [*inputs, weights], needs, grad)
         else:
             grad = in_layout(grad, channels_last)
             options = (method, eps, resample, activation, channels_last)
             grads = iter(_fusion_backward(grad, inputs, kept, weights, *options, needs))
-        *grad_inputs, grad_weights = [next(grads) if need else None for need in needs]
+            found = [next(grads) if need else None for need in needs]
+        *grad_inputs, grad_weights = found
         return None, None, grad_weights, *grad_inputs
 
 
@@ -205,15 +207,12 @@ def fast_normalized_fusion(
 def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Tensor:
     check_choice(op, "method", method, METHODS)
     check_choice(op, "activation", activation, ACTIVATIONS)
+    eps = number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must be >= 0, got {eps}")
     inputs = _check_inputs(op, inputs)
     resample = _check_resample(op, len(inputs), resample)
-    _check_size(op, size)
-    shapes = tuple([x.shape for x in inputs])
-    # Sizes may be symbols while compiling.
-    find_size = _output_size if torch.compiler.is_compiling() else _output_size_once
-    size = find_size(op, shapes, resample, None if size is None else (size[0], size[1]))
+    size = _output_size_once(op, tuple([x.shape for x in inputs]), resample, _check_size(op, size))
     _check_weights(op, inputs, weights, method)
     arguments = {"method": method, "resample": resample, "size": size, "activation": activation, "eps": eps}
     first = inputs[0]
@@ -275,12 +274,15 @@ def _check_resample(op: str, count: int, resample: Sequence[str] | None) -> tupl
     return tuple(resample)
 
 
-def _check_size(op: str, size) -> None:
-    if size is not None:
-        if not isinstance(size, list | tuple) or len(size) != 2:
-            raise TypeError(f"{op}: size must be a pair (height, width), got {size!r}")
-        if size[0] < 0 or size[1] < 0:
-            raise ValueError(f"{op}: size must not be negative, got {tuple(size)}")
+def _check_size(op: str, size) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    height, width = map(plain_integer, size) if isinstance(size, list | tuple) and len(size) == 2 else (None, None)
+    if height is None or width is None:
+        raise TypeError(f"{op}: size must be a pair (height, width), got {size!r}")
+    if height < 0 or width < 0:
+        raise ValueError(f"{op}: size must not be negative, got {(height, width)}")
+    return height, width
 
 
 def _output_size(op: str, shapes, resample: Sequence[str], size: tuple[int, int] | None) -> tuple[int, int]:
@@ -303,8 +305,7 @@ def _output_size(op: str, shapes, resample: Sequence[str], size: tuple[int, int]
     return size
 
 
-# A model calls with the same few shapes over and over.
-_output_size_once = lru_cache(maxsize=1024)(_output_size)
+_output_size_once = remembered(_output_size)
 
 
 def _check_weights(op: str, inputs: Sequence[Tensor], weights: Tensor | None, method: str) -> None:

@@ -10,7 +10,7 @@ from effdet_fast.ops._boxes import (
     check_boxes,
     check_classes,
     check_most_detections,
-    check_number,
+    check_threshold,
     detections_of,
     iou_with,
 )
@@ -117,7 +117,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         ValueError: shapes or devices do not fit, or the threshold is NaN.
     """
     boxes, scores = check_boxes("nms", boxes, scores, batched=False)
-    check_number("nms", "iou_threshold", iou_threshold)
+    iou_threshold = check_threshold("nms", "iou_threshold", iou_threshold)
     if not _library.is_native(boxes):
         return nms_reference(boxes, scores, iou_threshold)
     order = scores.argsort(descending=True, stable=True)
@@ -145,7 +145,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     """
     boxes, scores = check_boxes("batched_nms", boxes, scores, batched=False)
     idxs = check_classes("batched_nms", "idxs", idxs, scores)
-    check_number("batched_nms", "iou_threshold", iou_threshold)
+    iou_threshold = check_threshold("batched_nms", "iou_threshold", iou_threshold)
     if not _library.is_native(boxes):
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
     if 0 < len(scores) <= _MOST_IN_ORDER:  # as the one image of a batch, whose kernel takes classes in any order
@@ -202,12 +202,12 @@ def batched_nms_padded(
     op = "batched_nms_padded"
     boxes, scores = check_boxes(op, boxes, scores, batched=True)
     labels = check_classes(op, "labels", labels, scores)
-    check_number(op, "iou_threshold", iou_threshold)
+    iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
     if score_threshold is not None:
-        check_number(op, "score_threshold", score_threshold)
-    check_most_detections(op, max_detections)
+        score_threshold = check_threshold(op, "score_threshold", score_threshold)
+    max_detections = check_most_detections(op, max_detections)
     check_choice(op, "method", method, METHODS)
-    check_sigma(op, sigma)
+    sigma = check_sigma(op, sigma)
     if method != "hard":
         return soft_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
     if not _library.is_native(boxes):

@@ -10,7 +10,7 @@ from effdet_fast.ops._boxes import (
     check_boxes,
     check_classes,
     check_most_detections,
-    check_number,
+    check_threshold,
     detections_of,
     iou_with,
 )
@@ -159,21 +159,20 @@ def soft_nms(
     boxes, scores = check_boxes(op, boxes, scores, batched=False)
     labels = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else check_classes(op, "idxs", idxs, scores)
     check_choice(op, "method", method, _METHODS)
-    check_sigma(op, sigma)
-    check_number(op, "iou_threshold", iou_threshold)
-    check_number(op, "score_threshold", score_threshold)
-    if max_detections is not None:
-        check_most_detections(op, max_detections)
-    most = max(1, scores.shape[0]) if max_detections is None else max_detections
+    sigma = check_sigma(op, sigma)
+    iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
+    score_threshold = check_threshold(op, "score_threshold", score_threshold)
+    most = max(1, scores.shape[0]) if max_detections is None else check_most_detections(op, max_detections)
     return _kept(
         soft_nms_padded(boxes[None], scores[None], labels[None], method, sigma, iou_threshold, score_threshold, most)
     )
 
 
-def check_sigma(op: str, sigma: float) -> None:
-    check_number(op, "sigma", sigma)
+def check_sigma(op: str, sigma: float) -> float:
+    sigma = check_threshold(op, "sigma", sigma)
     if not sigma > 0:
         raise ValueError(f"{op}: sigma must be above 0, got {sigma}")
+    return sigma
 
 
 def _kept(found: Detections) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +104,11 @@ class _SqueezeExcite(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:5])
         if _library.wants_second_derivative():
             every = (x, reduce_weight, reduce_bias, expand_weight, expand_bias)
-            y = squeeze_excite_reference(*every, activation=ctx.activation)
-            leaves = [t for t, need in zip(every, needs, strict=True) if need]
-            found = torch.autograd.grad(y, leaves, grad, create_graph=True)
-        else:
-            channels_last = ctx.channels_last
-            grad, number = in_layout(grad, channels_last), ACTIVATIONS[ctx.activation]
-            found = _backward(grad, x, reduce_weight, expand_weight, kept, number, channels_last, needs)
-        grads = iter(found)
+            reference = partial(squeeze_excite_reference, activation=ctx.activation)
+            return *_library.gradients(reference, every, needs, grad), None, None
+        channels_last = ctx.channels_last
+        grad, number = in_layout(grad, channels_last), ACTIVATIONS[ctx.activation]
+        grads = iter(_backward(grad, x, reduce_weight, expand_weight, kept, number, channels_last, needs))
         return *[next(grads) if need else None for need in needs], None, None
 
 
