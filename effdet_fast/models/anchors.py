@@ -74,7 +74,10 @@ class AnchorCache:
 
     def boxes(self, device: torch.device) -> torch.Tensor:
         """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
-        if device not in self._boxes:
+        boxes = self._boxes.get(device)
+        if boxes is None:
             with torch.inference_mode(False):  # kept for training too, whose backward saves no tensor of inference mode
-                self._boxes[device] = generate_anchors(self.config).to(device)
-        return self._boxes[device]
+                boxes = generate_anchors(self.config).to(device)
+            if type(boxes) is torch.Tensor:  # a fake one is of its FakeTensorMode alone
+                self._boxes[device] = boxes
+        return boxes
