@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 
 class Batch(NamedTuple):
@@ -67,7 +68,9 @@ def normalize(
         raise TypeError(f"normalize: images must be uint8, got {images.dtype}")
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"normalize: images must have shape [B, 3, H, W], got {list(images.shape)}")
-    scale, shift = _scale_and_shift(tuple(map(float, mean)), tuple(map(float, std)), images.device)
+    # Of a FakeTensor's call nothing is kept: it has no values for the calls after.
+    constants = _scale_and_shift.__wrapped__ if isinstance(images, FakeTensor) else _scale_and_shift
+    scale, shift = constants(tuple(map(float, mean)), tuple(map(float, std)), images.device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.mul(images, scale).add_(shift).to(dtype=dtype, memory_format=layout)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch._subclasses import FakeTensor
 
 from effdet_fast.models.config import DetectorConfig
 
@@ -74,10 +75,10 @@ class AnchorCache:
 
     def boxes(self, device: torch.device) -> torch.Tensor:
         """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
-        boxes = self._boxes.get(device)
-        if boxes is None:
-            with torch.inference_mode(False):  # kept for training too, whose backward saves no tensor of inference mode
-                boxes = generate_anchors(self.config).to(device)
-            if type(boxes) is torch.Tensor:  # a fake one is of its FakeTensorMode alone
-                self._boxes[device] = boxes
+        if device in self._boxes:
+            return self._boxes[device]
+        with torch.inference_mode(False):  # or no backward could save them
+            boxes = generate_anchors(self.config).to(device)
+        if not isinstance(boxes, FakeTensor):  # which has no values for the calls after
+            self._boxes[device] = boxes
         return boxes

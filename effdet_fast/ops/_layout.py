@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -25,7 +26,7 @@ def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def detached(x: Tensor) -> Tensor:
     """`x.detach()`, which costs nothing where there is nothing to detach from."""
-    return x.detach() if x.requires_grad else x
+    return x.detach() if x.requires_grad or forward_ad._current_level >= 0 else x
 
 
 def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
