@@ -248,7 +248,7 @@ def _match(
 def _labels_of_objects(
     op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None
 ) -> Tensor:
-    """The labels, -1 where a box has no area. Raises ValueError for an object's box that is none, where values may be looked at."""
+    """The labels, -1 where a box has no area. Raises ValueError for a broken box of an object, where values may be looked at."""
     labels, boxes = gt_labels.long(), detached(gt_boxes).to(arithmetic_dtype(anchors))
     start, end = boxes.chunk(2, dim=2)
     if boxes.numel() and may_read_values(boxes):

@@ -49,8 +49,16 @@ def decode_detections_reference(
     )
 
     def suppress(scores: Tensor, threshold: float | None) -> Detections:
-        options = {"max_detections": max_detections, "score_threshold": threshold, "method": method, "sigma": sigma}
-        return batched_nms_padded_reference(boxes, scores, labels, iou_threshold, **options)
+        return batched_nms_padded_reference(
+            boxes,
+            scores,
+            labels,
+            iou_threshold,
+            max_detections=max_detections,
+            score_threshold=threshold,
+            method=method,
+            sigma=sigma,
+        )
 
     return _suppressed(suppress, boxes, scores, anchor_indices, method, score_threshold, drop_empty)
 
@@ -167,8 +175,8 @@ def decode_detections(
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
         box_coder: "effdet": codes (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
         candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
-        drop_empty: leave out candidates whose box has no area after clipping, such as one beside ``clip_sizes``, before they count
-            towards ``max_detections``. The peers keep them.
+        drop_empty: leave out candidates whose box has no area once it is clipped, which lay outside, before they count towards
+            ``max_detections``. effdet and torchvision keep them.
 
     Returns:
         :class:`Detections` with boxes and scores in float32 (float64 for float64 outputs), classes as ``labels`` and the rows of

@@ -39,8 +39,8 @@ def test_after_an_evaluation(name, options, tmp_path):
 def test_after_inference(name, options):
     model = small(name, options).eval()
     with torch.inference_mode():
-        model.predict(torch.randn(1, 3, *SIZE))
-        model.loss(model(torch.randn(1, 3, *SIZE)), *random_objects(1, 4, SIZE, 3))
+        model.predict(torch.randn(2, 3, *SIZE))
+        model.loss(model(torch.randn(2, 3, *SIZE)), *random_objects(2, 4, SIZE, 3))
     assert not model.anchors().is_inference()
     assert_trains(model)
 

@@ -45,9 +45,8 @@ def test_a_box_without_area_is_as_a_padding_row(backend, rule, box, dtype):
         targets = function(anchors, boxes, labels, **rule)
         assert_equal(targets, function(anchors, boxes, there, **rule))
         assert targets.boxes.isfinite().all()
-    assert_equal(match_anchors(anchors, boxes, labels.to(torch.uint8), torch.tensor([4, 4], device=backend.device)), (
-        match_anchors(anchors, boxes, there)
-    ))
+    counts = torch.tensor([4, 4], device=backend.device)
+    assert_equal(match_anchors(anchors, boxes, labels.to(torch.uint8), counts), match_anchors(anchors, boxes, there))
 
 
 @each_rule
@@ -161,9 +160,8 @@ def test_codes_that_count_must_be_finite(backend, box_loss, value):
 def test_codes_of_each_level_are_named_by_their_anchor(backend):
     outputs, labels, codes, positives, anchors = loss_problem()
     codes[2, 25, 0] = NAN
-    per_level = [x.unflatten(1, size).flatten(3) for x, size in zip(
-        codes.split([24, 8], 1), [(4, 3, 2), (2, 2, 2)], strict=True
-    )]
+    first, second = codes.split([24, 8], 1)
+    per_level = [first.unflatten(1, (4, 3, 2)).flatten(3), second.unflatten(1, (2, 2, 2)).flatten(3)]
     with pytest.raises(ValueError, match="box_targets of image 2, anchor 25 must be finite"):
         loss((outputs, labels, per_level, positives, anchors), num_classes=3)
 
