@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor
 
 from effdet_fast.models.config import DetectorConfig
@@ -75,10 +76,9 @@ class AnchorCache:
 
     def boxes(self, device: torch.device) -> torch.Tensor:
         """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
-        if device in self._boxes:
-            return self._boxes[device]
-        with torch.inference_mode(False):  # or no backward could save them
-            boxes = generate_anchors(self.config).to(device)
-        if not isinstance(boxes, FakeTensor):  # which has no values for the calls after
-            self._boxes[device] = boxes
-        return boxes
+        kept = self._boxes.get(device)
+        # One made under FakeTensorMode has no values for the calls after.
+        if kept is None or (isinstance(kept, FakeTensor) and kept.fake_mode is not detect_fake_mode()):
+            with torch.inference_mode(False):  # or no backward could save them
+                self._boxes[device] = generate_anchors(self.config).to(device)
+        return self._boxes[device]

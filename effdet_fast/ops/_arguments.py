@@ -47,7 +47,7 @@ def may_read_values(x: Tensor) -> bool:
         return False
     # FakeTensorMode, make_fx and vmap call with tensors that stand for others.
     tools = _dispatch_modes() and (_dispatch_mode(_Mode.FAKE) is not None or _dispatch_mode(_Mode.PROXY) is not None)
-    return not (tools or _is_functorch_wrapped(x) or isinstance(x, FakeTensor))
+    return not (tools or _is_functorch_wrapped(x) or (type(x) is not Tensor and isinstance(x, FakeTensor)))
 
 
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
@@ -92,19 +92,21 @@ def plain_integer(value: Any) -> int | None:
         return value  # type: ignore[return-value]
     # torch.jit.trace makes tensors of the sizes of a shape.
     is_size = isinstance(value, Tensor) and torch.jit.is_tracing() and value.dtype == torch.int64 and value.dim() == 0
-    return int(value) if is_size or isinstance(value, np.integer) else None
+    return plain_integer(int(value)) if is_size or isinstance(value, np.integer) else None
 
 
 def number(op: str, name: str, value: Any) -> float:
     """The value as a plain int or float, which NumPy's scalars become; symbols stay what they are."""
-    if type(value) is float or isinstance(value, torch.SymFloat):
+    if type(value) is float:
+        return value
+    plain = plain_integer(value)
+    if plain is not None:
+        return plain
+    if isinstance(value, torch.SymFloat):
         return value  # type: ignore[return-value]
     if isinstance(value, float | np.floating | bool):
         return float(value)
-    plain = plain_integer(value)
-    if plain is None:
-        raise TypeError(f"{op}: {name} must be {_kind('a number', value)}")
-    return plain
+    raise TypeError(f"{op}: {name} must be {_kind('a number', value)}")
 
 
 def number_or_scalar(op: str, name: str, value: Any) -> float | Tensor:

@@ -177,7 +177,7 @@ def match_anchors(
         :class:`AnchorTargets`. Deterministic. No gradient.
 
     Raises:
-        TypeError: a dtype is not supported.
+        TypeError: a dtype is not supported, or a number is not one.
         ValueError: shapes or devices do not fit, thresholds are out of order, both rules for best anchors are asked for, the
             coder is unknown, a count is not in [0, M], or an object's box is not finite or turned inside out (x2 < x1 or
             y2 < y1). Values are looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``, without which

@@ -263,7 +263,7 @@ def batch_norm_act(
         A tensor like ``x``. Deterministic: the same bits in every run and for every thread count.
 
     Raises:
-        TypeError: a dtype is not supported, or does not fit that of ``x``.
+        TypeError: a dtype is not supported, or does not fit that of ``x``; a number is not one.
         ValueError: a shape or device does not fit, an option is unknown or out of range, running statistics are missing, or
             there is only one value per channel to take statistics of.
     """

@@ -161,7 +161,7 @@ def depthwise_conv2d(
         deterministic: the same bits in every run and for every thread count.
 
     Raises:
-        TypeError: a dtype is not supported, or differs between the tensors outside autocast.
+        TypeError: a dtype is not supported, or differs between the tensors outside autocast; a number is not an integer.
         ValueError: shapes, devices or numbers do not fit, or the padded input is smaller than the filter.
     """
     op = "depthwise_conv2d"

@@ -155,7 +155,8 @@ def depthwise_conv2d_levels(
         and rounded once. Deterministic: the same bits in every run and for every thread count.
 
     Raises:
-        TypeError: ``xs`` is no list or tuple of Tensors, a dtype is not supported, or dtypes differ outside autocast.
+        TypeError: ``xs`` is no list or tuple of Tensors, a dtype is not supported, or dtypes differ outside autocast; a number is
+            not an integer.
         ValueError: there are no maps or more than 8, shapes, devices or numbers do not fit, or a padded map is smaller than the
             filter.
     """

@@ -131,7 +131,8 @@ def sigmoid_focal_loss(
         Deterministic: the same bits in every run and for every thread count.
 
     Raises:
-        TypeError: a dtype is not supported, or floating ``targets`` have another dtype than ``inputs`` outside autocast.
+        TypeError: a dtype is not supported, or floating ``targets`` have another dtype than ``inputs`` outside autocast; a number
+            is not one.
         ValueError: shapes or devices do not fit, ``alpha``, ``gamma``, ``label_smoothing`` or ``reduction`` are out of range, or
             a label is >= C or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
     """

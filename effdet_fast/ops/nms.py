@@ -113,7 +113,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         the device once; :func:`batched_nms_padded` never does. Deterministic. No gradient.
 
     Raises:
-        TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast.
+        TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast; a number is not one.
         ValueError: shapes or devices do not fit, or the threshold is NaN.
     """
     boxes, scores = check_boxes("nms", boxes, scores, batched=False)
@@ -140,7 +140,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         Indices of the kept boxes of all classes, int64, by descending score; see :func:`nms`.
 
     Raises:
-        TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast.
+        TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast; a number is not one.
         ValueError: shapes or devices do not fit, or the threshold is NaN.
     """
     boxes, scores = check_boxes("batched_nms", boxes, scores, batched=False)

@@ -140,7 +140,19 @@ def test_taken(op, name, value):
 
 @pytest.mark.parametrize(("op", "name", "value"), ARGUMENTS)
 def test_refused(op, name, value):
-    no_numbers = ["2", b"2", Fraction(1, 2), Decimal("0.5"), 1j, 1 << 63, -(1 << 63) - 1, [1.0], {}, np.array([1, 2])]
+    no_numbers = [
+        "2",
+        b"2",
+        Fraction(1, 2),
+        Decimal("0.5"),
+        1j,
+        1 << 63,
+        -(1 << 63) - 1,
+        np.uint64(1 << 63),
+        [1.0],
+        {},
+        np.array([1, 2]),
+    ]
     if (op, name) not in TENSORS_TAKEN:
         no_numbers += [torch.tensor(1), torch.tensor(0.5), torch.ones(2)]
     if isinstance(value, int):
