@@ -79,7 +79,16 @@ def native_extensions() -> tuple[list[Extension], dict]:
     # Errors name their file; nobody needs to know where it lay.
     unplaced = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/"]
     hidden = "-fvisibility=hidden"
-    cpu_flags = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", hidden, *unplaced]
+    cpu_flags = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fopenmp-simd",
+        hidden,
+        *unplaced,
+    ]
     # -O1 is for the host's part, which only launches: it compiles faster. nvcc optimises kernels fully in any case.
     cuda_flags = {
         "cxx": ["-O1", "-g0", "-std=c++20", hidden, *unplaced],

@@ -13,7 +13,7 @@ from effdet_fast.detector import Detector
 from effdet_fast.models import DetectionModel
 from effdet_fast.models.detection_model import Outputs
 from effdet_fast.nn import BatchNormAct2d, FrozenBatchNormAct2d
-from effdet_fast.ops._boxes import decode_boxes, detections_of
+from effdet_fast.ops._boxes import decode_boxes, detections_of, is_empty
 
 _ACTIVATIONS: dict[str | None, type[nn.Module]] = {
     None: nn.Identity,
@@ -117,9 +117,9 @@ class FinalDetections(Finish):
 
     def forward(self, outputs: Outputs) -> dict[str, Tensor]:
         boxes, scores, labels = self.candidates(outputs)
-        takes_part = torch.ones_like(labels, dtype=torch.bool)
+        takes_part = ~is_empty(boxes)
         if self.score_threshold is not None:
-            takes_part = scores.double() > self.score_threshold
+            takes_part = takes_part & (scores.double() > self.score_threshold)
         kept = self.operators.suppress(boxes, labels, takes_part)
         # Candidates come by descending score: the first that are kept are the detections.
         count = boxes.shape[1]

@@ -79,5 +79,6 @@ class AnchorCache:
         kept = self._boxes.get(device)
         # One made under FakeTensorMode has no values for the calls after.
         if kept is None or (isinstance(kept, FakeTensor) and kept.fake_mode is not detect_fake_mode()):
-            self._boxes[device] = generate_anchors(self.config).to(device)
+            with torch.inference_mode(False):  # or no backward could save them
+                self._boxes[device] = generate_anchors(self.config).to(device)
         return self._boxes[device]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import overload
 
 import torch
@@ -13,7 +14,15 @@ from effdet_fast.models.config import DetectorConfig
 from effdet_fast.models.heads import PRIOR_PROBABILITY, Head
 from effdet_fast.models.necks import create_neck
 from effdet_fast.models.targets import Targets, check_objects, padded_targets
-from effdet_fast.ops import AnchorTargets, DetectionLoss, Detections, decode_detections, detection_loss, match_anchors
+from effdet_fast.ops import (
+    AnchorTargets,
+    DetectionLoss,
+    Detections,
+    decode_detections,
+    detection_loss,
+    match_anchors,
+    use_reference,
+)
 
 Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
@@ -64,8 +73,10 @@ class DetectionModel(nn.Module):
                 f"DetectionModel: images must have shape [B, 3, {height}, {width}] (config.image_size), "
                 f"got {list(images.shape)}"
             )
-        levels = self.fpn(self.backbone(images))
-        outputs = self.class_net(levels), self.box_net(levels)
+        # torch.jit.trace cannot record our operators; of the references it records PyTorch's.
+        with use_reference() if torch.jit.is_tracing() else nullcontext():
+            levels = self.fpn(self.backbone(images))
+            outputs = self.class_net(levels), self.box_net(levels)
         return outputs if targets is None else self.loss(outputs, *padded_targets(targets))
 
     @torch.no_grad()
@@ -115,7 +126,9 @@ class DetectionModel(nn.Module):
 
         Raises:
             TypeError: Labels are not int64 or boxes not floating.
-            ValueError: Wrong shapes, or (checked on the CPU) a label that is no class.
+            ValueError: Wrong shapes, or (checked on the CPU; on a GPU after `effdet_fast.set_debug(True)`) a label that is no
+                class or an object's box that is not finite or turned inside out, naming image and box. An object whose box
+                has no area takes no part.
         """
         config = self.config
         cls_outputs, box_outputs = self._check_outputs(outputs, "DetectionModel.loss")
@@ -158,7 +171,8 @@ class DetectionModel(nn.Module):
             iou_threshold: NMS suppresses above this IoU; None takes the configuration's.
             max_detections: Rows per image; None takes the configuration's.
             clip_sizes: float [B, 2] (height, width) in input pixels that boxes are clipped to before NMS, for instance
-                the part of a letterboxed input that shows the image; None does not clip.
+                the part of a letterboxed input that shows the image; None does not clip. A box that lies outside, and so has
+                no area, is no detection.
 
         Returns:
             `Detections(boxes [B, K, 4], scores [B, K], labels [B, K], indices [B, K], counts [B])`: boxes xyxy in input
@@ -186,6 +200,7 @@ class DetectionModel(nn.Module):
             clip_sizes=clip_sizes,
             box_coder=config.box_coder,
             candidates_per_level=config.candidates_per_level,
+            drop_empty=True,
         )
 
     def _check_outputs(self, outputs: Outputs, caller: str) -> Outputs:

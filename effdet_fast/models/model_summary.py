@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from effdet_fast.models.anchors import AnchorCache
 from effdet_fast.models.detection_model import DetectionModel
@@ -103,6 +102,10 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        # Imports Triton, which is slow and crashes in a process that holds TensorFlow: only for whoever counts.
+        from torch.utils.flop_counter import flop_registry
+
+        self.formulas = flop_registry
         self.part = ""
         self.multiply_adds = dict.fromkeys(PARTS, 0)
         self.activations = dict.fromkeys(PARTS, 0)
@@ -117,7 +120,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = self.formulas.get(func.overloadpacket)
         if formula is not None:
             # The formulas of PyTorch count a multiplication and its addition as two.
             self.multiply_adds[self.part] += formula(*args, **(kwargs or {}), out_val=output) // 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -61,14 +63,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def qconfig(self) -> None:
-        """Not there. ``nn.SyncBatchNorm.convert_sync_batchnorm`` asks for it while it replaces a module by one without an
-        activation: better no conversion than another network."""
-        if self.activation is None:
-            raise AttributeError(f"{type(self).__name__} has no attribute 'qconfig'")
-        raise TypeError(
-            f"{type(self).__name__}: nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation {self.activation!r}; "
-            "use effdet_fast.nn.synchronize_batch_norm"
-        )
+        """Not there. ``convert_sync_batchnorm``, PyTorch's or timm's, asks for it while it replaces a module by one without an
+        activation: better no conversion than another network. Whoever else asks is told that there is none."""
+        if self.activation is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise TypeError(
+                f"{type(self).__name__}: nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation {self.activation!r}; "
+                "use effdet_fast.nn.synchronize_batch_norm"
+            )
+        raise AttributeError(f"{type(self).__name__} has no attribute 'qconfig'")
 
     def extra_repr(self) -> str:
         shared = ", synchronized=True" if self.synchronized else ""

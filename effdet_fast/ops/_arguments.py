@@ -90,7 +90,9 @@ def plain_integer(value: Any) -> int | None:
         return value if -TOO_LARGE <= value < TOO_LARGE else None
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    return plain_integer(int(value)) if isinstance(value, np.integer) else None
+    # torch.jit.trace makes tensors of the sizes of a shape.
+    is_size = isinstance(value, Tensor) and torch.jit.is_tracing() and value.dtype == torch.int64 and value.dim() == 0
+    return plain_integer(int(value)) if is_size or isinstance(value, np.integer) else None
 
 
 def number(op: str, name: str, value: Any) -> float:

@@ -41,6 +41,12 @@ class Detections(NamedTuple):
     counts: Tensor
 
 
+def is_empty(boxes: Tensor) -> Tensor:
+    """Which boxes ``[..., 4]`` (xyxy) have no area; not one with NaN in it."""
+    start, end = boxes.chunk(2, dim=-1)
+    return (end <= start).any(-1)
+
+
 def iou_with(box: Tensor, others: Tensor) -> Tensor:
     """IoU of a box ``[..., 1, 4]`` with others ``[..., N, 4]``; NaN where it has none."""
     x1, y1 = torch.maximum(box[..., 0], others[..., 0]), torch.maximum(box[..., 1], others[..., 1])

@@ -1,6 +1,7 @@
 """Which anchor answers for which object, and with which box code: the targets of a batch of images."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,28 +59,44 @@ def match_anchors_reference(
     box_coder: str | None = "effdet",
 ) -> AnchorTargets:
     """:func:`match_anchors` in plain PyTorch: image by image, from the whole IoU matrix."""
+    gt_labels = _labels_of_objects("match_anchors", anchors, gt_boxes, gt_labels, gt_counts)
+    force = _force_rule(force_match, allow_low_quality_matches)
+    return _match_reference(anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder)
+
+
+def _match_reference(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_counts: Tensor | None,
+    pos_iou: float,
+    neg_iou: float,
+    force: int,
+    box_coder: str | None,
+) -> AnchorTargets:
     dtype = arithmetic_dtype(anchors)
     anchors, gt_boxes, gt_labels = anchors.detach().to(dtype), gt_boxes.detach().to(dtype), gt_labels.long()
     batch, most = gt_labels.shape
     labels = gt_labels.new_full((batch, len(anchors)), BACKGROUND)
     codes = gt_boxes.new_zeros(batch, len(anchors), 4)
     if len(anchors) and most:
-        there = gt_labels >= 0
-        if gt_counts is not None:
-            there = there & (torch.arange(most, device=there.device) < gt_counts.unsqueeze(1))
+        there = _there(gt_labels, gt_counts)
         for image in range(batch):
-            matches = _match_image(
-                pairwise_iou(gt_boxes[image], anchors),
-                there[image],
-                pos_iou,
-                neg_iou,
-                _force_rule(force_match, allow_low_quality_matches),
-            )
+            iou = pairwise_iou(gt_boxes[image], anchors)
+            matches = _match_image(iou, there[image], pos_iou, neg_iou, force)
             positive, row = matches >= 0, matches.clamp(min=0)
             labels[image] = torch.where(positive, gt_labels[image][row], matches)
             code = encode_boxes(gt_boxes[image][row], anchors, box_coder)
             codes[image] = torch.where(positive.unsqueeze(1), code, 0)
     return AnchorTargets(labels, codes, (labels >= 0).sum(1, dtype=torch.float32))
+
+
+def _there(gt_labels: Tensor, gt_counts: Tensor | None) -> Tensor:
+    """Which rows are objects, bool [B, M]."""
+    there = gt_labels >= 0
+    if gt_counts is not None:
+        there = there & (torch.arange(gt_labels.shape[1], device=there.device) < gt_counts.unsqueeze(1))
+    return there
 
 
 def _match_image(iou: Tensor, there: Tensor, pos_iou: float, neg_iou: float, force: int) -> Tensor:
@@ -138,6 +155,8 @@ def match_anchors(
       ``pos_iou=0.5, neg_iou=0.4, force_match=False, box_coder="torchvision"`` this is torchvision's RetinaNet. An object that
       overlaps no anchor ties with all of them, as in torchvision's ``Matcher``: such boxes are better dropped before.
 
+    A box without area (x1 = x2 or y1 = y2) is no object: it takes part as little as a padding row.
+
     No M x A matrix is ever in memory, and nothing waits for the device.
 
     Args:
@@ -160,9 +179,45 @@ def match_anchors(
     Raises:
         TypeError: a dtype is not supported, or a number is not one.
         ValueError: shapes or devices do not fit, thresholds are out of order, both rules for best anchors are asked for, the
-            coder is unknown, or a count is not in [0, M] (looked at on the CPU; on a GPU only after
-            ``effdet_fast.set_debug(True)``).
+            coder is unknown, a count is not in [0, M], or an object's box is not finite or turned inside out (x2 < x1 or
+            y2 < y1). Values are looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``, without which
+            such a box gives codes that are NaN.
     """
+    return _match(
+        anchors,
+        gt_boxes,
+        gt_labels,
+        gt_counts,
+        pos_iou=pos_iou,
+        neg_iou=neg_iou,
+        force_match=force_match,
+        allow_low_quality_matches=allow_low_quality_matches,
+        box_coder=box_coder,
+        any_box=False,
+    )
+
+
+def match_any_boxes(
+    anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None = None, **rules: Any
+) -> AnchorTargets:
+    """:func:`match_anchors`, all of whose rules must be given, for whatever boxes: also one without area is an object, as in
+    effdet's ``AnchorLabeler``, and no box is looked at."""
+    return _match(anchors, gt_boxes, gt_labels, gt_counts, **rules, any_box=True)
+
+
+def _match(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_counts: Tensor | None,
+    *,
+    pos_iou: float,
+    neg_iou: float,
+    force_match: bool,
+    allow_low_quality_matches: bool,
+    box_coder: str | None,
+    any_box: bool,
+) -> AnchorTargets:
     op = "match_anchors"
     _check(op, anchors, gt_boxes, gt_labels, gt_counts)
     pos_iou, neg_iou = number(op, "pos_iou", pos_iou), number(op, "neg_iou", neg_iou)
@@ -171,18 +226,11 @@ def match_anchors(
     if force_match and allow_low_quality_matches:
         raise ValueError(f"{op}: force_match and allow_low_quality_matches exclude each other, got both")
     check_choice(op, "box_coder", box_coder, _CODERS)
+    force = _force_rule(force_match, allow_low_quality_matches)
+    if not any_box:
+        gt_labels = _labels_of_objects(op, anchors, gt_boxes, gt_labels, gt_counts)
     if not _library.is_native(anchors):
-        return match_anchors_reference(
-            anchors,
-            gt_boxes,
-            gt_labels,
-            gt_counts,
-            pos_iou=pos_iou,
-            neg_iou=neg_iou,
-            force_match=force_match,
-            allow_low_quality_matches=allow_low_quality_matches,
-            box_coder=box_coder,
-        )
+        return _match_reference(anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder)
     dtype = arithmetic_dtype(anchors)
     labels, boxes, counts = _match_anchors(
         dense(detached(anchors), dtype),
@@ -191,10 +239,31 @@ def match_anchors(
         None if gt_counts is None else dense(gt_counts, torch.int64),
         float(pos_iou),
         float(neg_iou),
-        _force_rule(force_match, allow_low_quality_matches),
+        force,
         _CODERS[box_coder],
     )
     return AnchorTargets(labels, boxes, counts.float())
+
+
+def _labels_of_objects(
+    op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None
+) -> Tensor:
+    """The labels, -1 where a box has no area. Raises ValueError for a broken box of an object, where values may be looked at."""
+    labels, boxes = gt_labels.long(), detached(gt_boxes).to(arithmetic_dtype(anchors))
+    start, end = boxes.chunk(2, dim=2)
+    if boxes.numel() and may_read_values(boxes):
+        absent, sides = ~_there(labels, gt_counts).unsqueeze(2), end - start
+        lowest, highest = (x.item() for x in torch.aminmax(sides.masked_fill(absent, 1)))  # NaN if one of them is
+        if not (lowest >= 0 and highest < math.inf):
+            sound = absent | ((sides >= 0) & (sides < math.inf))
+            image, row = (~sound).any(2).nonzero()[0].tolist()
+            raise ValueError(
+                f"{op}: gt_boxes[{image}, {row}] (image {image}, box {row}) must be finite (x1, y1, x2, y2) with x1 <= x2 and "
+                f"y1 <= y2, got {gt_boxes[image, row].tolist()}"
+            )
+        if lowest > 0:
+            return labels
+    return labels.masked_fill((start == end).any(2), BACKGROUND)
 
 
 def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None) -> None:

@@ -1,5 +1,6 @@
 """From head outputs to detections: the best scores of all levels and classes, their boxes, non-maximum suppression."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from effdet_fast.ops._arguments import (
     dtype_name,
     integer,
 )
-from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes
+from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes, is_empty
 from effdet_fast.ops._layout import dense
 from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
@@ -40,23 +41,27 @@ def decode_detections_reference(
     method: str = "hard",
     sigma: float = 0.5,
     candidates_per_level: bool = False,
+    drop_empty: bool = False,
 ) -> Detections:
     """:func:`decode_detections` in plain PyTorch; in float64 where the inputs are."""
     options = (clip_sizes, num_classes, max_candidates, box_coder == "torchvision")
     boxes, scores, labels, anchor_indices = _candidates(
         decode_candidates_reference, cls_outputs, box_outputs, anchors, options, candidates_per_level
     )
-    found = batched_nms_padded_reference(
-        boxes,
-        scores,
-        labels,
-        iou_threshold,
-        max_detections=max_detections,
-        score_threshold=score_threshold,
-        method=method,
-        sigma=sigma,
-    )
-    return _with_anchors(found, anchor_indices)
+
+    def suppress(scores: Tensor, threshold: float | None) -> Detections:
+        return batched_nms_padded_reference(
+            boxes,
+            scores,
+            labels,
+            iou_threshold,
+            max_detections=max_detections,
+            score_threshold=threshold,
+            method=method,
+            sigma=sigma,
+        )
+
+    return _suppressed(suppress, boxes, scores, anchor_indices, method, score_threshold, drop_empty)
 
 
 def _candidates(
@@ -149,6 +154,7 @@ def decode_detections(
     method: str = "hard",
     sigma: float = 0.5,
     candidates_per_level: bool = False,
+    drop_empty: bool = False,
 ) -> Detections:
     """Detections of a batch from the raw outputs of a detector's heads, which are read where they lie.
 
@@ -170,6 +176,8 @@ def decode_detections(
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
         box_coder: "effdet": codes (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
         candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
+        drop_empty: leave out candidates whose box has no area once it is clipped, which lay outside, before they count towards
+            ``max_detections``. effdet and torchvision keep them.
 
     Returns:
         :class:`Detections` with boxes and scores in float32 (float64 for float64 outputs), classes as ``labels`` and the rows of
@@ -205,6 +213,7 @@ def decode_detections(
             method=method,
             sigma=sigma,
             candidates_per_level=candidates_per_level,
+            drop_empty=drop_empty,
         )
     dtype = arithmetic_dtype(cls_outputs[0])
     boxes, scores, labels, anchor_indices = _candidates(
@@ -224,20 +233,42 @@ def decode_detections(
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         boxes = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
         labels, anchor_indices = labels.gather(1, order), anchor_indices.gather(1, order)
-    found = ranked_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
-    return _with_anchors(found, anchor_indices)
+
+    def suppress(scores: Tensor, threshold: float | None) -> Detections:
+        return ranked_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, threshold, max_detections)
+
+    return _suppressed(suppress, boxes, scores, anchor_indices, method, score_threshold, drop_empty)
 
 
-def _with_anchors(found: Detections, anchor_indices: Tensor) -> Detections:
-    if anchor_indices.shape[1] == 0:
-        return found
-    rows, most = min(found.indices.shape[1], anchor_indices.shape[1]), found.indices.shape[1]
-    picks = found.indices if rows == most else found.indices[:, :rows]
-    indices = torch.where(picks >= 0, anchor_indices.gather(1, picks.clamp(min=0)), -1)
-    if rows < most:
-        indices = F.pad(indices, (0, most - rows), value=-1)
+def _suppressed(
+    suppress: Callable[[Tensor, float | None], Detections],
+    boxes: Tensor,
+    scores: Tensor,
+    anchor_indices: Tensor,
+    method: str,
+    score_threshold: float | None,
+    drop_empty: bool,
+) -> Detections:
+    """What is left of the candidates, with their anchors as indices. The suppression takes scores and their threshold."""
+    if drop_empty:
+        if score_threshold is None and method == "hard":
+            # Under a threshold no NaN takes part. A score that is NaN itself goes through as infinity, which is as far in front.
+            scores, score_threshold = scores.masked_fill(scores.isnan(), math.inf), -1.0
+        scores = scores.masked_fill(is_empty(boxes), math.nan)
+    found = suppress(scores, score_threshold)
+    kept_scores = found.scores.masked_fill(found.scores == math.inf, math.nan) if drop_empty else found.scores
+    indices = _anchors_of(found.indices, anchor_indices)
     # torch 2.11 cannot trace _replace.
-    return Detections(found.boxes, found.scores, found.labels, indices, found.counts)
+    return Detections(found.boxes, kept_scores, found.labels, indices, found.counts)
+
+
+def _anchors_of(picks: Tensor, anchor_indices: Tensor) -> Tensor:
+    """The anchors ``[B, K]`` of candidates; -1 where there is none, as past the number of candidates."""
+    most, rows = picks.shape[1], min(picks.shape[1], anchor_indices.shape[1])
+    if rows < most:
+        picks = picks[:, :rows]
+    anchors = torch.where(picks >= 0, anchor_indices.gather(1, picks.clamp(min=0)), -1)
+    return F.pad(anchors, (0, most - rows), value=-1) if rows < most else anchors
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from effdet_fast.ops._detection_loss_arguments import (
     check_num_classes,
     check_options,
     check_outputs,
+    check_target_values,
     check_targets,
     joined_codes,
     joined_labels,
@@ -266,8 +267,10 @@ def detection_loss(
 
     Raises:
         TypeError: an argument has the wrong type, or dtypes are not supported or differ outside autocast.
-        ValueError: numbers of levels, shapes or devices do not fit, an option is out of range, a target requires a gradient, or a
-            label is >= num_classes or < -2 (looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``).
+        ValueError: numbers of levels, shapes or devices do not fit, an option is out of range, a target requires a gradient, a
+            label is >= num_classes or < -2, or ``box_targets`` ("huber": any; else of a label >= 0) or, with "giou", ``anchors``
+            (of a label >= 0) are not finite. Values are looked at on the CPU; on a GPU only after
+            ``effdet_fast.set_debug(True)``.
     """
     op = "detection_loss"
     num_classes = check_num_classes(op, num_classes)
@@ -281,6 +284,7 @@ def detection_loss(
     check_anchors(op, anchors, box_loss, first, labels.shape[1])
     if class_weight is not None:
         check_class_weight(op, class_weight, "cls_outputs[0]", first, num_classes)
+    check_target_values(op, labels, codes, anchors, box_loss)
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "alpha": alpha,

@@ -264,3 +264,19 @@ def test_families_can_be_chosen():
         bench, plain = DetBenchTrain(Outputs()), DetBenchTrain(Outputs())
         assert {row.family for row in effdet_fast.accelerate(bench, only=[family]).swapped} == {family}
         assert_same_losses(bench.eval(), plain.eval(), targets(3, SIZE))
+
+
+@pytest.mark.parametrize("box", [(20.0, 30, 20, 60), (20.0, 30, 50, 30), (0.0, 0, 0, 0)])
+def test_a_box_without_area_is_an_object_as_in_effdet(box):
+    """It takes the first anchor, with a small code for its side."""
+    ours, plain = pair(DetBenchTrain)
+    target = targets(3, SIZE)
+    target["bbox"][0, 1], target["cls"][0, 1] = torch.tensor(box), 3
+    target["bbox"][1, 0], target["cls"][1, 0] = torch.tensor(box), 5
+    labels, codes, positives = plain.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
+    assert positives[1] == 1 and labels[0].flatten(1)[1, 0] == 4
+    for actual, expected in zip(
+        ours.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"]), (labels, codes, positives), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_same_losses(ours.train(), plain.train(), target)

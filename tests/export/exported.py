@@ -14,6 +14,7 @@ from effdet_fast import Detector, create_model
 from effdet_fast.data import normalize
 from effdet_fast.evaluation.trained_model import TrainedModel
 from effdet_fast.models import DetectionModel
+from effdet_fast.ops import decode_detections
 
 Run = Callable[[torch.Tensor], dict[str, np.ndarray]]
 # As few layers as an EfficientDet can have.
@@ -107,16 +108,15 @@ def predicted(detector: Detector, images: torch.Tensor, **options) -> dict[str, 
 
 def every_anchor(detector: Detector, images: torch.Tensor) -> dict[str, np.ndarray]:
     """Boxes [B, N, 4] and scores [B, N, C] by our kernels, put where `decode_detections` says they belong."""
-    anchors, classes = len(detector.model.anchors()), detector.model.config.num_classes
-    most = {"max_candidates": anchors * classes, "candidates_per_level": False}
-    model = copy.copy(detector.model)
-    model.config = dataclasses.replace(model.config, **most)
-    unsuppressed = {"score_threshold": -1.0, "iou_threshold": 2.0, "max_detections": anchors * classes}
+    model = detector.model
+    anchors, classes = len(model.anchors()), model.config.num_classes
+    every = {"max_candidates": anchors * classes, "iou_threshold": 2.0, "max_detections": anchors * classes}
     dtype = next(model.parameters()).dtype
     sizes = torch.tensor([model.config.image_size] * len(images), dtype=dtype)
     with torch.inference_mode():
         outputs = model(normalize(images, detector.mean, detector.std).to(dtype))
-        found = model.detect(outputs, clip_sizes=sizes, **unsuppressed)
+        options = {"num_classes": classes, "clip_sizes": sizes, "box_coder": model.config.box_coder, **every}
+        found = decode_detections(*outputs, model.anchors(), **options)
     assert (found.counts == anchors * classes).all()
     boxes = torch.zeros(len(images), anchors, 4, dtype=dtype)
     scores = torch.zeros(len(images), anchors * classes, dtype=dtype)

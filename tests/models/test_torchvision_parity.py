@@ -120,6 +120,13 @@ def test_losses_and_gradients_in_float32(name):
     assert distance(gradients.values(), [wanted[peer_key(key)] for key in gradients]) <= 1e-3
 
 
+def with_area(detections):
+    """The first 300 of each image's, without boxes that were clipped to nothing, which we leave out."""
+    for found in detections:
+        rows = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1).nonzero().flatten()[:300]
+        yield {key: value[rows] for key, value in found.items()}
+
+
 @pytest.mark.parametrize("name", MOSTLY_SLOW)
 def test_post_processing_of_equal_outputs(name):
     peer, ours = model_pair(name, SIZE)
@@ -130,11 +137,13 @@ def test_post_processing_of_equal_outputs(name):
     counts = [9 * level.shape[2] * level.shape[3] for level in outputs[0]]
     logits, codes = (joined(levels, values).split(counts, 1) for levels, values in zip(outputs, (91, 4), strict=True))
     anchors = [list(ours.anchors().split(counts))] * 2
+    peer = copy.copy(peer)
+    peer.detections_per_img = 10**6
     expected = peer.postprocess_detections({"cls_logits": logits, "bbox_regression": codes}, anchors, [SIZE] * 2)
     # The limit of each level and the one of all detections have both been at work.
     assert (torch.sigmoid(logits[0]) > 0.05).flatten(1).sum(1).min() > 1000
     assert found.counts.tolist() == [300, 300] and found.boxes.shape == (2, 300, 4)
-    for image, wanted in enumerate(expected):
+    for image, wanted in enumerate(with_area(expected)):
         assert torch.equal(found.labels[image], wanted["labels"])
         torch.testing.assert_close(found.scores[image], wanted["scores"], rtol=1e-6, atol=0)
         torch.testing.assert_close(found.boxes[image], wanted["boxes"], rtol=1e-6, atol=1e-4)
@@ -145,10 +154,11 @@ def test_detections_from_images(name):
     """In float64, where rounding swaps no detections of nearly equal score."""
     peer, ours = (copy.deepcopy(model).double() for model in model_pair(name, SIZE, 5))
     x = images(2, SIZE).double()
+    peer.detections_per_img = 10**6
     with torch.no_grad():
         expected = peer(list(x))
     found = ours.predict(x)
-    for image, wanted in enumerate(expected):
+    for image, wanted in enumerate(with_area(expected)):
         count = int(found.counts[image])
         assert 20 < count == len(wanted["labels"])
         assert torch.equal(found.labels[image, :count], wanted["labels"])
