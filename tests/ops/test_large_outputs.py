@@ -17,7 +17,10 @@ SMAPS = Path("/proc/self/smaps")
 
 
 def output(mebibytes: float) -> torch.Tensor:
-    x = torch.zeros(1, 1, 1, int(mebibytes * 2**18))
+    return output_of(torch.zeros(1, 1, 1, int(mebibytes * 2**18)))
+
+
+def output_of(x: torch.Tensor) -> torch.Tensor:
     return batch_norm_act(x, torch.zeros(1), torch.ones(1), bias=torch.ones(1), activation="relu")
 
 
@@ -119,3 +122,23 @@ print(before - resident())
 def test_kept_memory_can_be_freed():
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert 90 < int(done.stdout) < 120
+
+
+WASTED = """
+import sys
+import torch
+from tests.ops.test_large_outputs import output, output_of, resident
+
+output(1)
+x = torch.ones(1, 1, 1, int(float(sys.argv[1]) * 2**18))
+before, kept = resident(), [output_of(x) for _ in range(24)]
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
+@pytest.mark.parametrize("mebibytes", [0.51, 2.01, 4.01, 8.01])
+def test_a_quarter_more_than_its_size_at_most(mebibytes):
+    command = [sys.executable, "-c", WASTED, str(mebibytes)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 1.25 * 24 * mebibytes + 2  # what is resident comes in whole MiB
