@@ -1,16 +1,32 @@
 // Tensor boundary of anchor matching: check, allocate, dispatch the dtype once, register.
 #include "anchor_matching.h"
 
+#include <limits>
 #include <tuple>
 
 #include "../common/tensor.h"
 
 namespace ef::anchor_matching {
 namespace {
+// Where it costs no synchronisation, no object's box may be broken.
+template <typename T>
+void check_boxes(const Problem<T>& in) {
+  for (int64_t image = 0; image < in.batch; ++image) {
+    for (int64_t row = 0; row < in.rows(image); ++row) {
+      if (in.labels[image * in.most + row] < 0) continue;
+      const T* box = in.boxes + (image * in.most + row) * 4;
+      const T width = box[2] - box[0], height = box[3] - box[1];
+      STD_TORCH_CHECK(width >= 0 && width <= std::numeric_limits<T>::max() && height >= 0 && height <= std::numeric_limits<T>::max(),
+                      "match_anchors: gt_boxes[", image, ", ", row, "] (image ", image, ", box ", row,
+                      ") must be finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2");
+    }
+  }
+}
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& boxes, const Tensor& labels,
                                          const std::optional<Tensor>& counts, double positive, double negative, int64_t force,
-                                         int64_t coder) {
+                                         int64_t coder, bool any_box) {
   STD_TORCH_CHECK(anchors.dim() == 2 && anchors.size(1) == 4 && anchors.is_contiguous(),
                   "match_anchors: anchors must be contiguous [count, 4]");
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous() && boxes.scalar_type() == anchors.scalar_type(),
@@ -33,7 +49,6 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   Tensor codes = allocate(anchors, {batch, count, 4}, anchors.scalar_type());
   Tensor positives = allocate(anchors, {batch}, ScalarType::Long);
   if (std::is_same_v<Device, Cuda> || count == 0) torch::stable::zero_(positives);  // the CUDA kernel adds to them
-  if (batch == 0 || count == 0) return {out_labels, codes, positives};
   std::optional<Tensor> workspace;
   if (const int64_t size = workspace_size(scope.device, batch, most)) {
     workspace = allocate(anchors, {size}, ScalarType::Long);
@@ -50,7 +65,10 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
                              static_cast<T>(positive),
                              static_cast<T>(negative),
                              force_rule,
-                             box_coder};
+                             box_coder,
+                             any_box};
+    if (!any_box && boxes.is_cpu()) check_boxes(problem);
+    if (batch == 0 || count == 0) return;
     launch_match<T>(scope.device, problem, workspace ? mutable_data<int64_t>(*workspace) : nullptr,
                     {mutable_data<int64_t>(out_labels), mutable_data<T>(codes), mutable_data<int64_t>(positives)});
   };

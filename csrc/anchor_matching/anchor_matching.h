@@ -16,10 +16,17 @@ struct Problem {
   T positive, negative;  // IoU from which on an anchor is positive, or not background; 0 < negative <= positive
   Force force;
   Coder coder;
+  bool any_box;  // whether a box without area is an object too
 
   EF_HD int64_t rows(int64_t image) const {
     if (!counts) return most;
     return counts[image] < most ? counts[image] : most;
+  }
+  // Of a row below rows(image).
+  EF_HD bool is_object(int64_t image, int64_t row) const {
+    const int64_t i = image * most + row;
+    const T* box = boxes + i * 4;
+    return labels[i] >= 0 && (any_box || (box[0] != box[2] && box[1] != box[3]));
   }
 };
 template <typename T>

@@ -4,6 +4,7 @@
 // Images run in parallel. Both loops, over groups and over the anchors of one, vectorise.
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -161,6 +162,7 @@ struct Image {
   const T* boxes;
   const int64_t* labels;
   int64_t rows;
+  const bool* objects;  // which rows are
 };
 
 // The box an anchor overlaps most, whether it visited it or not.
@@ -169,7 +171,7 @@ EF_CPU_CLONES int32_t best_box(const Image<T>& image, const Box<T>& anchor) {
   T highest = -1;
   int32_t match = 0;
   for (int64_t i = 0; i < image.rows; ++i) {
-    if (image.labels[i] < 0) continue;
+    if (!image.objects[i]) continue;
     const T v = iou(anchor, load_box(image.boxes, i));
     const T overlap = v > T(0) ? v : T(0);
     if (overlap > highest) {
@@ -186,7 +188,7 @@ void match_image(const Problem<T>& in, const Anchors<T>& anchors, const Image<T>
   found.forced.clear();
   bool all_tie = false;  // a box that overlaps no anchor ties with all of them
   for (int64_t i = 0; i < image.rows; ++i) {
-    if (image.labels[i] < 0) {
+    if (!image.objects[i]) {
       if (in.force == Force::kFirst) found.forced.push_back(-1);
       continue;
     }
@@ -254,8 +256,11 @@ void launch_match(Cpu, const Problem<T>& problem, int64_t*, const Targets<T>& ou
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (problem.count + kGroup * problem.most));
   parallel_for(problem.batch, grain, [&](int64_t begin, int64_t end) {
     Found<T> found(anchors);
+    const auto objects = std::make_unique<bool[]>(problem.most);
     for (int64_t i = begin; i < end; ++i) {
-      const Image<T> image{problem.boxes + i * problem.most * 4, problem.labels + i * problem.most, problem.rows(i)};
+      const int64_t rows = problem.rows(i);
+      for (int64_t row = 0; row < rows; ++row) objects[row] = problem.is_object(i, row);
+      const Image<T> image{problem.boxes + i * problem.most * 4, problem.labels + i * problem.most, rows, objects.get()};
       match_image(problem, anchors, image, found);
       out.positives[i] = write_image(problem, image, found, out.labels + i * problem.count, out.codes + i * problem.count * 4);
     }

@@ -78,7 +78,7 @@ __device__ void for_each_box(const Problem<T>& in, int64_t image, const Own<T>& 
   const int64_t rows = in.rows(image), first = image * in.most;
   for (int64_t begin = 0; begin < rows; begin += kWarpSize) {
     const int64_t row = begin + own.lane;
-    const bool is_object = row < rows && in.labels[first + row] >= 0;
+    const bool is_object = row < rows && in.is_object(image, row);
     const bool pick = is_object && wanted(row, iou_bound(own.group, load_box(in.boxes, first + row)));
     for (unsigned picked = __ballot_sync(kAllLanes, pick); picked; picked &= picked - 1) {
       const int64_t chosen = begin + __ffs(int(picked)) - 1;
@@ -153,7 +153,7 @@ __device__ Seen<T> look(const Problem<T>& in, int64_t image, const Own<T>& own, 
   });
   if (kForce == Force::kTies && seen.tied && seen.highest == T(0)) {  // of boxes that overlap nothing, some were not looked at
     seen.match = 0;
-    while (in.labels[image * in.most + seen.match] < 0) ++seen.match;
+    while (!in.is_object(image, seen.match)) ++seen.match;
   }
   return seen;
 }

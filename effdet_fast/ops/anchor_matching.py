@@ -122,8 +122,8 @@ def _force_rule(force_match: bool, allow_low_quality_matches: bool) -> int:
 
 _match_anchors = _library.define(
     "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor gt_labels, Tensor? gt_counts, float pos_iou, float neg_iou, "
-    "int force, int box_coder) -> (Tensor, Tensor, Tensor)",
-    lambda anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder: (
+    "int force, int box_coder, bool any_box) -> (Tensor, Tensor, Tensor)",
+    lambda anchors, gt_boxes, gt_labels, *options: (
         gt_labels.new_empty(gt_labels.shape[0], anchors.shape[0]),
         anchors.new_empty(gt_labels.shape[0], anchors.shape[0], 4),
         gt_labels.new_empty(gt_labels.shape[0]),
@@ -227,12 +227,12 @@ def _match(
         raise ValueError(f"{op}: force_match and allow_low_quality_matches exclude each other, got both")
     check_choice(op, "box_coder", box_coder, _CODERS)
     force = _force_rule(force_match, allow_low_quality_matches)
-    if not any_box:
-        gt_labels = _labels_of_objects(op, anchors, gt_boxes, gt_labels, gt_counts)
+    given = (op, anchors, gt_boxes, gt_labels, gt_counts)
     if not _library.is_native(anchors):
+        gt_labels = gt_labels if any_box else _labels_of_objects(*given)
         return _match_reference(anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder)
     dtype = arithmetic_dtype(anchors)
-    labels, boxes, counts = _match_anchors(
+    arguments = (
         dense(detached(anchors), dtype),
         dense(detached(gt_boxes), dtype),
         dense(gt_labels, torch.int64),
@@ -241,7 +241,19 @@ def _match(
         float(neg_iou),
         force,
         _CODERS[box_coder],
+        any_box,
     )
+    if torch.compiler.is_compiling():
+        labels, boxes, counts = _match_anchors(*arguments)
+        return AnchorTargets(labels, boxes, counts.float())
+    try:
+        labels, boxes, counts = _match_anchors(*arguments)
+    except RuntimeError:
+        if not any_box:
+            _labels_of_objects(*given)  # says which box is broken
+        raise
+    if not (any_box or anchors.is_cpu) and may_read_values(gt_boxes):
+        _labels_of_objects(*given)
     return AnchorTargets(labels, boxes, counts.float())
 
 

@@ -1,5 +1,6 @@
 """The whole training loss of a one-stage detector: focal loss of all logits plus box loss, over all levels at once."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops import _library
-from effdet_fast.ops._arguments import arithmetic_dtype
+from effdet_fast.ops._arguments import arithmetic_dtype, may_read_values
 from effdet_fast.ops._boxes import decode_boxes
 from effdet_fast.ops._detection_loss_arguments import (
     BOX_CODERS,
@@ -269,7 +270,7 @@ def detection_loss(
         TypeError: an argument has the wrong type, or dtypes are not supported or differ outside autocast.
         ValueError: numbers of levels, shapes or devices do not fit, an option is out of range, a target requires a gradient, a
             label is >= num_classes or < -2, or ``box_targets`` ("huber": any; else of a label >= 0) or, with "giou", ``anchors``
-            (of a label >= 0) are not finite. Values are looked at on the CPU; on a GPU only after
+            (of a label >= 0) make the loss infinite or NaN. Values are looked at on the CPU; on a GPU only after
             ``effdet_fast.set_debug(True)``.
     """
     op = "detection_loss"
@@ -284,7 +285,6 @@ def detection_loss(
     check_anchors(op, anchors, box_loss, first, labels.shape[1])
     if class_weight is not None:
         check_class_weight(op, class_weight, "cls_outputs[0]", first, num_classes)
-    check_target_values(op, labels, codes, anchors, box_loss)
     arguments: dict[str, Any] = {
         "num_classes": num_classes,
         "alpha": alpha,
@@ -296,20 +296,33 @@ def detection_loss(
         "normalizer": normalizer,
         "box_coder": box_coder,
     }
-    if not _library.is_native(first):
-        return detection_loss_reference(
+    if _library.is_native(first):
+        loss = _native(cls_outputs, box_outputs, labels, codes, positives, anchors, class_weight, arguments)
+    else:
+        loss = detection_loss_reference(
             cls_outputs, box_outputs, labels, codes, positives, anchors=anchors, class_weight=class_weight, **arguments
         )
+    if may_read_values(loss.box) and not math.isfinite(loss.box.item()):  # that sees a broken target at no price
+        check_target_values(op, labels, codes, anchors, box_loss)
+    return loss
 
+
+def _native(
+    cls_outputs, box_outputs, labels, codes, positives, anchors, class_weight, arguments: dict[str, Any]
+) -> DetectionLoss:
+    first, box_loss = cls_outputs[0], arguments["box_loss"]
     dtype = arithmetic_dtype(first)
     outputs, channels_last = zip(*map(_readable, [*cls_outputs, *box_outputs]), strict=True)
     labels = dense(labels, torch.int32 if labels.dtype == torch.int32 else torch.int64)
     codes, positives = dense(codes, dtype), dense(positives, dtype)
     anchors = dense(anchors, dtype) if anchors is not None and box_loss == "giou" else None
     class_weight = None if class_weight is None else dense(class_weight, dtype)
-    focal = (num_classes, float(alpha), float(gamma), float(label_smoothing))
-    box = (BOX_LOSSES[box_loss], BOX_CODERS[box_coder], float(delta), float(box_loss_weight))
-    options = (*focal, *box, NORMALIZERS[normalizer], channels_last)
+    alpha, gamma, smoothing, delta, box_loss_weight = [
+        float(arguments[name]) for name in ("alpha", "gamma", "label_smoothing", "delta", "box_loss_weight")
+    ]
+    focal = (arguments["num_classes"], alpha, gamma, smoothing)
+    box = (BOX_LOSSES[box_loss], BOX_CODERS[arguments["box_coder"]], delta, box_loss_weight)
+    options = (*focal, *box, NORMALIZERS[arguments["normalizer"]], channels_last)
     given = (labels, codes, anchors, positives, class_weight)
     if torch.is_grad_enabled() and any([x.requires_grad for x in outputs]):
         return DetectionLoss(*_DetectionLoss.apply(options, arguments, *given, *outputs))

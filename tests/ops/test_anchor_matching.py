@@ -332,14 +332,14 @@ def test_raw_op(device, force):
     anchors, (boxes, labels) = grid_of_anchors(64).to(device), random_objects(2, 9, device, size=64)
     op = torch.ops.effdet_fast.match_anchors.default
     for counts, coder in ((None, 0), (torch.tensor([9, 3], device=device), 1)):
-        torch.library.opcheck(op, (anchors, boxes, labels, counts, 0.5, 0.4, force, coder))
-    torch.library.opcheck(op, (anchors, boxes[:, :0], labels[:, :0], None, 0.5, 0.4, force, 2))
+        torch.library.opcheck(op, (anchors, boxes, labels, counts, 0.5, 0.4, force, coder, False))
+    torch.library.opcheck(op, (anchors, boxes[:, :0], labels[:, :0], None, 0.5, 0.4, force, 2, True))
     with pytest.raises(RuntimeError, match="boxes must be contiguous"):
-        op(anchors, boxes.double(), labels, None, 0.5, 0.4, force, 1)
+        op(anchors, boxes.double(), labels, None, 0.5, 0.4, force, 1, False)
     with pytest.raises(RuntimeError, match="labels must be contiguous int64"):
-        op(anchors, boxes, labels.int(), None, 0.5, 0.4, force, 1)
+        op(anchors, boxes, labels.int(), None, 0.5, 0.4, force, 1, False)
     with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
-        op(anchors, boxes, labels, labels[:, 0].int(), 0.5, 0.4, force, 1)
+        op(anchors, boxes, labels, labels[:, 0].int(), 0.5, 0.4, force, 1, False)
 
 
 @pytest.mark.compiles

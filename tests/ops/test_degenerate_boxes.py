@@ -115,7 +115,11 @@ def test_values_that_may_not_be_read_raise_nothing(monkeypatch, backend):
     monkeypatch.setattr(ops.anchor_matching, "may_read_values", lambda x: False)
     assert_equal(match_anchors(anchors, boxes, labels), expected)
     boxes[1, 0] = torch.tensor(BROKEN["xywh"])
-    assert match_anchors(anchors, boxes, labels).boxes[1].isnan().any()
+    if backend.name == "reference":
+        assert match_anchors(anchors, boxes, labels).boxes[1].isnan().any()
+    else:  # the raw op on the CPU sees it too, in a compiled graph for instance
+        with pytest.raises(RuntimeError, match=r"gt_boxes\[1, 0\] \(image 1, box 0\) must be finite"):
+            match_anchors(anchors, boxes, labels)
 
 
 @pytest.mark.compiles
@@ -142,14 +146,14 @@ def test_codes_that_count_must_be_finite(backend, box_loss, value):
     given = loss_problem()
     labels, codes = given[1:3]
     labels[1, 7], labels[1, 5] = 2, -1
-    codes[1, 7, 2] = value
+    codes[1, 7, 0] = value
     with pytest.raises(ValueError) as raised:
         loss(given, num_classes=3, box_loss=box_loss)
     values = codes[1, 7].tolist()
     assert str(raised.value) == f"detection_loss: box_targets of image 1, anchor 7 must be finite, got {values}"
     # Those of other anchors count for "huber" alone, which asks no label.
     codes[1, 7] = 0
-    codes[1, 5, 2] = value
+    codes[1, 5, 0] = value
     if box_loss == "huber":
         with pytest.raises(ValueError, match="box_targets of image 1, anchor 5 must be finite"):
             loss(given, num_classes=3, box_loss=box_loss)
