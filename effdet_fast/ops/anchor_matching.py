@@ -261,19 +261,21 @@ def _labels_of_objects(
     op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None
 ) -> Tensor:
     """The labels, -1 where a box has no area. Raises ValueError for a broken box of an object, where values may be looked at."""
-    labels, boxes = gt_labels.long(), detached(gt_boxes).to(arithmetic_dtype(anchors))
-    start, end = boxes.chunk(2, dim=2)
-    if boxes.numel() and may_read_values(boxes):
-        absent, sides = ~_there(labels, gt_counts).unsqueeze(2), end - start
-        lowest, highest = (x.item() for x in torch.aminmax(sides.masked_fill(absent, 1)))  # NaN if one of them is
-        if not (lowest >= 0 and highest < math.inf):
-            sound = absent | ((sides >= 0) & (sides < math.inf))
-            image, row = (~sound).any(2).nonzero()[0].tolist()
+    labels, boxes, dtype = gt_labels, detached(gt_boxes), arithmetic_dtype(anchors)
+    if labels.dtype != torch.int64 or boxes.dtype != dtype:
+        labels, boxes = labels.long(), boxes.to(dtype)
+    start, end = boxes.chunk(2, 2)
+    if may_read_values(boxes) and boxes.numel():
+        absent = labels < 0 if gt_counts is None else ~_there(labels, gt_counts)
+        sides = (end - start).masked_fill_(absent.unsqueeze(2), 1)
+        lowest, highest = torch.aminmax(sides)  # NaN if one of them is
+        if not (lowest.item() >= 0 and highest.item() < math.inf):
+            image, row = (~((sides >= 0) & (sides < math.inf))).any(2).nonzero()[0].tolist()
             raise ValueError(
                 f"{op}: gt_boxes[{image}, {row}] (image {image}, box {row}) must be finite (x1, y1, x2, y2) with x1 <= x2 and "
                 f"y1 <= y2, got {gt_boxes[image, row].tolist()}"
             )
-        if lowest > 0:
+        if lowest.item() > 0:
             return labels
     return labels.masked_fill((start == end).any(2), BACKGROUND)
 

@@ -101,7 +101,7 @@ def test_order_ties_padding_and_thresholds_are_those_of_the_op(case, format):
         if case == "threshold" and count == 4:
             assert expected["counts"][3] == 0 < expected["counts"][2] < expected["counts"][0]
         if case == "more_rows_than_candidates":
-            assert (expected["counts"] == 30).all()
+            assert 10 < expected["counts"].min() and expected["counts"].max() < 30
         assert len(np.unique(expected["scores"][0])) < 30  # or there would be no ties to speak of
         if format == "onnx":
             feeds = dict(zip(inputs, (x.numpy() for x in (*classes, *boxes)), strict=True))
