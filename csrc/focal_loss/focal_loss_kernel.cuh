@@ -22,16 +22,16 @@ struct HardTarget {
     const A value = hard_loss<kModulator>(positive ? -x : x, p) * (positive ? p.alpha_positive : p.alpha_negative);
     return ignored ? A(0) : value;
   }
-  __device__ A grad(A x, const Parameters<A>& p) const {
+  __device__ A grad(A x, const Parameters<A>& p, A upstream) const {
     const A value = hard_grad<kModulator>(positive ? -x : x, p) * (positive ? -p.alpha_positive : p.alpha_negative);
-    return ignored ? A(0) : value;
+    return ignored ? A(0) : upstream * value;  // whatever comes from above
   }
 };
 template <Modulator kModulator, typename A>
 struct SoftTarget {
   A t;
   __device__ A loss(A x, const Parameters<A>& p) const { return soft_loss<kModulator>(x, t, p); }
-  __device__ A grad(A x, const Parameters<A>& p) const { return soft_grad<kModulator>(x, t, p); }
+  __device__ A grad(A x, const Parameters<A>& p, A upstream) const { return upstream * soft_grad<kModulator>(x, t, p); }
 };
 
 using VectorPlace = Place<int64_t, int>;
@@ -145,7 +145,7 @@ __global__ void focal_loss_backward_kernel(Problem<scalar_t> in, Parameters<acc_
     const Targets<kModulator, kSoft, kSize, scalar_t> targets(in, i, at);
     Vec<scalar_t, kSize> out;
 #pragma unroll
-    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets.weight(k) * (upstream(k) * targets[k].grad(A(x.v[k]), p)));
+    for (int k = 0; k < kSize; ++k) out.v[k] = scalar_t(targets.weight(k) * targets[k].grad(A(x.v[k]), p, upstream(k)));
     store_vec<kSize>(grad_logits + i, out);
   };
   if (grad_loss) {

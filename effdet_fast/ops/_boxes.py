@@ -4,7 +4,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops._arguments import (
@@ -108,13 +107,18 @@ def detections_of(boxes: Tensor, scores: Tensor, labels: Tensor, picks: Tensor) 
 
 def padded_to(found: Detections, max_detections: int) -> Detections:
     """With rows of zeros and -1 added up to ``max_detections``."""
-    missing = max_detections - found.scores.shape[1]
-    if missing == 0:
+    if found.scores.shape[1] == max_detections:
         return found
-    zeros = F.pad(found.boxes, (0, 0, 0, missing)), F.pad(found.scores, (0, missing))
-    return Detections(
-        *zeros, F.pad(found.labels, (0, missing), value=-1), F.pad(found.indices, (0, missing), value=-1), found.counts
-    )
+    boxes, scores = with_rows(found.boxes, max_detections, 0), with_rows(found.scores, max_detections, 0)
+    labels, indices = with_rows(found.labels, max_detections, -1), with_rows(found.indices, max_detections, -1)
+    return Detections(boxes, scores, labels, indices, found.counts)
+
+
+def with_rows(x: Tensor, rows: int, value: int) -> Tensor:
+    """``[B, N, ...]`` made longer, to ``[B, rows, ...]``. `F.pad` takes no symbols where tensors are fake."""
+    longer = x.new_full((x.shape[0], rows, *x.shape[2:]), value)
+    longer[:, : x.shape[1]] = x
+    return longer
 
 
 def check_boxes(op: str, boxes: Tensor, scores: Tensor, *, batched: bool) -> tuple[Tensor, Tensor]:

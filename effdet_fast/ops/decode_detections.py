@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.ops import _library
@@ -16,7 +15,7 @@ from effdet_fast.ops._arguments import (
     dtype_name,
     integer,
 )
-from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes, is_empty
+from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes, is_empty, with_rows
 from effdet_fast.ops._layout import dense
 from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
@@ -268,7 +267,7 @@ def _anchors_of(picks: Tensor, anchor_indices: Tensor) -> Tensor:
     if rows < most:
         picks = picks[:, :rows]
     anchors = torch.where(picks >= 0, anchor_indices.gather(1, picks.clamp(min=0)), -1)
-    return F.pad(anchors, (0, most - rows), value=-1) if rows < most else anchors
+    return with_rows(anchors, most, -1) if rows < most else anchors
 
 
 def _dense(x: Tensor) -> Tensor:
