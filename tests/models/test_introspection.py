@@ -53,7 +53,7 @@ def test_no_conversion_drops_an_activation(convert):
     assert type(convert(BatchNormAct2d(4))) is nn.SyncBatchNorm
 
 
-QUICK = ("efficientdet_d0", "efficientdet_lite0", "retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2")
+QUICK = ("efficientdet_lite0", "retinanet_resnet18_fpn")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in list_models()])

@@ -105,7 +105,7 @@ def layers(x):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", layers(torch.empty(1, 1)))
 def test_sizes_of_one_need_no_more_versions_than_anywhere(name, channels_last):
     function = layers(torch.empty(1, 1))[name][0]
