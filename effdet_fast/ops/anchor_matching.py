@@ -246,12 +246,15 @@ def _match(
     if torch.compiler.is_compiling():
         labels, boxes, counts = _match_anchors(*arguments)
         return AnchorTargets(labels, boxes, counts.float())
+    refused = None
     try:
         labels, boxes, counts = _match_anchors(*arguments)
-    except RuntimeError:
+    except RuntimeError as error:
+        refused = error
+    if refused is not None:  # outside of the handler, whose error would be told too
         if not any_box:
             _labels_of_objects(*given)  # says which box is broken
-        raise
+        raise refused
     if not (any_box or anchors.is_cpu) and may_read_values(gt_boxes):
         _labels_of_objects(*given)
     return AnchorTargets(labels, boxes, counts.float())
