@@ -249,13 +249,14 @@ def _suppressed(
     drop_empty: bool,
 ) -> Detections:
     """What is left of the candidates, with their anchors as indices. The suppression takes scores and their threshold."""
+    # Under a threshold no NaN takes part. A score that is NaN itself goes through as infinity, which is as far in front.
+    nan_takes_part = drop_empty and score_threshold is None and method == "hard"
+    if nan_takes_part:
+        scores, score_threshold = scores.masked_fill(scores.isnan(), math.inf), -1.0
     if drop_empty:
-        if score_threshold is None and method == "hard":
-            # Under a threshold no NaN takes part. A score that is NaN itself goes through as infinity, which is as far in front.
-            scores, score_threshold = scores.masked_fill(scores.isnan(), math.inf), -1.0
         scores = scores.masked_fill(is_empty(boxes), math.nan)
     found = suppress(scores, score_threshold)
-    kept_scores = found.scores.masked_fill(found.scores == math.inf, math.nan) if drop_empty else found.scores
+    kept_scores = found.scores.masked_fill(found.scores == math.inf, math.nan) if nan_takes_part else found.scores
     indices = _anchors_of(found.indices, anchor_indices)
     # torch 2.11 cannot trace _replace.
     return Detections(found.boxes, kept_scores, found.labels, indices, found.counts)

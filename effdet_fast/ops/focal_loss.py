@@ -171,9 +171,8 @@ def sigmoid_focal_loss(
             normalizer=normalizer,
             class_weight=class_weight,
         )
-    by_place = class_weight is None  # nothing depends on which dimension the classes are
     channels_last = (
-        by_place
+        class_weight is None  # which lies along the last dimension
         and inputs.dim() == 4
         and targets.dim() == 4
         and inputs.is_contiguous(memory_format=torch.channels_last)
