@@ -32,10 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous() && boxes.scalar_type() == anchors.scalar_type(),
                   "match_anchors: boxes must be contiguous [batch, most, 4], of the anchors' dtype");
   const int64_t count = anchors.size(0), batch = boxes.size(0), most = boxes.size(1);
-  STD_TORCH_CHECK(is_shaped(labels, {batch, most}) && labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
-                  "match_anchors: labels must be contiguous int64 [batch, most]");
-  STD_TORCH_CHECK(!counts || (is_shaped(*counts, {batch}) && counts->is_contiguous() && counts->scalar_type() == ScalarType::Long),
-                  "match_anchors: counts must be contiguous int64 [batch]");
+  STD_TORCH_CHECK(is_plain(labels, {batch, most}, ScalarType::Long), "match_anchors: labels must be contiguous int64 [batch, most]");
+  STD_TORCH_CHECK(!counts || is_plain(*counts, {batch}, ScalarType::Long), "match_anchors: counts must be contiguous int64 [batch]");
   STD_TORCH_CHECK(most < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
   const bool is_double = anchors.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(is_double || anchors.scalar_type() == ScalarType::Float, "match_anchors: dtype must be float32 or float64");

@@ -18,8 +18,7 @@ void check_channels(const Tensor& values, const Tensor& x, int64_t rows = 1) {
                   "batch_norm_act: what belongs to a channel must be dense [c], in the dtype of the arithmetic");
 }
 void check_gradient(const Tensor& grad, const Tensor& x, bool channels_last) {
-  STD_TORCH_CHECK(has_size_of(grad, x) && grad.scalar_type() == x.scalar_type() && is_dense(grad, channels_last),
-                  "batch_norm_act: grad must be dense and like x");
+  STD_TORCH_CHECK(is_dense_like(grad, x, channels_last), "batch_norm_act: grad must be dense and like x");
 }
 
 template <typename A>

@@ -1,6 +1,7 @@
 // What a Tensor boundary asks before anything is read or written: the raw ops can be handed every tensor there is.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include "activation.h"
 
 namespace ef {
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct DeviceId {
@@ -83,6 +85,24 @@ inline bool has_size_of(const Tensor& x, const Tensor& other) {
 inline bool is_shaped(const Tensor& x, std::initializer_list<int64_t> sizes) {
   const auto a = x.sizes();
   return std::equal(a.begin(), a.end(), sizes.begin(), sizes.end());
+}
+inline bool is_plain(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return is_shaped(x, sizes) && x.is_contiguous() && x.scalar_type() == dtype;
+}
+inline bool is_dense_like(const Tensor& x, const Tensor& other, bool channels_last) {
+  return has_size_of(x, other) && x.scalar_type() == other.scalar_type() && is_dense(x, channels_last);
+}
+
+// Where it costs no synchronisation: every label, int64 or int32, is a class, -1 (background) or -2 (ignored).
+inline void check_labels(const Tensor& labels, int64_t classes, const char* op) {
+  if (!labels.is_cpu()) return;
+  const auto check = [&](const auto* values) {
+    for (int64_t i = 0, count = labels.numel(); i < count; ++i)
+      STD_TORCH_CHECK(values[i] >= -2 && values[i] < classes, op, ": labels must be a class in [0, ", classes,
+                      "), -1 (background) or -2 (ignored), got ", values[i]);
+  };
+  labels.scalar_type() == ScalarType::Long ? check(static_cast<const int64_t*>(labels.const_data_ptr()))
+                                           : check(static_cast<const int32_t*>(labels.const_data_ptr()));
 }
 
 // An enumeration numbered from 0 to `last`, from its number in Python.

@@ -25,7 +25,6 @@
 
 namespace ef {
 using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
 inline int64_t element_bytes(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:

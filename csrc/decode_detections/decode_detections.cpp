@@ -38,12 +38,10 @@ Problem<scalar_t> problem_of(const std::vector<Tensor>& cls_outputs, const std::
     problem.cells += cells;
   }
   const ScalarType dtype = acc_dtype(first.scalar_type());
-  STD_TORCH_CHECK(anchors.dim() == 2 && anchors.size(0) == problem.cells * problem.anchors_per_cell && anchors.size(1) == 4 &&
-                      anchors.is_contiguous() && anchors.scalar_type() == dtype,
+  STD_TORCH_CHECK(is_plain(anchors, {problem.cells * problem.anchors_per_cell, 4}, dtype),
                   "decode_candidates: anchors must be contiguous float32 (float64 for float64 outputs), a row per anchor");
-  STD_TORCH_CHECK(
-      !clip_sizes || (is_shaped(*clip_sizes, {problem.batch, 2}) && clip_sizes->is_contiguous() && clip_sizes->scalar_type() == dtype),
-      "decode_candidates: clip_sizes must be contiguous [batch, 2], dtype of the anchors");
+  STD_TORCH_CHECK(!clip_sizes || is_plain(*clip_sizes, {problem.batch, 2}, dtype),
+                  "decode_candidates: clip_sizes must be contiguous [batch, 2], dtype of the anchors");
   problem.anchors = const_data<acc_t<scalar_t>>(anchors);
   problem.clip_sizes = const_data<acc_t<scalar_t>>(clip_sizes);
   STD_TORCH_CHECK(problem.batch <= 65535 && problem.cells * problem.channels() < int64_t(1) << 32,

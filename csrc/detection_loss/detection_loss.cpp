@@ -69,17 +69,15 @@ Problem<scalar_t> problem_of(const Inputs& in) {
     p.anchors += pixels * p.per_cell;
   }
   const bool wide = in.labels.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK((wide || in.labels.scalar_type() == ScalarType::Int) && is_shaped(in.labels, {p.images, p.anchors}) &&
-                      in.labels.is_contiguous() && in.box_targets.scalar_type() == acc && in.box_targets.is_contiguous() &&
-                      is_shaped(in.box_targets, {p.images, p.anchors, 4}),
+  STD_TORCH_CHECK(is_plain(in.labels, {p.images, p.anchors}, wide ? ScalarType::Long : ScalarType::Int) &&
+                      is_plain(in.box_targets, {p.images, p.anchors, 4}, acc),
                   "detection_loss: labels must be contiguous int64 or int32 [B, N], box_targets contiguous [B, N, 4] of the loss's dtype");
+  check_labels(in.labels, p.classes, "detection_loss");
   p.labels = {wide ? const_data<int64_t>(in.labels) : nullptr, wide ? nullptr : const_data<int32_t>(in.labels)};
   p.box_targets = const_data<A>(in.box_targets);
   p.box = {enum_of(in.box_loss, BoxLoss::kGiou, "detection_loss", "box_loss"),
            enum_of(in.box_coder, BoxCoder::kXywh, "detection_loss", "box_coder"), A(in.delta)};
-  STD_TORCH_CHECK(in.anchors.has_value()
-                      ? is_shaped(*in.anchors, {p.anchors, 4}) && in.anchors->is_contiguous() && in.anchors->scalar_type() == acc
-                      : p.box.loss != BoxLoss::kGiou,
+  STD_TORCH_CHECK(in.anchors ? is_plain(*in.anchors, {p.anchors, 4}, acc) : p.box.loss != BoxLoss::kGiou,
                   "detection_loss: anchors must be contiguous [N, 4] of the loss's dtype");
   p.anchor_boxes = const_data<A>(in.anchors);
   p.normalizer = enum_of(in.normalizer, Normalizer::kPerImage, "detection_loss", "normalizer");
@@ -90,8 +88,7 @@ Problem<scalar_t> problem_of(const Inputs& in) {
   p.positive_count = in.num_positives.numel();
   p.gamma = in.gamma;
   p.focal = focal_loss::Parameters<A>::of(in.alpha, in.gamma, in.label_smoothing);
-  STD_TORCH_CHECK(!in.class_weight || (is_shaped(*in.class_weight, {p.classes}) && in.class_weight->is_contiguous() &&
-                                       in.class_weight->scalar_type() == acc),
+  STD_TORCH_CHECK(!in.class_weight || is_plain(*in.class_weight, {p.classes}, acc),
                   "detection_loss: class_weight must be contiguous [classes], of the loss's dtype");
   p.class_weight = const_data<A>(in.class_weight);
   p.box_loss_weight = A(in.box_loss_weight);

@@ -31,6 +31,7 @@ Problem<scalar_t> problem_of(const Arguments& arguments) {
     const bool fits = logits.dim() > 0 && std::equal(label_sizes.begin(), label_sizes.end(), sizes.begin(), sizes.end() - 1);
     STD_TORCH_CHECK(fits && logits.is_contiguous() && targets.is_contiguous(),
                     "focal_loss: labels need contiguous logits [..., classes] and contiguous labels [...]");
+    check_labels(targets, classes, "focal_loss");
     problem.labels = const_data<int64_t>(targets);
   } else {
     STD_TORCH_CHECK(is_like(targets, logits), "focal_loss: targets must have the sizes, layout and dtype of the logits");
@@ -38,8 +39,7 @@ Problem<scalar_t> problem_of(const Arguments& arguments) {
   }
   if (arguments.class_weight) {
     const Tensor& weight = *arguments.class_weight;
-    STD_TORCH_CHECK(logits.is_contiguous() && is_shaped(weight, {classes}) && weight.is_contiguous() &&
-                        weight.scalar_type() == acc_dtype(logits.scalar_type()),
+    STD_TORCH_CHECK(logits.is_contiguous() && is_plain(weight, {classes}, acc_dtype(logits.scalar_type())),
                     "focal_loss: class_weight needs contiguous logits [..., classes], and must be [classes], of the sum's dtype");
     problem.class_weight = const_data<acc_t<scalar_t>>(weight);
   }

@@ -48,8 +48,7 @@ Problem<scalar_t> problem_of(const Options& options) {
   problem.method = enum_of(options.method, Method::kSum, "fusion", "method");
   STD_TORCH_CHECK(options.weights.has_value() == (problem.method != Method::kSum), "fusion: weights are for all methods but the sum");
   if (options.weights) {
-    STD_TORCH_CHECK(is_shaped(*options.weights, {problem.count}) && options.weights->is_contiguous() &&
-                        options.weights->scalar_type() == acc_dtype(inputs[0].scalar_type()),
+    STD_TORCH_CHECK(is_plain(*options.weights, {problem.count}, acc_dtype(inputs[0].scalar_type())),
                     "fusion: weights must be contiguous float32 (float64 for float64 inputs), one per input");
     problem.weights = const_data<acc_t<scalar_t>>(options.weights);
   }

@@ -12,8 +12,7 @@ template <class Device>
 Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou_threshold, int64_t most) {
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "nms: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
-  STD_TORCH_CHECK(!labels || (is_shaped(*labels, {batch, n}) && labels->is_contiguous() && labels->scalar_type() == ScalarType::Long),
-                  "nms: labels must be contiguous int64 [batch, n]");
+  STD_TORCH_CHECK(!labels || is_plain(*labels, {batch, n}, ScalarType::Long), "nms: labels must be contiguous int64 [batch, n]");
   const DeviceScope<Device> scope(boxes);
   Tensor result = allocate(boxes, {batch, n}, ScalarType::Bool);
   if (batch * n == 0) return result;
@@ -27,8 +26,8 @@ Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou
 }
 
 // The CUDA kernel passes over an index that is none: to look at them here would wait for the device.
-void check_order(Cuda, const Tensor&, int64_t) {}
-void check_order(Cpu, const Tensor& order, int64_t n) {
+[[maybe_unused]] void check_order(Cuda, const Tensor&, int64_t) {}
+[[maybe_unused]] void check_order(Cpu, const Tensor& order, int64_t n) {
   const int64_t* indices = const_data<int64_t>(order);
   const bool in_range = std::all_of(indices, indices + order.numel(), [&](int64_t i) { return i >= 0 && i < n; });
   STD_TORCH_CHECK(in_range, "nms_padded: order must hold indices of boxes, in [0, ", n, ")");
@@ -40,11 +39,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, c
                                                           int64_t max_detections) {
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "nms_padded: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
-  const auto is_dense = [&](const Tensor& x, ScalarType dtype) {
-    return is_shaped(x, {batch, n}) && x.is_contiguous() && x.scalar_type() == dtype;
-  };
-  STD_TORCH_CHECK(is_dense(ranked_scores, boxes.scalar_type()), "nms_padded: scores must be contiguous [batch, n], of the boxes' dtype");
-  STD_TORCH_CHECK(is_dense(order, ScalarType::Long) && is_dense(labels, ScalarType::Long),
+  STD_TORCH_CHECK(is_plain(ranked_scores, {batch, n}, boxes.scalar_type()),
+                  "nms_padded: scores must be contiguous [batch, n], of the boxes' dtype");
+  STD_TORCH_CHECK(is_plain(order, {batch, n}, ScalarType::Long) && is_plain(labels, {batch, n}, ScalarType::Long),
                   "nms_padded: order and labels must be contiguous int64 [batch, n]");
   STD_TORCH_CHECK(max_detections >= 1 && max_detections <= kMostDetections, "nms_padded: max_detections must be in [1, 2^30]");
   check_order(Device{}, order, n);

@@ -13,11 +13,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> detect(const Tensor& boxes, c
                                                           int64_t max_detections) {
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "soft_nms: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
-  const auto is_dense = [&](const Tensor& x, ScalarType dtype) {
-    return is_shaped(x, {batch, n}) && x.is_contiguous() && x.scalar_type() == dtype;
-  };
-  STD_TORCH_CHECK(is_dense(scores, boxes.scalar_type()), "soft_nms: scores must be contiguous [batch, n], of the boxes' dtype");
-  STD_TORCH_CHECK(is_dense(labels, ScalarType::Long), "soft_nms: labels must be contiguous int64 [batch, n]");
+  STD_TORCH_CHECK(is_plain(scores, {batch, n}, boxes.scalar_type()), "soft_nms: scores must be contiguous [batch, n], of the boxes' dtype");
+  STD_TORCH_CHECK(is_plain(labels, {batch, n}, ScalarType::Long), "soft_nms: labels must be contiguous int64 [batch, n]");
   STD_TORCH_CHECK(n <= kMostDetections && max_detections >= 1 && max_detections <= kMostDetections,
                   "soft_nms: max_detections must be in [1, 2^30], and an image has at most 2^30 boxes");
   const DeviceScope<Device> scope(boxes);

@@ -12,8 +12,7 @@ Shape checked_shape(const Tensor& x, bool channels_last) {
   return channels_last || pixels == 1 ? Shape{n, pixels, c} : Shape{n * c, pixels, 1};
 }
 void check_like(const Tensor& grad, const Tensor& x, bool channels_last) {
-  STD_TORCH_CHECK(has_size_of(grad, x) && grad.scalar_type() == x.scalar_type() && is_dense(grad, channels_last),
-                  "squeeze_excite: grad must be dense and like x");
+  STD_TORCH_CHECK(is_dense_like(grad, x, channels_last), "squeeze_excite: grad must be dense and like x");
 }
 void check_dense(const std::optional<Tensor>& values, int64_t count, const Tensor& x, const char* name) {
   if (!values) return;

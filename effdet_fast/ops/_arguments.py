@@ -1,6 +1,6 @@
 """Checks of arguments that several ops share. Every message names the argument, what it must be, and what it was."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -96,21 +96,18 @@ def plain_integer(value: Any) -> int | None:
 
 
 def number(op: str, name: str, value: Any) -> float:
-    """The value as a plain int or float, which NumPy's scalars become; symbols stay what they are."""
+    """The value as a plain float, which integers and NumPy's scalars become."""
     if type(value) is float:
         return value
-    plain = plain_integer(value)
-    if plain is not None:
-        return plain
-    if isinstance(value, torch.SymFloat):
-        return value  # type: ignore[return-value]
-    if isinstance(value, float | np.floating | bool):
+    if plain_integer(value) is not None or isinstance(value, float | np.floating | bool | torch.SymFloat):
         return float(value)
     raise TypeError(f"{op}: {name} must be {_kind('a number', value)}")
 
 
 def number_or_scalar(op: str, name: str, value: Any) -> float | Tensor:
-    """As :func:`number`; 0-d tensors are taken too."""
+    """As :func:`number`; 0-d tensors are taken too, and symbols stay what they are."""
+    if isinstance(value, torch.SymInt | torch.SymFloat):
+        return value  # type: ignore[return-value]
     if type(value) is float or not isinstance(value, Tensor):
         return number(op, name, value)
     if value.dim() != 0:
@@ -134,8 +131,10 @@ def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Ten
         raise ValueError(f"{op}: {name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
-def check_choice(op: str, name: str, value: Any, choices: Iterable[Any]) -> None:
-    choices = list(choices)
+def check_choice(op: str, name: str, value: Any, choices: Collection[Any]) -> None:
+    if type(value) is str and value in choices:
+        return
+    choices = list(choices)  # as what cannot be hashed can be compared
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 

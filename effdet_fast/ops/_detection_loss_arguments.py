@@ -18,7 +18,6 @@ from effdet_fast.ops._arguments import (
     is_like,
     number,
 )
-from effdet_fast.ops.focal_loss import check_label_values
 
 # Numbered as in csrc/detection_loss/detection_loss_math.h.
 BOX_LOSSES = {"huber": 0, "l1": 1, "smooth_l1": 2, "giou": 3}
@@ -78,9 +77,10 @@ def check_outputs(op: str, cls_outputs, box_outputs, num_classes: int) -> tuple[
         name = f"cls_outputs[{i}]" if i < len(cls_outputs) else f"box_outputs[{i - len(cls_outputs)}]"
         check_floating(op, name, x)
         check_same_device(op, name, x, "cls_outputs[0]", first)
-    if first.dim() != 4 or first.shape[1] == 0 or first.shape[1] % num_classes:
-        raise ValueError(f"{op}: cls_outputs[0] must have shape [B, A * {num_classes}, H, W], got {list(first.shape)}")
-    batch, channels = first.shape[:2]
+    shape = first.shape
+    if len(shape) != 4 or shape[1] == 0 or shape[1] % num_classes:
+        raise ValueError(f"{op}: cls_outputs[0] must have shape [B, A * {num_classes}, H, W], got {list(shape)}")
+    batch, channels, _, _ = shape
     box_channels = 4 * (channels // num_classes)
     for i, (cls, box) in enumerate(zip(cls_outputs, box_outputs, strict=True)):
         shape = cls.shape
@@ -112,21 +112,22 @@ def check_targets(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Labels [B, N] and codes [B, N, 4] of all levels, and the numbers of positives."""
     first = cls_outputs[0]
-    batch, per_cell = first.shape[0], first.shape[1] // num_classes
-    sizes = [x.shape[2:] for x in cls_outputs]
-    count = per_cell * sum([height * width for height, width in sizes])
     device = first.device
+    batch, channels, _, _ = first.shape
+    per_cell = channels // num_classes
+    shapes = [x.shape for x in cls_outputs]
+    count = per_cell * sum([height * width for _, _, height, width in shapes])
     if not (
         is_like(cls_targets, (batch, count), torch.int64, device)
         and is_like(box_targets, (batch, count, 4), torch.float32, device)
         and is_like(num_positives, (batch,), torch.float32, device)
         and not (box_targets.requires_grad or num_positives.requires_grad)
     ):
+        sizes = [shape[2:] for shape in shapes]
         _check_target_shapes(op, "cls_targets", cls_targets, (batch, count), sizes, per_cell)
         _check_target_shapes(op, "box_targets", box_targets, (batch, count, 4), sizes, 4 * per_cell)
         cls_targets, box_targets = joined_labels(cls_targets), joined_codes(box_targets)
         _check_targets(op, first, cls_targets, box_targets, num_positives, normalizer)
-    check_label_values(op, cls_targets, num_classes)
     return cls_targets, box_targets, num_positives
 
 

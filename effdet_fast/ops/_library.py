@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from effdet_fast.ops._arguments import device_type
 _LIBRARY = torch.library.Library("effdet_fast", "FRAGMENT")
 SCHEMAS: dict[str, str] = {}
 _NATIVE = native_device_types()
+_Result = TypeVar("_Result")
 
 
 class _Thread(threading.local):
@@ -93,6 +95,16 @@ def gradients(
         every = tuple([None if grad is None else grad.clone() for grad in every])
     found = iter(every)
     return [next(found) if need else None for need in needs]
+
+
+def explained(explain: Callable[[], object], op: Callable[..., _Result], *arguments) -> _Result:
+    """`op(*arguments)`. Where a kernel refuses what it finds in the tensors, `explain` is to raise the error that tells where."""
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        refused = error
+    explain()  # outside of the handler, whose error would be told too
+    raise refused
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Which anchor answers for which object, and with which box code: the targets of a batch of images."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -183,18 +184,8 @@ def match_anchors(
             y2 < y1). Values are looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``, without which
             such a box gives codes that are NaN.
     """
-    return _match(
-        anchors,
-        gt_boxes,
-        gt_labels,
-        gt_counts,
-        pos_iou=pos_iou,
-        neg_iou=neg_iou,
-        force_match=force_match,
-        allow_low_quality_matches=allow_low_quality_matches,
-        box_coder=box_coder,
-        any_box=False,
-    )
+    rules = (pos_iou, neg_iou, force_match, allow_low_quality_matches, box_coder)
+    return _match(anchors, gt_boxes, gt_labels, gt_counts, *rules, False)
 
 
 def match_any_boxes(
@@ -210,7 +201,6 @@ def _match(
     gt_boxes: Tensor,
     gt_labels: Tensor,
     gt_counts: Tensor | None,
-    *,
     pos_iou: float,
     neg_iou: float,
     force_match: bool,
@@ -227,9 +217,9 @@ def _match(
         raise ValueError(f"{op}: force_match and allow_low_quality_matches exclude each other, got both")
     check_choice(op, "box_coder", box_coder, _CODERS)
     force = _force_rule(force_match, allow_low_quality_matches)
-    given = (op, anchors, gt_boxes, gt_labels, gt_counts)
+    labels_of_objects = partial(_labels_of_objects, op, anchors, gt_boxes, gt_labels, gt_counts)
     if not _library.is_native(anchors):
-        gt_labels = gt_labels if any_box else _labels_of_objects(*given)
+        gt_labels = gt_labels if any_box else labels_of_objects()
         return _match_reference(anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder)
     dtype = arithmetic_dtype(anchors)
     arguments = (
@@ -237,26 +227,18 @@ def _match(
         dense(detached(gt_boxes), dtype),
         dense(gt_labels, torch.int64),
         None if gt_counts is None else dense(gt_counts, torch.int64),
-        float(pos_iou),
-        float(neg_iou),
+        pos_iou,
+        neg_iou,
         force,
         _CODERS[box_coder],
         any_box,
     )
-    if torch.compiler.is_compiling():
+    if any_box:
         labels, boxes, counts = _match_anchors(*arguments)
-        return AnchorTargets(labels, boxes, counts.float())
-    refused = None
-    try:
-        labels, boxes, counts = _match_anchors(*arguments)
-    except RuntimeError as error:
-        refused = error
-    if refused is not None:  # outside of the handler, whose error would be told too
-        if not any_box:
-            _labels_of_objects(*given)  # says which box is broken
-        raise refused
-    if not (any_box or anchors.is_cpu) and may_read_values(gt_boxes):
-        _labels_of_objects(*given)
+    else:
+        if not anchors.is_cpu and may_read_values(gt_boxes):
+            labels_of_objects()
+        labels, boxes, counts = _library.explained(labels_of_objects, _match_anchors, *arguments)
     return AnchorTargets(labels, boxes, counts.float())
 
 
@@ -289,20 +271,21 @@ def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_cou
     check_integer(op, "gt_labels", gt_labels)
     if anchors.dim() != 2 or anchors.shape[1] != 4:
         raise ValueError(f"{op}: anchors must have shape [A, 4], got {list(anchors.shape)}")
-    if gt_boxes.dim() != 3 or gt_boxes.shape[2] != 4:
-        raise ValueError(f"{op}: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
-    if gt_labels.shape != gt_boxes.shape[:2]:
-        raise ValueError(f"{op}: gt_labels must have shape {list(gt_boxes.shape[:2])}, got {list(gt_labels.shape)}")
+    shape = gt_boxes.shape
+    if len(shape) != 3 or shape[2] != 4:
+        raise ValueError(f"{op}: gt_boxes must have shape [B, M, 4], got {list(shape)}")
+    batch, most, _ = shape
+    if gt_labels.shape != (batch, most):
+        raise ValueError(f"{op}: gt_labels must have shape {[batch, most]}, got {list(gt_labels.shape)}")
     check_same_device(op, "gt_boxes", gt_boxes, "anchors", anchors)
     check_same_device(op, "gt_labels", gt_labels, "anchors", anchors)
     if gt_counts is None:
         return
     check_integer(op, "gt_counts", gt_counts)
-    if gt_counts.shape != gt_boxes.shape[:1]:
-        raise ValueError(f"{op}: gt_counts must have shape {list(gt_boxes.shape[:1])}, got {list(gt_counts.shape)}")
+    if gt_counts.shape != (batch,):
+        raise ValueError(f"{op}: gt_counts must have shape {[batch]}, got {list(gt_counts.shape)}")
     check_same_device(op, "gt_counts", gt_counts, "anchors", anchors)
     if may_read_values(gt_counts) and gt_counts.numel():
-        most = gt_boxes.shape[1]
         wrong = gt_counts[(gt_counts < 0) | (gt_counts > most)]
         if wrong.numel():
             raise ValueError(f"{op}: gt_counts must be in [0, {most}], got {int(wrong[0])}")

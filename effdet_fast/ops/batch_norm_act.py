@@ -270,7 +270,8 @@ def batch_norm_act(
     momentum, eps = number_or_scalar(_OP, "momentum", momentum), number(_OP, "eps", eps)
     _check(x, running_mean, running_var, weight, bias, training, eps, activation)
     shared = training and group is not None
-    count = x.shape[0] * x.shape[2] * x.shape[3]
+    batch_size, channels, height, width = x.shape
+    count = batch_size * height * width
     if training and not shared and count == 1:
         raise ValueError(f"{_OP}: expected more than 1 value per channel when training, got input size {list(x.shape)}")
     if not _library.is_native(x):
@@ -281,16 +282,16 @@ def batch_norm_act(
     channels_last = is_channels_last(x)
     x = in_layout(x, channels_last)
     dtype = arithmetic_dtype(x)
-    weight, bias = (None if values is None else dense(values, dtype) for values in (weight, bias))
-    options = (float(eps), ACTIVATIONS[activation], channels_last)
+    weight, bias = [None if values is None else dense(values, dtype) for values in (weight, bias)]
+    options = (eps, ACTIVATIONS[activation], channels_last)
     with_gradient = torch.is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     )
-    if training and not shared and count and x.shape[1]:
+    if training and not shared and count and channels:
         running = (running_mean, running_var)
         if not _kernel_can_move(*running, dtype, momentum):  # then it moves zeros all the way
             assert running_mean is not None and running_var is not None
-            batch = (x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype))
+            batch = (x.new_zeros(channels, dtype=dtype), x.new_zeros(channels, dtype=dtype))
             y = _by_batch_statistics(x, batch, 1.0, weight, bias, options, with_gradient)
             _move((running_mean, running_var), batch, momentum)
             return y
@@ -347,7 +348,7 @@ def _check(x, running_mean, running_var, weight, bias, training, eps, activation
         raise ValueError(f"{_OP}: running_mean and running_var must be given both or neither")
     if running_mean is None and not training:
         raise ValueError(f"{_OP}: running_mean and running_var must be given unless training=True")
-    dtype, device, shape = x.dtype, x.device, x.shape[1:2]
+    dtype, device, shape = x.dtype, x.device, (x.shape[1],)
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     for name, values in named:
         if values is None or is_like(values, shape, dtype, device):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,12 @@ from effdet_fast.ops._detection_loss_arguments import (
     joined_labels,
 )
 from effdet_fast.ops._layout import dense
-from effdet_fast.ops.focal_loss import check_class_weight, check_focal_options, sigmoid_focal_loss_reference
+from effdet_fast.ops.focal_loss import (
+    check_class_weight,
+    check_focal_options,
+    check_label_values,
+    sigmoid_focal_loss_reference,
+)
 
 # torchvision's decoder limits the logarithm of a side relative to its anchor's.
 GIOU_EPS = 1e-7
@@ -179,16 +185,14 @@ class _DetectionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        *given, class_weight = ctx.saved_tensors[:5]
-        outputs = ctx.saved_tensors[5:]
+        labels, box_targets, anchors, num_positives, class_weight, *outputs = ctx.saved_tensors
         levels = len(outputs) // 2
         needs = ctx.needs_input_grad[7:]
         box_loss_weight = ctx.arguments["box_loss_weight"]
         grads: list[Tensor | None]
-        if all(grad is None for grad in upstream):
+        if all([grad is None for grad in upstream]):
             grads = [None] * len(outputs)
         elif _library.wants_second_derivative():
-            labels, box_targets, anchors, num_positives = given
             tensors = {"anchors": anchors, "class_weight": class_weight}
             known = [i for i, grad in enumerate(upstream) if grad is not None]
 
@@ -200,11 +204,12 @@ class _DetectionLoss(torch.autograd.Function):
 
             grads = _library.gradients(reference, outputs, needs, [upstream[i] for i in known])
         elif ctx.grads is None or (box_loss_weight == 0 and upstream[2] is not None):
-            grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, class_weight, *ctx.options)
+            given = (labels, box_targets, anchors, num_positives, class_weight)
+            grads = _loss_backward(*upstream, outputs[:levels], outputs[levels:], *given, *ctx.options)
         else:
             grads, ctx.grads = ctx.grads, None
             _rescale_(grads, box_loss_weight, *upstream)
-        return *(None,) * 7, *(g if need else None for g, need in zip(grads, needs, strict=True))
+        return *(None,) * 7, *[g if need else None for g, need in zip(grads, needs, strict=True)]
 
 
 def detection_loss(
@@ -296,12 +301,15 @@ def detection_loss(
         "normalizer": normalizer,
         "box_coder": box_coder,
     }
-    if _library.is_native(first):
-        loss = _native(cls_outputs, box_outputs, labels, codes, positives, anchors, class_weight, arguments)
+    given = (cls_outputs, box_outputs, labels, codes, positives)
+    look_at_labels = partial(check_label_values, op, labels, num_classes)
+    native = _library.is_native(first)
+    if not (native and first.is_cpu):
+        look_at_labels()
+    if native:
+        loss = _library.explained(look_at_labels, _native, *given, anchors, class_weight, arguments)
     else:
-        loss = detection_loss_reference(
-            cls_outputs, box_outputs, labels, codes, positives, anchors=anchors, class_weight=class_weight, **arguments
-        )
+        loss = detection_loss_reference(*given, anchors=anchors, class_weight=class_weight, **arguments)
     if may_read_values(loss.box) and not math.isfinite(loss.box.item()):  # that sees a broken target at no price
         check_target_values(op, labels, codes, anchors, box_loss)
     return loss
@@ -317,12 +325,18 @@ def _native(
     codes, positives = dense(codes, dtype), dense(positives, dtype)
     anchors = dense(anchors, dtype) if anchors is not None and box_loss == "giou" else None
     class_weight = None if class_weight is None else dense(class_weight, dtype)
-    alpha, gamma, smoothing, delta, box_loss_weight = [
-        float(arguments[name]) for name in ("alpha", "gamma", "label_smoothing", "delta", "box_loss_weight")
-    ]
-    focal = (arguments["num_classes"], alpha, gamma, smoothing)
-    box = (BOX_LOSSES[box_loss], BOX_CODERS[arguments["box_coder"]], delta, box_loss_weight)
-    options = (*focal, *box, NORMALIZERS[arguments["normalizer"]], channels_last)
+    options = (
+        arguments["num_classes"],
+        arguments["alpha"],
+        arguments["gamma"],
+        arguments["label_smoothing"],
+        BOX_LOSSES[box_loss],
+        BOX_CODERS[arguments["box_coder"]],
+        arguments["delta"],
+        arguments["box_loss_weight"],
+        NORMALIZERS[arguments["normalizer"]],
+        channels_last,
+    )
     given = (labels, codes, anchors, positives, class_weight)
     if torch.is_grad_enabled() and any([x.requires_grad for x in outputs]):
         return DetectionLoss(*_DetectionLoss.apply(options, arguments, *given, *outputs))

@@ -21,7 +21,7 @@ from effdet_fast.ops._arguments import (
     number,
     number_or_scalar,
 )
-from effdet_fast.ops._layout import dense
+from effdet_fast.ops._layout import dense, in_layout
 
 
 def sigmoid_focal_loss_reference(
@@ -160,7 +160,11 @@ def sigmoid_focal_loss(
     if class_weight is not None:
         check_class_weight(op, class_weight, "inputs", inputs, inputs.shape[-1] if inputs.dim() else None)
 
-    if not _library.is_native(inputs):
+    look_at_labels = partial(check_label_values, op, targets, inputs.shape[-1] if inputs.dim() else 0)
+    native = _library.is_native(inputs)
+    if not (native and inputs.is_cpu):
+        look_at_labels()
+    if not native:
         return sigmoid_focal_loss_reference(
             inputs,
             targets,
@@ -177,17 +181,19 @@ def sigmoid_focal_loss(
         and targets.dim() == 4
         and inputs.is_contiguous(memory_format=torch.channels_last)
     )
-    memory_format = torch.channels_last if channels_last and not inputs.is_contiguous() else torch.contiguous_format
-    inputs = inputs.contiguous(memory_format=memory_format)
-    targets = targets.contiguous(memory_format=memory_format if targets.dim() == 4 else torch.contiguous_format)
+    if channels_last and not inputs.is_contiguous():
+        targets = in_layout(targets, True)
+    else:
+        inputs, targets = inputs.contiguous(), targets.contiguous()
     if class_weight is not None:
         class_weight = dense(class_weight, arithmetic_dtype(inputs))
-    options = (float(alpha), float(gamma), float(label_smoothing), class_weight)
+    options = (alpha, gamma, label_smoothing, class_weight)
     summed = reduction != "none"
     if torch.is_grad_enabled() and inputs.requires_grad:
-        loss = _FocalLoss.apply(inputs, targets, *options, summed)
+        loss = _library.explained(look_at_labels, _FocalLoss.apply, inputs, targets, *options, summed)
     else:
-        loss = (_focal_loss_sum if summed else _focal_loss)(inputs, targets, *options)
+        kernel = _focal_loss_sum if summed else _focal_loss
+        loss = _library.explained(look_at_labels, kernel, inputs, targets, *options)
     return _reduced(loss, reduction, inputs.numel(), normalizer) if summed else loss
 
 
@@ -236,13 +242,15 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor) -> Tensor:
         raise TypeError(f"{op}: targets must be floating or integer, got {dtype_name(targets.dtype)}")
     if inputs.dim() == 0 or targets.shape != inputs.shape[:-1]:
         raise ValueError(_shape_message(op, inputs, targets))
-    check_label_values(op, targets, inputs.shape[-1])
     return targets if targets.dtype == torch.int64 else targets.long()
 
 
 def check_label_values(op: str, labels: Tensor, classes: int) -> None:
-    """Raises ValueError for a label that is neither a class nor background nor ignored, where values may be looked at."""
-    if may_read_values(labels) and labels.numel():
+    """Raises ValueError for a label that is neither a class nor background nor ignored, where values may be looked at.
+
+    Kernels look at labels on the CPU themselves, at a fraction of the price.
+    """
+    if not labels.is_floating_point() and may_read_values(labels) and labels.numel():
         lowest, highest = torch.aminmax(labels)
         if lowest.item() < IGNORED or highest.item() >= classes:  # comparing tensors costs ten times as much
             first = labels[(labels < IGNORED) | (labels >= classes)].flatten()[0].item()

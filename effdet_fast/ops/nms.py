@@ -122,7 +122,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     if not _library.is_native(boxes):
         return nms_reference(boxes, scores, iou_threshold)
     order = scores.argsort(descending=True, stable=True)
-    keep = _nms(boxes.index_select(0, order).unsqueeze(0), None, float(iou_threshold), len(order))
+    keep = _nms(boxes.index_select(0, order).unsqueeze(0), None, iou_threshold, len(order))
     return order.masked_select(keep.squeeze(0))
 
 
@@ -159,7 +159,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     # The kernel wants each class in one piece. `index_select` is the cheaper call where indexing would do the same.
     classes, by_class = idxs.index_select(0, ranking).sort(stable=True)
     candidates = boxes.index_select(0, ranking.index_select(0, by_class))
-    keep = _nms(candidates.unsqueeze(0), classes.unsqueeze(0), float(iou_threshold), len(ranking)).squeeze(0)
+    keep = _nms(candidates.unsqueeze(0), classes.unsqueeze(0), iou_threshold, len(ranking)).squeeze(0)
     return ranking.masked_select(torch.empty_like(keep).scatter_(0, by_class, keep))
 
 
@@ -247,9 +247,8 @@ def _hard_nms_padded(
 ) -> Detections:
     if min(boxes.shape[1], max_detections) > _MOST_IN_ORDER:
         return _nms_padded_by_class(boxes, ranked_scores, order, labels, iou_threshold, score_threshold, max_detections)
-    threshold = None if score_threshold is None else float(score_threshold)
     found = _nms_padded(
-        boxes.contiguous(), ranked_scores, order, labels.contiguous(), float(iou_threshold), threshold, max_detections
+        boxes.contiguous(), ranked_scores, order, labels.contiguous(), iou_threshold, score_threshold, max_detections
     )
     return Detections(*found)
 
@@ -273,7 +272,7 @@ def _nms_padded_by_class(
         # NaN scores rank first and must suppress nothing, as a box of NaN does. Such boxes are kept, so a class may need more.
         candidates = candidates.masked_fill(~takes_part.gather(1, by_class).unsqueeze(-1), float("nan"))
         most = order.shape[1]
-    kept = _nms(candidates, classes, float(iou_threshold), most)
+    kept = _nms(candidates, classes, iou_threshold, most)
     kept = torch.empty_like(kept).scatter_(1, by_class, kept) & takes_part
     row = kept.cumsum(1) - 1
     row = torch.where(kept & (row < rows), row, rows)  # the row past the last takes all the others

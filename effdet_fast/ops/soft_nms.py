@@ -102,14 +102,14 @@ def soft_nms_padded(
         return soft_nms_padded_reference(
             boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections
         )
-    lowest = _NEVER if score_threshold is None else float(score_threshold)
+    lowest = _NEVER if score_threshold is None else score_threshold
     found = _soft_nms(
         boxes.contiguous(),
         scores.contiguous(),
         labels.contiguous(),
         method == "gaussian",
-        float(sigma),
-        float(iou_threshold),
+        sigma,
+        iou_threshold,
         lowest,
         max_detections,
     )

@@ -373,7 +373,7 @@ CLS, BOX, ANCHORS = heads()
         ({"score_threshold": "low"}, TypeError, "score_threshold must be a number, got str"),
         ({"box_coder": "yolo"}, ValueError, "box_coder must be one of 'effdet', 'torchvision', got 'yolo'"),
         ({"method": "soft"}, ValueError, "method must be one of 'hard', 'gaussian', 'linear', got 'soft'"),
-        ({"sigma": -1}, ValueError, "sigma must be above 0, got -1"),
+        ({"sigma": -1}, ValueError, "sigma must be above 0, got -1.0"),
     ],
 )
 def test_errors(changed, error, message):

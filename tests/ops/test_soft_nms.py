@@ -338,7 +338,7 @@ BOXES, SCORES = torch.zeros(8, 4), torch.zeros(8)
         ({"idxs": SCORES}, TypeError, "idxs must be an integer tensor, got float32"),
         ({"idxs": torch.zeros(7).long()}, ValueError, "idxs must have shape [8], got [7]"),
         ({"method": "hard"}, ValueError, "method must be one of 'gaussian', 'linear', got 'hard'"),
-        ({"sigma": 0}, ValueError, "sigma must be above 0, got 0"),
+        ({"sigma": 0}, ValueError, "sigma must be above 0, got 0.0"),
         ({"sigma": "wide"}, TypeError, "sigma must be a number, got str"),
         ({"iou_threshold": NAN}, ValueError, "iou_threshold must be a number, got nan"),
         ({"score_threshold": NAN}, ValueError, "score_threshold must be a number, got nan"),
