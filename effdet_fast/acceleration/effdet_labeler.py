@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effdet_fast.acceleration.swap import Swap, is_one_of
-from effdet_fast.ops.anchor_matching import match_any_boxes
+from effdet_fast.ops import match_anchors
 
 
 def swap_axes(boxes: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class AnchorLabeler(Swap):
             return super().batch_label_anchors(gt_boxes, gt_classes, filter_valid)  # type: ignore[misc]
         anchors, matcher = self.anchors, self.target_assigner._matcher
         # Classes count from 1. One of 0 is an object too, though its anchors are told to be background.
-        targets = match_any_boxes(
+        targets = match_anchors(
             swap_axes(anchors.boxes),
             swap_axes(padded(gt_boxes)),
             padded(gt_classes).long(),
@@ -56,6 +56,7 @@ class AnchorLabeler(Swap):
             force_match=matcher._force_match_for_each_row,
             allow_low_quality_matches=False,
             box_coder="effdet",
+            any_box=True,
         )
         labels = targets.labels.clamp(min=0) - 1
         sizes = [anchors.feat_sizes[level] for level in range(anchors.min_level, anchors.max_level + 1)]

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,23 +58,12 @@ def match_anchors_reference(
     force_match: bool = True,
     allow_low_quality_matches: bool = False,
     box_coder: str | None = "effdet",
+    any_box: bool = False,
 ) -> AnchorTargets:
     """:func:`match_anchors` in plain PyTorch: image by image, from the whole IoU matrix."""
-    gt_labels = _labels_of_objects("match_anchors", anchors, gt_boxes, gt_labels, gt_counts)
+    if not any_box:
+        gt_labels = _labels_of_objects("match_anchors", anchors, gt_boxes, gt_labels, gt_counts)
     force = _force_rule(force_match, allow_low_quality_matches)
-    return _match_reference(anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder)
-
-
-def _match_reference(
-    anchors: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_counts: Tensor | None,
-    pos_iou: float,
-    neg_iou: float,
-    force: int,
-    box_coder: str | None,
-) -> AnchorTargets:
     dtype = arithmetic_dtype(anchors)
     anchors, gt_boxes, gt_labels = anchors.detach().to(dtype), gt_boxes.detach().to(dtype), gt_labels.long()
     batch, most = gt_labels.shape
@@ -143,6 +132,7 @@ def match_anchors(
     force_match: bool = True,
     allow_low_quality_matches: bool = False,
     box_coder: str | None = "effdet",
+    any_box: bool = False,
 ) -> AnchorTargets:
     """Assigns each anchor of each image the object it overlaps most, if it overlaps it enough, and encodes that object's box.
 
@@ -173,6 +163,7 @@ def match_anchors(
         allow_low_quality_matches: see above; not together with ``force_match``.
         box_coder: "effdet", the code (ty, tx, th, tw) with ``ty = (yc - yc_a) / h_a``, ``th = log(h / h_a)`` and 1e-7 added to
             every side; "torchvision", (dx, dy, dw, dh) with weights 1; None, the box (x1, y1, x2, y2) itself.
+        any_box: every box is taken as it is: one without area is an object too, as in effdet, and none is refused.
 
     Returns:
         :class:`AnchorTargets`. Deterministic. No gradient.
@@ -184,30 +175,6 @@ def match_anchors(
             y2 < y1). Values are looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``, without which
             such a box gives codes that are NaN.
     """
-    rules = (pos_iou, neg_iou, force_match, allow_low_quality_matches, box_coder)
-    return _match(anchors, gt_boxes, gt_labels, gt_counts, *rules, False)
-
-
-def match_any_boxes(
-    anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_counts: Tensor | None = None, **rules: Any
-) -> AnchorTargets:
-    """:func:`match_anchors`, all of whose rules must be given, for whatever boxes: also one without area is an object, as in
-    effdet's ``AnchorLabeler``, and no box is looked at."""
-    return _match(anchors, gt_boxes, gt_labels, gt_counts, **rules, any_box=True)
-
-
-def _match(
-    anchors: Tensor,
-    gt_boxes: Tensor,
-    gt_labels: Tensor,
-    gt_counts: Tensor | None,
-    pos_iou: float,
-    neg_iou: float,
-    force_match: bool,
-    allow_low_quality_matches: bool,
-    box_coder: str | None,
-    any_box: bool,
-) -> AnchorTargets:
     op = "match_anchors"
     _check(op, anchors, gt_boxes, gt_labels, gt_counts)
     pos_iou, neg_iou = number(op, "pos_iou", pos_iou), number(op, "neg_iou", neg_iou)
@@ -216,11 +183,19 @@ def _match(
     if force_match and allow_low_quality_matches:
         raise ValueError(f"{op}: force_match and allow_low_quality_matches exclude each other, got both")
     check_choice(op, "box_coder", box_coder, _CODERS)
-    force = _force_rule(force_match, allow_low_quality_matches)
-    labels_of_objects = partial(_labels_of_objects, op, anchors, gt_boxes, gt_labels, gt_counts)
     if not _library.is_native(anchors):
-        gt_labels = gt_labels if any_box else labels_of_objects()
-        return _match_reference(anchors, gt_boxes, gt_labels, gt_counts, pos_iou, neg_iou, force, box_coder)
+        return match_anchors_reference(
+            anchors,
+            gt_boxes,
+            gt_labels,
+            gt_counts,
+            pos_iou=pos_iou,
+            neg_iou=neg_iou,
+            force_match=force_match,
+            allow_low_quality_matches=allow_low_quality_matches,
+            box_coder=box_coder,
+            any_box=any_box,
+        )
     dtype = arithmetic_dtype(anchors)
     arguments = (
         dense(detached(anchors), dtype),
@@ -229,13 +204,14 @@ def _match(
         None if gt_counts is None else dense(gt_counts, torch.int64),
         pos_iou,
         neg_iou,
-        force,
+        _force_rule(force_match, allow_low_quality_matches),
         _CODERS[box_coder],
-        any_box,
+        bool(any_box),
     )
     if any_box:
         labels, boxes, counts = _match_anchors(*arguments)
     else:
+        labels_of_objects = partial(_labels_of_objects, op, anchors, gt_boxes, gt_labels, gt_counts)
         if not anchors.is_cpu and may_read_values(gt_boxes):
             labels_of_objects()
         labels, boxes, counts = _library.explained(labels_of_objects, _match_anchors, *arguments)

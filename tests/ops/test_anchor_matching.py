@@ -15,7 +15,6 @@ from effdet_fast import ops
 from effdet_fast.models import model_config
 from effdet_fast.models.anchors import generate_anchors
 from effdet_fast.ops import AnchorTargets, match_anchors, match_anchors_reference
-from effdet_fast.ops.anchor_matching import match_any_boxes
 from tests.conftest import enter
 from tests.emulation.backend import emulated
 from tests.ops.accuracy import guarded
@@ -126,7 +125,7 @@ def test_equals_a_slow_oracle(name, anchors, objects, oddity, rule, thresholds):
         matches = slow_matches(anchors.tolist(), boxes[0].tolist(), labels[0].tolist(), **rule)
     backend = enter(name)
     next(backend)
-    targets = match_any_boxes(anchors, boxes, labels, **rule)
+    targets = match_anchors(anchors, boxes, labels, any_box=True, **rule)
     assert next(backend, None) is None
     assert targets.labels[0].tolist() == [match if match < 0 else int(labels[0, match]) for match in matches]
     assert targets.num_positives.tolist() == [sum(match >= 0 for match in matches)]

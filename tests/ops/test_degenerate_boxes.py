@@ -5,7 +5,6 @@ import torch
 
 from effdet_fast import ops
 from effdet_fast.ops import _arguments, detection_loss, match_anchors, match_anchors_reference
-from effdet_fast.ops.anchor_matching import match_any_boxes
 from tests.ops.detection_problem import problem
 from tests.ops.test_anchor_matching import RETINANET, each_rule, grid_of_anchors, random_boxes
 
@@ -98,13 +97,11 @@ def test_any_boxes_are_matched_as_by_the_reference(native_backend, rule):
     odd = [*EMPTY.values(), *BROKEN.values()]
     boxes = torch.cat([boxes, torch.tensor([odd, odd[::-1]], device=boxes.device)], 1)
     labels = torch.cat([labels, torch.arange(10, 10 + len(odd), device=boxes.device).expand(2, -1)], 1)
-    rule = {"allow_low_quality_matches": False, **rule}
-    targets = match_any_boxes(anchors, boxes, labels, **rule)
-    with ops.use_reference():
-        expected = match_any_boxes(anchors, boxes, labels, **rule)
+    targets = match_anchors(anchors, boxes, labels, any_box=True, **rule)
+    expected = match_anchors_reference(anchors, boxes, labels, any_box=True, **rule)
     assert torch.equal(targets.labels, expected.labels)
     torch.testing.assert_close(targets.boxes, expected.boxes, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert rule["force_match"] == bool((targets.labels >= 10).any()) or rule["allow_low_quality_matches"]
+    assert rule["force_match"] == bool((targets.labels >= 10).any()) or rule.get("allow_low_quality_matches", False)
 
 
 def test_values_that_may_not_be_read_raise_nothing(monkeypatch, backend):
