@@ -57,6 +57,12 @@ void check_counts(std::span<const Tensor> xs, const Lists&... lists) {
   check_maps(xs);
 }
 
+// A map without elements has no memory. Kernels read nothing of it, but they move its pointer, and a null pointer must stay.
+template <typename scalar_t>
+const scalar_t* start_of(const Tensor& map, const Tensor& other) {
+  return const_data<scalar_t>(map.numel() > 0 ? map : other);
+}
+
 template <class Device>
 Tensors forward(std::span<const Tensor> xs, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
                 std::span<const int64_t> left, std::span<const int64_t> top, std::span<const int64_t> out_height,
@@ -73,7 +79,7 @@ Tensors forward(std::span<const Tensor> xs, const Tensor& weight, const std::opt
       check_filter(weight, xs[i]);
       const Shape s = checked_shape(xs[i], weight.size(2), stride, left[i], top[i], out_height[i], out_width[i], prologue, channels_last);
       ys.push_back(allocate(xs[i], {s.n, s.c, s.oh, s.ow}, dtype, format_of(channels_last)));
-      if (ys[i].numel() > 0) levels.add({s, const_data<scalar_t>(xs[i]), nullptr, mutable_data<scalar_t>(ys[i])});
+      if (ys[i].numel() > 0) levels.add({s, start_of<scalar_t>(xs[i], weight), nullptr, mutable_data<scalar_t>(ys[i])});
     }
     if (levels.count > 0) launch_forward<scalar_t>(scope.device, levels, const_data<scalar_t>(weight), const_data<scalar_t>(bias));
   });
@@ -96,7 +102,7 @@ Tensors grad_input(std::span<const Tensor> grads, std::span<const Tensor> xs, co
       const Shape s = checked_shape(x, weight.size(2), stride, left[i], top[i], grad.size(2), grad.size(3), prologue, channels_last);
       check_like_output(grad, x, s);
       grad_xs.push_back(allocate(x, {s.n, s.c, s.h, s.w}, dtype, format_of(channels_last)));
-      if (x.numel() > 0) levels.add({s, const_data<scalar_t>(x), const_data<scalar_t>(grad), mutable_data<scalar_t>(grad_xs[i])});
+      if (x.numel() > 0) levels.add({s, const_data<scalar_t>(x), start_of<scalar_t>(grad, weight), mutable_data<scalar_t>(grad_xs[i])});
     }
     if (levels.count > 0) launch_grad_input<scalar_t>(scope.device, levels, const_data<scalar_t>(weight));
   });
