@@ -19,7 +19,7 @@ from effdet_fast.data.annotations import SHOWN, read_annotations
 from effdet_fast.data.image_io import IMAGE_SUFFIXES, open_image
 from effdet_fast.data.placement import Size
 from effdet_fast.detector import Detector, ImageDetections
-from effdet_fast.evaluation.result_files import refuse_existing, write_atomically, write_json
+from effdet_fast.evaluation.result_files import refuse_existing, refuse_links, write_atomically, write_json
 
 DETECTIONS_FILE = "detections.json"
 _DRAWN_AS_THEY_ARE = (".jpg", ".jpeg", ".png")
@@ -191,6 +191,7 @@ def _check_targets(sources: list[_Source], output: str, results_file: str, draw:
         if target in seen:
             raise ValueError(f"{target}: two pictures would be written there; rename one of them")
         seen.add(target)
+    refuse_links(targets, output)
     refuse_existing([results_file, *targets], overwrite)
 
 

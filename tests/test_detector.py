@@ -15,7 +15,7 @@ from effdet_fast.detector import Detector
 from effdet_fast.drawing import class_colour, draw_boxes
 from effdet_fast.evaluation import evaluate
 from effdet_fast.evaluation.trained_model import TrainedModel, load_trained_model
-from effdet_fast.models import create_model
+from effdet_fast.models import create_model, model_config
 from effdet_fast.ops import Detections
 from effdet_fast.prediction import predict
 from tests.generated_data import make_dataset
@@ -189,6 +189,19 @@ def test_predict_with_annotations(finder, folder, tmp_path):
         predict(finder, folder / "a.jpg", tmp_path / "out2", annotations=file)
 
 
+def test_predict_follows_no_link_inside_its_output(finder, folder, tmp_path):
+    (folder / "sub").mkdir()
+    (folder / "b.jpg").rename(folder / "sub" / "b.jpg")
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"images": [{"id": 9, "file_name": "sub/b.jpg"}], "categories": []}))
+    for place in ("elsewhere", "out"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "out" / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="sub: is a link inside the output folder"):
+        predict(finder, folder, tmp_path / "out", annotations=file, overwrite=True)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_predict_names_broken_pictures(finder, folder, tmp_path):
     (folder / "broken.jpg").write_bytes(b"no")
     with pytest.warns(UserWarning, match=r"(?s)1 of 5 pictures were left out:.*broken\.jpg: cannot be decoded"):
@@ -287,6 +300,9 @@ def test_loaded_model_is_ready_and_other_files_are_refused(checkpoint, tmp_path)
         Detector.from_checkpoint(tmp_path / "list.pt")
 
 
+SMALL = dataclasses.asdict(model_config("efficientdet_lite0", num_classes=3, image_size=64))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -297,6 +313,13 @@ def test_loaded_model_is_ready_and_other_files_are_refused(checkpoint, tmp_path)
         ({"config": {"name": "efficientdet_lite0", "nonsense": 3}}, "holds no usable model configuration"),
         ({"preprocessing": {"image_size": 64}}, "its preprocessing has no mean, std"),
         ({"state_dict": {"a": torch.zeros(1)}}, "does not fit"),
+        ({"state_dict": "/dev/zero"}, "its state_dict must be a mapping, got a str"),
+        ({"preprocessing": [64]}, "its preprocessing must be a dict, got a list"),
+        ({"preprocessing": {"mean": [0.5], "std": [1, 1, 1], "image_size": 64}}, "mean must have 3 values"),
+        ({"category_ids": [[], 1, 2]}, "holds no usable model configuration"),
+        ({"config": {**SMALL, "fpn_cells": 10**9}}, "fpn_cells must be an integer in"),
+        ({"config": {**SMALL, "head_repeats": 10**5}}, "head_repeats must be an integer in"),
+        ({"config": {**SMALL, "max_level": 10**6}}, "max_level in"),
     ],
 )
 def test_contradictory_checkpoints_are_refused(tmp_path, changes, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+# Nothing else is decoded, whatever a file is called: for PostScript Pillow would run a program on it.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
 Size = tuple[int, int]
 
@@ -49,7 +52,7 @@ def open_image(
         ValueError: the file cannot be decoded, or has another size than `annotated_size`. The message names the file.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             turn = _turn(image, annotated_size)
             size = _turned_size(image, turn)
             _check_size(path, size, annotated_size)
@@ -69,7 +72,7 @@ def open_image(
 def read_size(path: str | os.PathLike[str], annotated_size: Size | None = None) -> Size:
     """(height, width) from the header alone, upright as `open_image` would give it; the same errors."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             stored = image.height, image.width
             # Looking for EXIF data decodes a PNG; mostly the sizes agree and there is no need.
             if annotated_size is not None and stored == tuple(annotated_size):
@@ -121,6 +124,12 @@ def as_picture(image: Any) -> Image.Image:
 
 class _SizeMismatch(ValueError):
     pass
+
+
+def _opened(path: str | os.PathLike[str]) -> Image.Image:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for whoever writes to it
+        raise ValueError("it is not a regular file")
+    return Image.open(path, formats=_FORMATS)
 
 
 def _check_size(path: str | os.PathLike[str], size: Size, annotated_size: Size | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,11 +18,24 @@ def refuse_existing(paths: Iterable[str], overwrite: bool) -> None:
             raise FileExistsError(f"{path}: exists; pass overwrite to replace it, or choose another output")
 
 
+def refuse_links(paths: Iterable[str], output: str) -> None:
+    """ValueError naming the first folder between `output` and one of `paths` below it that is a link: it may lead anywhere."""
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        while len(folder) > len(output):
+            if os.path.islink(folder):
+                raise ValueError(f"{folder}: is a link inside the output folder, which is not followed; remove it")
+            folder = os.path.dirname(folder)
+
+
 def write_atomically(path: str, write: Callable[[str], Any]) -> None:
-    """Calls `write` with a temporary name beside `path` (same suffix), which then takes its place as a whole."""
+    """Calls `write` with the name of a new file beside `path` (same suffix), which then takes its place as a whole.
+
+    The name is random and the file new, so that nobody can have put a link there; a link at `path` is replaced, not followed.
+    """
     folder, name = os.path.split(path)
     os.makedirs(folder or ".", exist_ok=True)
-    temporary = os.path.join(folder, f".{os.getpid()}.{name}")
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -30,11 +44,12 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
             os.unlink(temporary)
 
 
-def write_json(path: str, content: Any) -> None:
+def write_json(path: str, content: Any, indent: int | None = None) -> None:
     """Writes strict JSON (no NaN)."""
 
     def write(temporary: str) -> None:
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, allow_nan=False)
+            json.dump(content, file, allow_nan=False, indent=indent)
+            file.write("\n" if indent else "")
 
     write_atomically(path, write)

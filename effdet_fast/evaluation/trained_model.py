@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from effdet_fast.models import DetectionModel, DetectorConfig, load_checkpoint
+from effdet_fast.models.checkpoint_files import read_torch_file
 
 FORMAT = 1
-_KEYS = ("model", "config", "class_names", "category_ids", "preprocessing", "state_dict")
+_CONTENT = {
+    "model": str,
+    "config": dict,
+    "class_names": list,
+    "category_ids": list,
+    "preprocessing": dict,
+    "state_dict": Mapping,
+}
+_PREPROCESSING = ("mean", "std", "image_size")
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,14 @@ def load_trained_model(
     """
     path = os.fspath(checkpoint)
     content = _read(path)
-    size = content["preprocessing"]["image_size"] if image_size is None else image_size
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    inputs = {key: content["preprocessing"][key] for key in _PREPROCESSING}
+    if image_size is not None:
+        inputs["image_size"] = image_size
     try:
-        config = dataclasses.replace(DetectorConfig.from_dict(content["config"]), image_size=pair)
+        config = dataclasses.replace(DetectorConfig.from_dict(content["config"]), **inputs)
+        names, ids = [str(n) for n in content["class_names"]], [int(c) for c in content["category_ids"]]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no usable model configuration: {error}") from error
-    names, ids = [str(n) for n in content["class_names"]], [int(c) for c in content["category_ids"]]
     if not len(names) == len(ids) == config.num_classes or len(set(ids)) != len(ids):
         raise ValueError(
             f"{path}: has {config.num_classes} classes, {len(names)} class names and {len(set(ids))} category ids"
@@ -70,20 +81,12 @@ def load_trained_model(
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     model.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    preprocessing = content["preprocessing"]
-    return TrainedModel(
-        model, names, ids, tuple(preprocessing["mean"]), tuple(preprocessing["std"]), config.image_size, target
-    )
+    return TrainedModel(model, names, ids, config.mean, config.std, config.image_size, target)
 
 
 def _read(path: str) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes make the unpickler raise anything
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
-    missing = [key for key in _KEYS if not isinstance(content, dict) or key not in content]
+    content = read_torch_file(path)
+    missing = [key for key in _CONTENT if not isinstance(content, dict) or key not in content]
     if missing:
         raise ValueError(
             f"{path}: is not a checkpoint of a trained detector, it has no {', '.join(missing)}; weights alone are "
@@ -91,7 +94,12 @@ def _read(path: str) -> dict[str, Any]:
         )
     if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
         raise ValueError(f"{path}: has checkpoint format {content.get('format')}; this version reads up to {FORMAT}")
-    lacking = [key for key in ("mean", "std", "image_size") if key not in content["preprocessing"]]
+    for key, kind in _CONTENT.items():
+        if not isinstance(content[key], kind):
+            raise ValueError(
+                f"{path}: its {key} must be a {kind.__name__.lower()}, got a {type(content[key]).__name__}"
+            )
+    lacking = [key for key in _PREPROCESSING if key not in content["preprocessing"]]
     if lacking:
         raise ValueError(f"{path}: its preprocessing has no {', '.join(lacking)}")
     return content

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
+import re
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,9 +31,7 @@ def read_content(checkpoint: PathOrStateDict) -> Mapping[str, Any]:
     if isinstance(checkpoint, Mapping):
         return checkpoint
     source = os.fspath(checkpoint)
-    if not os.path.exists(source):
-        raise FileNotFoundError(f"{source}: no such checkpoint")
-    content = _read_safetensors(source) if source.endswith(SAFETENSORS) else _read_torch(source)
+    content = _read_safetensors(source) if source.endswith(SAFETENSORS) else read_torch_file(source)
     if not isinstance(content, Mapping):
         raise ValueError(f"{source} holds a {type(content).__name__}, not a state dict")
     return content
@@ -77,16 +76,56 @@ def shorten(items: list[str]) -> str:
     return ", ".join(items[:_SHOWN]) + more
 
 
-def _read_torch(path: str) -> Any:
+def read_torch_file(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote, tensors on the CPU; nothing in the file is executed (`weights_only=True`).
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not such a file, cut short, or with other objects than tensors and plain values.
+    """
+    _require_file(path)
     try:
-        # Training scripts around timm store their parsed arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+    except Exception as error:  # foreign bytes make the unpickler raise anything, KeyError and IndexError included
+        found = _FOREIGN.search(str(error))
+        why = f"it holds a {found[1]}" if found else "torch.save did not write it, or it was cut short"
+        raise ValueError(f"{path}: cannot be read as a checkpoint of tensors and plain values: {why}") from error
+
+
+class _NumpyType:
+    """Read instead of `numpy.dtype`, so that a number of NumPy's, as training scripts store their best score, is a Python one."""
+
+    _FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.format = self._FORMATS[name]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _numpy_number(kind: _NumpyType, value: bytes) -> float:
+    return struct.unpack(kind.order + kind.format, value)[0]
+
+
+# Training scripts around timm store their parsed arguments beside the weights, effdet's its best AP.
+_STAND_INS: list[Any] = [
+    argparse.Namespace,
+    (_NumpyType, "numpy.dtype"),
+    (_numpy_number, "numpy.core.multiarray.scalar"),
+    (_numpy_number, "numpy._core.multiarray.scalar"),
+]
+_FOREIGN = re.compile(r"GLOBAL ([\w.]+)")
+
+
+def _require_file(path: str | os.PathLike[str]) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint")
 
 
 def _read_safetensors(path: str) -> StateDict:
+    _require_file(path)
     library = _safetensors()
     try:
         return library.load_file(path)

@@ -15,6 +15,8 @@ from effdet_fast.models import names_efficientnet, names_torchvision, names_zylo
 
 StateDict = dict[str, torch.Tensor]
 
+# Of DataParallel and DistributedDataParallel, of modules that hold a model, and of torch.compile.
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 # What training wrappers store beside the model's own tensors.
 _NOT_WEIGHTS = ("anchors.boxes",)
 # The classifier half of a timm EfficientNet (`bn2` is only top level there), and of a ResNet.
@@ -41,9 +43,9 @@ class Naming(NamedTuple):
 
 
 def strip_prefixes(state_dict: StateDict) -> StateDict:
-    """Removes "module." and "model." as long as every key has one of them, and what a wrapper adds of its own."""
+    """Removes the prefixes of wrappers as long as every key has one of them, and what a wrapper adds of its own."""
     while True:
-        for prefix in ("module.", "model."):
+        for prefix in _PREFIXES:
             if any(key.startswith(prefix) for key in state_dict):
                 inner = {key: value for key, value in state_dict.items() if not key.endswith(_NOT_WEIGHTS)}
                 if all(key.startswith(prefix) for key in inner):

@@ -55,7 +55,7 @@ def load_checkpoint(
     """Loads a whole detector's weights: this package's files, effdet's, and all others that `convert_checkpoint` knows.
 
     `.safetensors` files, files that wrap the weights (under "state_dict", "state_dict_ema" or "model") and keys with a
-    "module." or "model." prefix are understood.
+    "module.", "model." or "_orig_mod." prefix are understood.
 
     Args:
         model: A `DetectionModel`.

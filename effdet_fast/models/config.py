@@ -24,14 +24,26 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "box_loss": ("huber", "l1", "smooth_l1", "giou"),
     "loss_normalizer": ("batch", "per_image"),
 }
-POSITIVE_INTEGERS = (
-    "num_classes",
-    "fpn_channels",
-    "fpn_cells",
-    "head_repeats",
-    "num_scales",
-    "max_candidates",
-    "max_detections",
+# The most that each count may be: far beyond any model, and little enough that a broken file is refused and not built for hours.
+COUNTS = {
+    "num_classes": 100_000,
+    "fpn_channels": 8192,
+    "fpn_cells": 64,
+    "head_repeats": 64,
+    "num_scales": 64,
+    "max_candidates": 1 << 30,
+    "max_detections": 1 << 30,
+}
+MAX_LEVEL = 10  # eight levels, which the detection loss takes
+MAX_SIDE = 1 << 15
+MAX_ASPECT_RATIOS = 64
+SWITCHES = (
+    "frozen_batch_norm",
+    "redundant_bias",
+    "gradient_checkpointing",
+    "force_match",
+    "allow_low_quality_matches",
+    "candidates_per_level",
 )
 # What each number must be, in words and as a test.
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -162,13 +174,16 @@ class DetectorConfig:
                 raise ValueError(
                     f"DetectorConfig: {field} must be one of {list(choices)}, got {getattr(self, field)!r}"
                 )
-        for field in POSITIVE_INTEGERS:
+        for field, most in COUNTS.items():
             value = getattr(self, field)
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"DetectorConfig: {field} must be an integer >= 1, got {value!r}")
-        if self.min_level != 3 or not _is_integer(self.max_level) or self.max_level < 5:
+            if not _is_integer(value) or not 1 <= value <= most:
+                raise ValueError(f"DetectorConfig: {field} must be an integer in [1, {most}], got {value!r}")
+        for field in SWITCHES:
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"DetectorConfig: {field} must be a bool, got {getattr(self, field)!r}")
+        if self.min_level != 3 or not _is_integer(self.max_level) or not 5 <= self.max_level <= MAX_LEVEL:
             raise ValueError(
-                "DetectorConfig: the backbone gives levels 3 to 5, so min_level must be 3 and max_level >= 5, "
+                f"DetectorConfig: the backbone gives levels 3 to 5, so min_level must be 3 and max_level in [5, {MAX_LEVEL}], "
                 f"got {self.min_level} and {self.max_level!r}"
             )
         for field, (what, holds) in NUMBERS.items():
@@ -180,11 +195,12 @@ class DetectorConfig:
         ratios = self.aspect_ratios
         if (
             not _is_tuple(ratios)
-            or not ratios
+            or not 1 <= len(ratios) <= MAX_ASPECT_RATIOS
             or not all(_is_tuple(r) and len(r) == 2 and _positive(r) for r in ratios)
         ):
             raise ValueError(
-                f"DetectorConfig: aspect_ratios must be pairs of positive (width, height) factors, got {ratios!r}"
+                "DetectorConfig: aspect_ratios must be pairs of positive (width, height) factors, "
+                f"at most {MAX_ASPECT_RATIOS}, got {ratios!r}"
             )
         for field in ("mean", "std"):
             value = getattr(self, field)
@@ -254,8 +270,9 @@ def _tuples(value: Any) -> Any:
 def _image_size(size: Any) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not is_pair or not all(_is_integer(side) and side >= 1 for side in pair):
+    if not is_pair or not all(_is_integer(side) and 1 <= side <= MAX_SIDE for side in pair):
         raise ValueError(
-            f"DetectorConfig: image_size must be a positive integer or a pair (height, width), got {size!r}"
+            "DetectorConfig: image_size must be a positive integer or a pair (height, width), "
+            f"at most {MAX_SIDE}, got {size!r}"
         )
     return (pair[0], pair[1])

@@ -10,6 +10,26 @@ import torch
 
 from effdet_fast.evaluation.result_files import write_atomically
 from effdet_fast.evaluation.trained_model import FORMAT
+from effdet_fast.models.checkpoint_files import read_torch_file
+
+# What a run continues from, as `Trainer.save_last` writes it.
+_STATE = (
+    "config",
+    "epoch",
+    "batch",
+    "step",
+    "images_per_step",
+    "data",
+    "model",
+    "optimizer",
+    "scaler",
+    "ema_updates",
+    "sums",
+    "rows",
+    "best",
+    "metrics",
+)
+_PUBLISHED = ("state_dict", "category_ids")
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
@@ -37,13 +57,7 @@ def load_run_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: No such file.
         ValueError: The file is no checkpoint of a training run, or one of a later format.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes make the unpickler raise anything, KeyError and IndexError included
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+    content = read_torch_file(path)
     if not isinstance(content, dict) or "format" not in content or "state_dict" not in content:
         raise ValueError(f"{path} is not a checkpoint of a training run (it holds no format and state_dict)")
     if content["format"] > FORMAT:
@@ -52,7 +66,12 @@ def load_run_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def training_state(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The part of a `last.pt` that a run continues from; ValueError for a `best.pt`, which has none."""
+    """The part of a `last.pt` that a run continues from; ValueError for a `best.pt`, which has none, or if it is not whole."""
     if "training" not in content:
         raise ValueError(f"{path} holds weights only and cannot be resumed; resume from the run's last.pt")
-    return content["training"]
+    state = content["training"]
+    missing = [key for key in _STATE if not isinstance(state, dict) or key not in state]
+    missing += [key for key in _PUBLISHED if key not in content]
+    if missing:
+        raise ValueError(f"{path} cannot be resumed: it has no {', '.join(missing)}")
+    return state

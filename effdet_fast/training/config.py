@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -200,9 +199,6 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, so that a checkpoint holding them loads with ``weights_only=True``."""
         return dataclasses.asdict(self)
-
-    def write_json(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 def field_names() -> frozenset[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from effdet_fast.evaluation.result_files import write_json
 from effdet_fast.models import DetectionModel, create_model, load_checkpoint, model_config
 from effdet_fast.nn import synchronize_batch_norm
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
@@ -185,4 +187,4 @@ def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, proc
 
 def _claim(folder: RunFolder, config: TrainConfig, resumed_from: Path | None) -> None:
     folder.claim(resumed_from=resumed_from)
-    config.write_json(folder.config)
+    write_json(os.fspath(folder.config), config.to_dict(), indent=2)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from effdet_fast.evaluation import METRICS
-from effdet_fast.evaluation.result_files import write_atomically
+from effdet_fast.evaluation.result_files import write_atomically, write_json
 
 COLUMNS = ("epoch", "step", "lr", "loss", "cls_loss", "box_loss", *METRICS, "images_per_second", "seconds")
 RUN_FILES = ("config.json", "results.csv", "best.pt", "last.pt", "failure.json")
@@ -74,7 +73,7 @@ class RunFolder:
     def write_failure(self, step: int, image_ids: list[int], message: str) -> None:
         """Write `failure.json`: where a run met its first non-finite loss."""
         failure = {"step": step, "image_ids": image_ids, "message": message}
-        self.failure.write_text(json.dumps(failure, indent=2) + "\n")
+        write_json(os.fspath(self.failure), failure, indent=2)
 
     def write_results(self, rows: list[dict[str, Any]]) -> None:
         """Write `results.csv` whole, one row per finished epoch, so a resumed run never repeats or loses a row."""

@@ -54,7 +54,7 @@ def test_version_and_no_command(capsys):
         (["train", "--epochs", "many"], "error: argument --epochs: invalid int value: 'many'"),
         (["train", "--epochs", "0"], "error: epochs must be at least 1, got 0"),
         (["train"], "error: train_images is missing"),
-        (["train", "--resume", "absent/last.pt"], "error: no checkpoint at absent/last.pt"),
+        (["train", "--resume", "absent/last.pt"], "error: absent/last.pt: no such checkpoint"),
         (["train", "--image-size", "1", "2", "3"], "error: --image-size takes one side, or height and width"),
         (
             ["eval", "--checkpoint", "a.pt", "--images", "b"],

@@ -1,5 +1,7 @@
 """Decoding: modes, orientation, reduced JPEGs, broken files."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -146,3 +148,28 @@ def test_pictures_from_memory():
     for shape in ((3, 48, 64), (48, 64, 4), (0, 4, 3), (5,)):
         with pytest.raises(ValueError, match="shape"):
             as_picture(np.zeros(shape, dtype=np.uint8))
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 24\n%%EndComments\n(a program) =\n%%EOF\n"
+
+
+@pytest.mark.parametrize("name", ["picture.jpg", "picture.png", "picture.eps"])
+def test_no_program_is_run_on_postscript(tmp_path, monkeypatch, name):
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\necho 10.0\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ghostscript.parent}:{os.environ['PATH']}")
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    for read in (open_image, read_size):
+        with pytest.raises(ValueError, match=f"{name}: cannot be decoded"):
+            read(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for read in (open_image, read_size):
+        for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
+            with pytest.raises(ValueError, match="cannot be decoded: it is not a regular file"):
+                read(path)

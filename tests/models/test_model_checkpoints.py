@@ -149,7 +149,7 @@ def test_files_that_are_no_checkpoint(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         load_checkpoint(model, path)
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match="weights.pth cannot be read as a PyTorch checkpoint"):
+    with pytest.raises(ValueError, match="weights.pth: cannot be read as a checkpoint"):
         load_checkpoint(model, path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="weights.pth holds a list, not a state dict"):

@@ -25,10 +25,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_unusable_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*absent.pt"):
+    with pytest.raises(FileNotFoundError, match="absent.pt: no such checkpoint"):
         load_run_checkpoint(tmp_path / "absent.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match="text.pt is not a readable checkpoint"):
+    with pytest.raises(ValueError, match="text.pt: cannot be read as a checkpoint"):
         load_run_checkpoint(tmp_path / "text.pt")
     save_atomically({"w": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="holds no format"):
@@ -38,3 +38,7 @@ def test_unusable_files_are_named(tmp_path):
         load_run_checkpoint(tmp_path / "later.pt")
     with pytest.raises(ValueError, match="resume from the run's last.pt"):
         training_state(_content(0.0), "best.pt")
+    with pytest.raises(ValueError, match="last.pt cannot be resumed: it has no config, batch, .*metrics, category_ids"):
+        training_state({**_content(0.0), "training": {"epoch": 1}}, "last.pt")
+    with pytest.raises(ValueError, match="last.pt cannot be resumed: it has no config"):
+        training_state({**_content(0.0), "training": "all"}, "last.pt")

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from effdet_fast.evaluation.result_files import write_json
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
 
 
@@ -47,7 +48,7 @@ def test_defaults_follow_the_optimizer_and_the_length():
 
 def test_the_file_of_options_reads_back(tmp_path):
     config = TrainConfig(train_images="a", image_size=(64, 96))
-    config.write_json(tmp_path / "config.json")
+    write_json(str(tmp_path / "config.json"), config.to_dict(), indent=2)
     assert config_from_options(json.loads((tmp_path / "config.json").read_text())) == config
 
 
