@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from effdet_fast.evaluation.result_files import refuse_existing, write_atomically
+from effdet_fast.evaluation.result_files import check_writable, refuse_existing, write_atomically
 from effdet_fast.evaluation.trained_model import FORMAT
 from effdet_fast.models import DetectorConfig
 from effdet_fast.models.checkpoint_files import SAFETENSORS, read_content, read_tensors, write_content
@@ -71,6 +71,7 @@ def convert_checkpoint(
     """
     source, output = os.fspath(source), os.fspath(output)
     refuse_existing([output], overwrite)
+    check_writable(output)
     content = read_content(source)
     own = content if all(key in content for key in _DESCRIPTION) else None
     if model is None and own is not None:

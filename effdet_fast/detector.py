@@ -17,6 +17,7 @@ from effdet_fast.data.placement import EXACT_GAP, Size, blank_input
 from effdet_fast.drawing import class_colour, draw_boxes
 from effdet_fast.evaluation import ImageResult, autocast, coco_results, image_results, letterbox_sizes
 from effdet_fast.evaluation.trained_model import TrainedModel, load_trained_model
+from effdet_fast.models.detection_model import check_detection_options
 
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
@@ -44,7 +45,7 @@ class ImageDetections:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """COCO results: `image_id`, `category_id`, `bbox` xywh, `score`."""
         result = ImageResult(self.boxes.astype(np.float64), self.scores.astype(np.float64), np.arange(len(self)))
         return coco_results([result], [image_id], self.category_ids.tolist())
@@ -132,8 +133,9 @@ class Detector:
             FileNotFoundError, ValueError: of a file, naming it; or a bad array shape or option.
             TypeError: not a picture.
         """
-        if batch_size < 1 or max_detections < 1:
-            raise ValueError(f"predict: batch_size and max_detections must be >= 1, got {batch_size}, {max_detections}")
+        check_detection_options("predict", score_threshold, iou_threshold, max_detections)
+        if batch_size < 1:
+            raise ValueError(f"predict: batch_size must be >= 1, got {batch_size}")
         many = isinstance(images, list | tuple)
         pictures: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
         found: list[ImageDetections] = []

@@ -15,11 +15,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from effdet_fast.data.annotations import SHOWN, read_annotations
+from effdet_fast.data.annotations import SHOWN, check_names, read_annotations
 from effdet_fast.data.image_io import IMAGE_SUFFIXES, open_image
 from effdet_fast.data.placement import Size
 from effdet_fast.detector import Detector, ImageDetections
-from effdet_fast.evaluation.result_files import refuse_existing, refuse_links, write_atomically, write_json
+from effdet_fast.evaluation.result_files import (
+    check_writable,
+    refuse_existing,
+    refuse_links,
+    write_atomically,
+    write_json,
+)
+from effdet_fast.models.detection_model import check_detection_options
 
 DETECTIONS_FILE = "detections.json"
 _DRAWN_AS_THEY_ARE = (".jpg", ".jpeg", ".png")
@@ -30,7 +37,7 @@ Prepared = tuple[np.ndarray, Size]
 class _Source:
     path: str
     name: str  # relative to the images folder
-    image_id: int
+    image_id: int | str
     annotated_size: Size | None
     target: str  # where the drawn picture goes
 
@@ -64,7 +71,8 @@ def predict(
     Args:
         checkpoint: `best.pt` or `last.pt`, or a `Detector`.
         images: one file, or a folder (without its subfolders).
-        output: folder, made if missing. Nothing in it is replaced without `overwrite`, and the pictures read never are.
+        output: folder, made if missing, outside of `images`. Nothing in it is replaced without `overwrite`, and the pictures read
+            never are.
         annotations: COCO file whose images, relative to the folder `images`, are the ones to go through.
         score_threshold, iou_threshold, max_detections: see `Detector.predict`.
         image_size: another input size than the one trained at.
@@ -86,10 +94,14 @@ def predict(
     """
     if workers < 1 or batch_size < 1:
         raise ValueError(f"predict: workers and batch_size must be >= 1, got {workers}, {batch_size}")
+    check_detection_options("predict", score_threshold, iou_threshold, max_detections)
     output = os.fspath(output)
     sources, by_position = _sources(os.fspath(images), output, None if annotations is None else os.fspath(annotations))
     results_file = os.path.join(output, DETECTIONS_FILE)
     _check_targets(sources, output, results_file, draw, overwrite)
+    if os.path.isdir(images) and _is_inside(output, os.fspath(images)):
+        raise ValueError(f"predict: output {output} lies inside the images folder {images}; choose another output")
+    check_writable(results_file)
     if isinstance(checkpoint, Detector):
         detector = checkpoint
     else:
@@ -100,7 +112,6 @@ def predict(
         "max_detections": max_detections,
         "amp": amp,
     }
-    os.makedirs(output, exist_ok=True)
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
     drawings: deque[Future] = deque()
@@ -161,18 +172,22 @@ def _annotated_sources(images: str, output: str, annotations: str) -> list[_Sour
     if not os.path.isdir(images):
         raise ValueError(f"{images}: with annotations, images must be the folder that their file names start from")
     listed = read_annotations(annotations)
+    check_names(listed, images)
     sources = []
     for image_id, name, (height, width) in zip(
-        listed.image_ids.tolist(),
+        listed.own_ids.tolist(),
         list(listed.file_names),
         listed.sizes.tolist(),
         strict=True,
     ):
-        if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
-            raise ValueError(f"{annotations}: file name {name} leads out of the folder, and so would the output's")
         size = (height, width) if height > 0 and width > 0 else None
         sources.append(_Source(os.path.join(images, name), name, image_id, size, _target(output, name)))
     return sources
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _target(output: str, name: str) -> str:

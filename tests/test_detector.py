@@ -99,8 +99,10 @@ def test_bad_arguments(finder, tmp_path):
         finder.predict(3)
     with pytest.raises(TypeError, match="uint8, got float64"):
         finder.predict([np.zeros((4, 4, 3))])
-    with pytest.raises(ValueError, match="batch_size and max_detections"):
-        finder.predict(picture(), batch_size=0)
+    for options in ({"batch_size": 0}, {"max_detections": 0}, {"score_threshold": 30}, {"iou_threshold": -0.1}):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"predict: {name} must be"):
+            finder.predict(picture(), **options)
 
 
 @pytest.fixture
@@ -183,7 +185,7 @@ def test_predict_with_annotations(finder, folder, tmp_path):
     for name in ("../a.jpg", "/etc/a.jpg", "sub/../../a.jpg"):
         content["images"] = [{"id": 5, "file_name": name}]
         file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="leads out of the folder"):
+        with pytest.raises(ValueError, match="leads out of the images folder"):
             predict(finder, folder, tmp_path / "out2", annotations=file)
     with pytest.raises(ValueError, match="images must be the folder"):
         predict(finder, folder / "a.jpg", tmp_path / "out2", annotations=file)

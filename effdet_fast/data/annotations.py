@@ -28,7 +28,8 @@ class CocoAnnotations:
     """A checked annotations file. Images are in the file's order, annotations sorted by image.
 
     Attributes:
-        image_ids: int64 [I].
+        image_ids: int64 [I]; counted from 1 where the file's own are strings.
+        own_ids: I ids as the file has them, all integers or all strings.
         file_names: I names relative to the images folder.
         sizes: int64 [I, 2] (height, width) as the file says; -1 where it does not.
         category_ids: ids by label: label k is category `category_ids[k]`.
@@ -45,6 +46,7 @@ class CocoAnnotations:
 
     path: str
     image_ids: np.ndarray
+    own_ids: np.ndarray | StringArray
     file_names: StringArray
     sizes: np.ndarray
     category_ids: list[int]
@@ -57,6 +59,10 @@ class CocoAnnotations:
     annotation_ids: np.ndarray
     trainable: np.ndarray
     first: np.ndarray
+
+    def own_id(self, image_id: int) -> int | str:
+        """The file's own id of an image."""
+        return self.own_ids[image_id - 1] if isinstance(self.own_ids, StringArray) else image_id
 
 
 class Findings:
@@ -102,23 +108,49 @@ def read_annotations(path: str | os.PathLike[str], category_ids: Sequence[int] |
     if not images:
         raise ValueError(f"{path}: holds no images")
     names = _category_names(path, categories)
+    if category_ids is None and _only_groups(categories, annotations):
+        warnings.warn(
+            f"{path}: category 0 ({names.pop(0)!r}) groups the others and has no box; it is left out", stacklevel=3
+        )
     file_ids = sorted(names)
     ids = file_ids if category_ids is None else [int(c) for c in category_ids]
     if len(set(ids)) != len(ids):
         raise ValueError(f"{path}: category_ids given more than once: {ids}")
-    image_ids, file_names, sizes = _images(path, images)
-    fields = _annotations(path, annotations, image_ids, names, ids)
+    own_ids, file_names, sizes = _images(path, images)
+    fields = _annotations(path, annotations, own_ids, names, ids)
+    image_ids = np.arange(1, len(own_ids) + 1) if isinstance(own_ids, StringArray) else own_ids
     return CocoAnnotations(
-        path, image_ids, file_names, sizes, ids, [names.get(c, str(c)) for c in ids], file_ids, **fields
+        path, image_ids, own_ids, file_names, sizes, ids, [names.get(c, str(c)) for c in ids], file_ids, **fields
     )
 
 
+def check_names(annotations: CocoAnnotations, images_dir: str) -> None:
+    """Makes `file_names` those of files: with / for the backslashes of Windows, unless a file has these in its name.
+
+    Raises:
+        ValueError: a name that leads out of the images folder.
+    """
+    names = list(annotations.file_names)
+    for i, name in enumerate(names):
+        portable = name.replace("\\", "/")
+        if ".." in portable.split("/") or portable.startswith("/") or portable[1:3] == ":/":
+            raise ValueError(f"{annotations.path}: file name {name} leads out of the images folder")
+        if portable != name and not os.path.exists(os.path.join(images_dir, name)):
+            names[i] = portable
+    annotations.file_names = StringArray(names)
+
+
 def check_boxes(annotations: CocoAnnotations) -> None:
-    """Settles `trainable` from the image sizes, with one counted warning about boxes that are clipped or left out."""
+    """Settles `trainable` from the image sizes, with one counted warning about boxes that are clipped or left out.
+
+    Raises:
+        ValueError: boxes that are not in pixels.
+    """
     found = Findings()
     sizes = np.repeat(annotations.sizes, np.diff(annotations.first), axis=0).astype(np.float64)
     x, y, w, h = annotations.bbox.T
     finite = np.isfinite(annotations.bbox).all(axis=1)
+    _refuse_normalised(annotations.path, annotations.bbox[finite], annotations.sizes)
     with np.errstate(invalid="ignore", over="ignore"):
         empty = finite & ((w <= 0) | (h <= 0))
         inside_w = np.minimum(x + w, sizes[:, 1]) - np.maximum(x, 0)
@@ -138,6 +170,16 @@ def check_boxes(annotations: CocoAnnotations) -> None:
     annotations.trainable = finite & ~empty & ~outside & ~annotations.crowd
     if found:
         warnings.warn(f"{annotations.path}: annotations {found.text()}", stacklevel=3)
+
+
+def _refuse_normalised(path: str, bbox: np.ndarray, sizes: np.ndarray) -> None:
+    x, y, w, h = bbox.T
+    within = (x >= 0) & (y >= 0) & (x + w <= 1.001) & (y + h <= 1.001)
+    if len(bbox) and within.all() and (w * h > 0).any() and sizes.min() > 1:
+        raise ValueError(
+            f"{path}: all {len(bbox)} boxes lie between 0 and 1, as if they were shares of the picture; "
+            "bbox must be [x, y, width, height] in pixels"
+        )
 
 
 def _annotation_name(annotations: CocoAnnotations, i: int) -> str:
@@ -184,6 +226,10 @@ def _integer(value: Any) -> int | None:
     return int(value) if -(2**63) <= value < 2**63 else None
 
 
+def _image_id(value: Any) -> int | str | None:
+    return value if isinstance(value, str) and value else _integer(value)
+
+
 def _category_names(path: str, categories: list[dict[str, Any]]) -> dict[int, str]:
     names: dict[int, str] = {}
     for i, row in enumerate(categories):
@@ -196,8 +242,19 @@ def _category_names(path: str, categories: list[dict[str, Any]]) -> dict[int, st
     return names
 
 
-def _images(path: str, images: list[dict[str, Any]]) -> tuple[np.ndarray, StringArray, np.ndarray]:
-    seen: dict[int, str] = {}
+def _only_groups(categories: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> bool:
+    """Whether category 0 is what Roboflow puts before the classes: without a box, and the supercategory of all others."""
+    group = next((row for row in categories if _integer(row.get("id")) == 0), {})
+    others = [row for row in categories if row is not group]
+    return (
+        bool(group and others)
+        and all(row.get("supercategory") == group.get("name") for row in others)
+        and not any(_integer(row.get("category_id")) == 0 for row in annotations)
+    )
+
+
+def _images(path: str, images: list[dict[str, Any]]) -> tuple[np.ndarray | StringArray, StringArray, np.ndarray]:
+    seen: dict[int | str, str] = {}
     files: set[str] = set()
     repeated = Findings()
     names: list[str] = []
@@ -206,9 +263,13 @@ def _images(path: str, images: list[dict[str, Any]]) -> tuple[np.ndarray, String
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
             raise ValueError(f"{path}: images[{i}] (id {row.get('id')!r:.80}) needs a file_name, got {name!r:.80}")
-        key = _integer(row.get("id"))
+        key = _image_id(row.get("id"))
         if key is None:
-            raise ValueError(f"{path}: image {name} needs an integer id, got {row.get('id')!r:.80}")
+            raise ValueError(f"{path}: image {name} needs an id, an integer or a string, got {row.get('id')!r:.80}")
+        if seen and isinstance(key, str) != isinstance(next(iter(seen)), str):
+            raise ValueError(
+                f"{path}: image ids must be all integers or all strings, got {next(iter(seen))!r} and {key!r:.80}"
+            )
         if key in seen:
             raise ValueError(f"{path}: image id {key} is used twice, by {seen[key]} and {name}")
         if name in files:
@@ -226,14 +287,20 @@ def _images(path: str, images: list[dict[str, Any]]) -> tuple[np.ndarray, String
         names.append(name)
     if repeated:
         warnings.warn(f"{path}: {repeated.text()}", stacklevel=4)
-    return np.array(list(seen), dtype=np.int64), StringArray(names), sizes
+    strings = [key for key in seen if isinstance(key, str)]
+    own_ids = StringArray(strings) if strings else np.array(list(seen), dtype=np.int64)
+    return own_ids, StringArray(names), sizes
 
 
 def _annotations(
-    path: str, rows: list[dict[str, Any]], image_ids: np.ndarray, names: dict[int, str], category_ids: list[int]
+    path: str,
+    rows: list[dict[str, Any]],
+    own_ids: np.ndarray | StringArray,
+    names: dict[int, str],
+    category_ids: list[int],
 ) -> dict[str, np.ndarray]:
     n = len(rows)
-    image_of = {int(key): i for i, key in enumerate(image_ids)}
+    image_of = {key: i for i, key in enumerate(own_ids.tolist())}
     label_of = {key: k for k, key in enumerate(category_ids)}
     bbox, area = np.empty((n, 4)), np.empty(n)
     image_index, labels, ids = (np.empty(n, dtype=np.int64) for _ in range(3))
@@ -243,7 +310,7 @@ def _annotations(
     for i, row in enumerate(rows):
         key = _integer(row.get("id"))
         what = f"annotation id {row['id']!r:.80}" if "id" in row else f"annotations[{i}] (without id)"
-        image = _integer(row.get("image_id"))
+        image = _image_id(row.get("image_id"))
         if image not in image_of:
             raise ValueError(f"{path}: {what} belongs to an unknown image: image_id {row.get('image_id')!r:.80}")
         category = _integer(row.get("category_id"))
@@ -260,7 +327,7 @@ def _annotations(
     if repeated:
         warnings.warn(f"{path}: {repeated.text()}", stacklevel=4)
     order = np.argsort(image_index, kind="stable")
-    first = np.searchsorted(image_index[order], np.arange(len(image_ids) + 1))
+    first = np.searchsorted(image_index[order], np.arange(len(own_ids) + 1))
     return {
         "bbox": bbox[order],
         "area": area[order],

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from effdet_fast.data.annotations import SHOWN, check_boxes, read_annotations
+from effdet_fast.data.annotations import SHOWN, check_boxes, check_names, read_annotations
 from effdet_fast.data.image_io import Size, open_image, read_size
 
 
@@ -47,6 +47,7 @@ class CocoDetection(Dataset):
         if not os.path.isdir(self.images_dir):
             raise FileNotFoundError(f"{self.images_dir}: no such images folder")
         self.annotations = read_annotations(annotations_file, category_ids)
+        check_names(self.annotations, self.images_dir)
         self._check_images(check_images)
         check_boxes(self.annotations)
 
@@ -59,8 +60,9 @@ class CocoDetection(Dataset):
         return list(self.annotations.class_names)
 
     @property
-    def image_ids(self) -> list[int]:
-        return self.annotations.image_ids.tolist()
+    def image_ids(self) -> list[int] | list[str]:
+        """As the file has them."""
+        return self.annotations.own_ids.tolist()
 
     @property
     def file_names(self) -> list[str]:
@@ -73,6 +75,15 @@ class CocoDetection(Dataset):
         """(height, width) of image i."""
         height, width = self.annotations.sizes[i]
         return int(height), int(width)
+
+    def differing_names(self, names: Sequence[str]) -> list[str]:
+        """In words, of which labels the file declares the category under another name than the one in `names`.
+
+        The same ids with other names mean two files that number their categories differently.
+        """
+        declared = set(self.annotations.file_category_ids)
+        rows = zip(self.category_ids, self.class_names, names, strict=True)
+        return [f"{key} is {here!r}, was {there!r}" for key, here, there in rows if key in declared and here != there]
 
     def path(self, i: int) -> str:
         return os.path.join(self.images_dir, self.annotations.file_names[i])
@@ -106,7 +117,7 @@ class CocoDetection(Dataset):
             "labels": labels,
             "crowd_boxes": crowd_boxes.astype(np.float32),
             "crowd_labels": crowd_labels,
-            "image_id": int(self.annotations.image_ids[i]),
+            "image_id": self.annotations.own_id(int(self.annotations.image_ids[i])),
             "size": self.size(i),
             "file_name": self.annotations.file_names[i],
         }

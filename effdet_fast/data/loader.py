@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,10 @@ from effdet_fast.data.transforms import (
 )
 
 
+class LoaderProcessLost(RuntimeError):
+    """A process of a loader has ended, as the system ends those that take too much memory."""
+
+
 class BatchLoader(DataLoader):
     """What `create_loader` returns: a DataLoader of `Batch` with `set_epoch`.
 
@@ -38,6 +42,26 @@ class BatchLoader(DataLoader):
         self.coco = source.coco
         self.batches = batches
         super().__init__(source, batch_sampler=batches, collate_fn=_already_a_batch, **options)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            if lost := self.lost_process():
+                raise lost from error
+            raise
+
+    def lost_process(self) -> LoaderProcessLost | None:
+        """The error to raise instead of whatever has been raised, if a process of this loader was lost: PyTorch then raises
+        anything from a RuntimeError to a ConnectionResetError, wherever the main process happens to be."""
+        for worker in getattr(getattr(self, "_iterator", None), "_workers", ()):
+            worker.join(0.1)
+            if worker.exitcode:
+                how = f"signal {-worker.exitcode}" if worker.exitcode < 0 else f"status {worker.exitcode}"
+                return LoaderProcessLost(
+                    f"a data-loading process ended by {how}, often for want of memory: use fewer --workers"
+                )
+        return None
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Makes the next iteration give epoch `epoch` from batch `start_batch` on, exactly as an uninterrupted one."""

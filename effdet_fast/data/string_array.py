@@ -24,5 +24,8 @@ class StringArray:
         i = int(i) % len(self)
         return self._bytes[self._ends[i] : self._ends[i + 1]].tobytes().decode("utf-8", "surrogatepass")
 
+    def tolist(self) -> list[str]:
+        return list(self)
+
     def __iter__(self) -> Iterator[str]:
         return (self[i] for i in range(len(self)))

@@ -35,10 +35,10 @@ def coco_metrics(annotations: CocoAnnotations, results: list[dict[str, Any]]) ->
     """
     from pycocotools.cocoeval import COCOeval  # here, as whoever trains without evaluating needs no pycocotools
 
-    known = set(annotations.image_ids.tolist())
+    known = set(annotations.own_ids.tolist())
     for result in results:
         if result["image_id"] not in known:
-            raise ValueError(f"coco_metrics: {annotations.path} has no image with id {result['image_id']}")
+            raise ValueError(f"coco_metrics: {annotations.path} has no image with id {result['image_id']!r}")
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(annotations, _truth_rows(annotations))
         found = _coco(annotations, _result_rows(results))
@@ -51,7 +51,7 @@ def coco_metrics(annotations: CocoAnnotations, results: list[dict[str, Any]]) ->
 
 def _truth_rows(annotations: CocoAnnotations) -> list[dict[str, Any]]:
     a = annotations
-    image_ids = np.repeat(a.image_ids, np.diff(a.first)).tolist()
+    image_ids = [key for key, count in zip(a.own_ids.tolist(), np.diff(a.first), strict=True) for _ in range(count)]
     finite = np.flatnonzero(np.isfinite(a.bbox).all(axis=1)).tolist()
     # Numbered anew from 1: pycocotools marks a match by the annotation's id, so one with id 0 would never be found.
     return [
@@ -79,7 +79,7 @@ def _coco(annotations: CocoAnnotations, rows: list[dict[str, Any]]) -> COCO:
 
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i} for i in annotations.image_ids.tolist()],
+        "images": [{"id": i} for i in annotations.own_ids.tolist()],
         "categories": [{"id": c} for c in annotations.category_ids],
         "annotations": rows,
     }

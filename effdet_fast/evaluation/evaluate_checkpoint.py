@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from effdet_fast.data import CocoDetection, create_loader
 from effdet_fast.evaluation.evaluate_model import detect_all, shared_metrics
-from effdet_fast.evaluation.result_files import refuse_existing, write_json
+from effdet_fast.evaluation.result_files import check_writable, refuse_existing, write_json
 from effdet_fast.evaluation.trained_model import load_trained_model
+from effdet_fast.models.detection_model import check_detection_options
 
 
 def evaluate(
@@ -55,8 +56,10 @@ def evaluate(
         FileNotFoundError, ValueError: of the checkpoint or the data; see `load_trained_model` and `CocoDetection`.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    check_detection_options("eval", score_threshold, iou_threshold, max_detections)
     if output is not None and rank == 0:
         refuse_existing([os.fspath(output)], overwrite)
+        check_writable(os.fspath(output))
     trained = load_trained_model(checkpoint, device, image_size)
     dataset = CocoDetection(images, annotations, category_ids=trained.category_ids)
     _compare_names(dataset, trained.class_names, os.fspath(checkpoint))
@@ -90,11 +93,7 @@ def evaluate(
 
 
 def _compare_names(dataset: CocoDetection, names: list[str], checkpoint: str) -> None:
-    # The same ids with other names mean two files that number their categories differently.
-    declared = set(dataset.annotations.file_category_ids)
-    pairs = zip(dataset.category_ids, dataset.class_names, names, strict=True)
-    differing = [f"{c} is {here!r}, was {there!r}" for c, here, there in pairs if c in declared and here != there]
-    if differing:
+    if differing := dataset.differing_names(names):
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         warnings.warn(
             f"{dataset.annotations_file}: names its categories differently from {checkpoint}: "

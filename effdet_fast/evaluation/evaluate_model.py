@@ -14,6 +14,7 @@ from tqdm import tqdm
 from effdet_fast.data import Batch, BatchLoader, CocoDetection, normalize
 from effdet_fast.evaluation.coco_metrics import coco_metrics
 from effdet_fast.evaluation.results import coco_results, image_results, letterbox_sizes
+from effdet_fast.models.detection_model import check_detection_options
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,6 +88,7 @@ def detect_all(
     """
     if getattr(loader, "training", False):
         raise ValueError("evaluate_model: loader must be made with training=False; this one shuffles and augments")
+    check_detection_options("evaluate_model", score_threshold, iou_threshold, max_detections)
     device = torch.device(device)
     bar = tqdm(total=len(loader), desc="evaluating", disable=not progress or rank > 0, leave=False)
     results: list[dict] = []
@@ -109,7 +111,7 @@ def detect_all(
         if rank == 0:
             seen = [i for part in gathered for i in part[0]]
             results = [r for part in gathered for r in part[1]]
-    if rank == 0 and sorted(seen) != sorted(dataset.image_ids):
+    if rank == 0 and sorted(seen) != sorted(dataset.annotations.image_ids.tolist()):
         raise ValueError(
             f"evaluate_model: the loader must give each of the {len(dataset)} images once, "
             f"got {len(set(seen))} of them in {len(seen)} places"
@@ -158,7 +160,8 @@ def _collect(detections: Any, batch: Batch, dataset: CocoDetection, seen: list[i
     found = image_results(on_cpu, batch.sizes, (int(height), int(width)))
     image_ids = batch.image_ids.tolist()
     seen.extend(image_ids)
-    results.extend(coco_results(found, image_ids, dataset.category_ids))
+    own_ids = [dataset.annotations.own_id(i) for i in image_ids]
+    results.extend(coco_results(found, own_ids, dataset.category_ids))
 
 
 @contextlib.contextmanager

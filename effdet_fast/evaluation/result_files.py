@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,17 @@ def refuse_existing(paths: Iterable[str], overwrite: bool) -> None:
             raise FileExistsError(f"{path}: is a folder, a file is to be written there")
         if not overwrite and os.path.lexists(path):
             raise FileExistsError(f"{path}: exists; pass overwrite to replace it, or choose another output")
+
+
+def check_writable(path: str) -> None:
+    """Before the work that `path` is for: OSError naming its folder, made if missing, unless files can be written there."""
+    folder = os.path.dirname(path) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written to: {error.strerror}") from error
 
 
 def refuse_links(paths: Iterable[str], output: str) -> None:
@@ -39,6 +51,8 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -59,7 +59,9 @@ def letterbox_sizes(sizes: Any, image_size: Size) -> torch.Tensor:
     return torch.tensor([fit((height, width), image_size) for height, width in np.asarray(sizes).tolist()]).float()
 
 
-def coco_results(results: Sequence[ImageResult], image_ids: Sequence[int], category_ids: Sequence[int]) -> list[dict]:
+def coco_results(
+    results: Sequence[ImageResult], image_ids: Sequence[int | str], category_ids: Sequence[int]
+) -> list[dict]:
     """COCO result dicts: `image_id`, `category_id` (the file's own), `bbox` xywh in original pixels, `score`.
 
     Raises:
@@ -73,5 +75,5 @@ def coco_results(results: Sequence[ImageResult], image_ids: Sequence[int], categ
         xywh = np.concatenate([result.boxes[:, :2], result.boxes[:, 2:] - result.boxes[:, :2]], axis=1)
         for box, score, label in zip(xywh.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True):
             category = int(category_ids[label])
-            rows.append({"image_id": int(image_id), "category_id": category, "bbox": box, "score": score})
+            rows.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
     return rows

@@ -17,6 +17,7 @@ from effdet_fast.export.onnx_file import check_packages, onnx_bytes
 from effdet_fast.export.onnx_operators import OnnxOperators
 from effdet_fast.export.torch_export_file import torch_export_bytes
 from effdet_fast.export.torch_operators import TorchOperators
+from effdet_fast.models.detection_model import check_detection_options
 from effdet_fast.ops import use_reference
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
@@ -110,11 +111,7 @@ def _options(
     score = config.score_threshold if score_threshold is None else score_threshold
     iou = config.nms_iou if iou_threshold is None else iou_threshold
     most = config.max_detections if max_detections is None else max_detections
-    for name, value in (("score_threshold", score), ("iou_threshold", iou)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"export: {name} must be in [0, 1], got {value}")
-    if most < 1:
-        raise ValueError(f"export: max_detections must be >= 1, got {most}")
+    check_detection_options("export", score, iou, most)
     return {"score_threshold": score, "iou_threshold": iou, "max_detections": most}
 
 

@@ -58,7 +58,7 @@ NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "box_loss_weight": (">= 0", lambda x: x >= 0),
     "nms_iou": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "backbone_bn_eps": (">= 0 or None", lambda x: x >= 0),
-    "score_threshold": ("a number or None", lambda x: True),
+    "score_threshold": ("in [0, 1] or None", lambda x: 0 <= x <= 1),
 }
 NONE_ALLOWED = ("backbone_bn_eps", "score_threshold")
 

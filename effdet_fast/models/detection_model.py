@@ -27,6 +27,17 @@ from effdet_fast.ops import (
 Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
+def check_detection_options(
+    caller: str, score_threshold: float | None, iou_threshold: float | None, max_detections: int | None
+) -> None:
+    """ValueError unless thresholds, where given, are in [0, 1] and there is room for a detection."""
+    for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{caller}: {name} must be in [0, 1], got {value}")
+    if max_detections is not None and max_detections < 1:
+        raise ValueError(f"{caller}: max_detections must be >= 1, got {max_detections}")
+
+
 class DetectionModel(nn.Module):
     """What a `DetectorConfig` describes, on the fused ops: `backbone`, neck (`fpn`), `class_net` and `box_net`.
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from effdet_fast.data import CocoDetection
 from effdet_fast.data.string_array import StringArray
+from effdet_fast.evaluation import coco_metrics
 from tests.generated_data import make_dataset
 
 BOX = {"id": 17, "image_id": 4, "category_id": 30, "bbox": [10, 5, 20, 10], "iscrowd": 0}
@@ -159,9 +160,16 @@ BAD_FILES = [
     ('{"images": [], "categories": []}', "holds no images"),
     ('{"images": [3], "categories": []}', r"images\[0\] must be an object"),
     ('{"images": [{"id": 1}], "categories": []}', "needs a file_name"),
-    ('{"images": [{"id": "x", "file_name": "a.png"}], "categories": []}', "a.png needs an integer id, got 'x'"),
-    ('{"images": [{"id": 1e30, "file_name": "a.png"}], "categories": []}', "a.png needs an integer id"),
-    ('{"images": [{"id": true, "file_name": "a.png"}], "categories": []}', "a.png needs an integer id"),
+    (
+        '{"images": [{"id": "", "file_name": "a.png"}], "categories": []}',
+        "a.png needs an id, an integer or a string, got ''",
+    ),
+    (
+        '{"images": [{"id": "x", "file_name": "a.png"}, {"id": 3, "file_name": "b.png"}], "categories": []}',
+        "image ids must be all integers or all strings, got 'x' and 3",
+    ),
+    ('{"images": [{"id": 1e30, "file_name": "a.png"}], "categories": []}', "a.png needs an id, an integer"),
+    ('{"images": [{"id": true, "file_name": "a.png"}], "categories": []}', "a.png needs an id, an integer"),
     ('{"images": [{"id": 1, "file_name": "a.png", "width": -3}], "categories": []}', "a.png .* has width -3"),
     ('{"images": [{"id": 1, "file_name": "a.png", "height": "4"}], "categories": []}', "has height '4'"),
     ('{"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"name": "x"}]}', r"categories\[0\] needs an"),
@@ -247,3 +255,61 @@ def test_string_array():
     assert len(StringArray([])) == 0
     with pytest.raises(IndexError):
         array[5]
+
+
+def test_string_ids_of_images(write):
+    images = [
+        {"id": f"0000{i}_d", "file_name": name, "width": 60, "height": 40} for i, name in enumerate(("a.png", "b.png"))
+    ]
+    dataset = quietly(write({"image_id": "00001_d"}, images=images))
+    assert dataset.image_ids == ["00000_d", "00001_d"] and dataset.annotations.image_ids.tolist() == [1, 2]
+    assert [dataset[i]["image_id"] for i in (0, 1)] == dataset.image_ids
+    assert [len(dataset[i]["boxes"]) for i in (0, 1)] == [0, 1]
+    found = [{"image_id": "00001_d", "category_id": 30, "bbox": [10, 5, 20, 10], "score": 0.5}]
+    assert coco_metrics(dataset.annotations, found)["AP"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="has no image with id '2'"):
+        coco_metrics(dataset.annotations, [{**found[0], "image_id": "2"}])
+    with pytest.raises(ValueError, match="belongs to an unknown image: image_id 1"):
+        quietly(write({"image_id": 1}, images=images))
+
+
+def test_file_names_made_on_windows(write, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").rename(tmp_path / "sub" / "a.png")
+    (tmp_path / "b.png").rename(tmp_path / "sub\\b.png")
+    images = [
+        {"id": i, "file_name": name, "width": 60, "height": 40} for i, name in ((4, "sub\\a.png"), (2, "sub\\b.png"))
+    ]
+    dataset = quietly(write(images=images))
+    assert dataset.file_names == ["sub/a.png", "sub\\b.png"] and dataset[0]["file_name"] == "sub/a.png"
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/a.png", "../a.png", "sub/../../a.png", "sub\\..\\..\\a.png", "C:\\a.png", "\\\\host\\a.png"]
+)
+def test_file_names_that_lead_out_of_the_folder(write, name):
+    with pytest.raises(ValueError, match="leads out of the images folder"):
+        CocoDetection(*write(images=[{"id": 4, "file_name": name, "width": 60, "height": 40}]))
+
+
+def test_the_category_that_only_groups_others(write):
+    named = ((0, "fish", "none"), (1, "carp", "fish"), (2, "pike", "fish"))
+    group, carp, pike = ({"id": i, "name": name, "supercategory": above} for i, name, above in named)
+    row = {"category_id": 1}
+    with pytest.warns(UserWarning, match=r"category 0 \('fish'\) groups the others and has no box; it is left out"):
+        dataset = CocoDetection(*write(row, categories=[group, carp, pike]))
+    assert dataset.class_names == ["carp", "pike"] and dataset.category_ids == [1, 2]
+    assert quietly(write(row, {"category_id": 0}, categories=[group, carp, pike])).category_ids == [0, 1, 2]
+    assert quietly(write(row, categories=[group, carp, {**pike, "supercategory": "none"}])).category_ids == [0, 1, 2]
+    assert quietly(write({"category_id": 0}, categories=[group])).category_ids == [0]
+    assert quietly(write(row, categories=[group, carp, pike]), category_ids=[0, 1, 2]).class_names == [
+        "fish",
+        "carp",
+        "pike",
+    ]
+
+
+def test_boxes_that_are_not_in_pixels(write):
+    with pytest.raises(ValueError, match="all 2 boxes lie between 0 and 1, as if they were shares of the picture"):
+        CocoDetection(*write({"bbox": [0.1, 0.2, 0.5, 0.5]}, {"bbox": [0, 0, 1, 1]}))
+    assert len(quietly(write({"bbox": [0.1, 0.2, 0.5, 0.5]}, {}))[0]["boxes"]) == 2

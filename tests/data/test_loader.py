@@ -145,7 +145,7 @@ def test_workers_outlive_ctrl_c(dataset):
     loader = loader_of(dataset, workers=1, batch_size=1)
     batches = iter(loader)
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = loader._iterator._workers
     os.kill(worker.pid, signal.SIGINT)
     time.sleep(0.2)
     assert worker.is_alive() and len(list(batches)) == 10

@@ -196,7 +196,7 @@ def test_feature_sizes_round_up():
         (dict(focal_gamma=-1), "focal_gamma must be >= 0, got -1"),
         (dict(box_loss_weight=float("nan")), "box_loss_weight must be >= 0, got nan"),
         (dict(nms_iou=7), r"nms_iou must be in \[0, 1\], got 7"),
-        (dict(score_threshold="0.3"), "score_threshold must be a number or None, got '0.3'"),
+        (dict(score_threshold="0.3"), r"score_threshold must be in \[0, 1\] or None, got '0.3'"),
         (dict(drop_path_rate=1.0), r"drop_path_rate must be in \[0, 1\), got 1.0"),
         (dict(num_classes=10**9), r"num_classes must be an integer in \[1, 100000\], got 1000000000"),
         (dict(fpn_channels=10**9), r"fpn_channels must be an integer in \[1, 8192\]"),
