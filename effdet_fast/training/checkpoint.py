@@ -33,11 +33,18 @@ _PUBLISHED = ("state_dict", "category_ids")
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write `content` with ``torch.save`` so that `path` always holds a whole file: the old one or the new one."""
+    """Write `content` with ``torch.save`` so that `path` always holds a whole file: the old one or the new one.
+
+    Raises:
+        OSError: It cannot be written, for instance for want of space; names the file.
+    """
 
     def write(temporary: str) -> None:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # PyTorch's writer tells of a full disk in this way
+                raise OSError(str(error).partition("\n")[0]) from error
             file.flush()
             os.fsync(file.fileno())
 

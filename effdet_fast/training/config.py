@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -143,6 +144,10 @@ class TrainConfig:
             if not ok:
                 raise ValueError(f"train: {name} must be {rule}, got {getattr(self, name)!r}")
 
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            require(field.name, not any(isinstance(n, float) and not math.isfinite(n) for n in numbers), "finite")
         require("epochs", self.epochs >= 1, "at least 1")
         require("batch_size", self.batch_size >= 1, "at least 1")
         require("workers", self.workers >= 0, "at least 0")

@@ -1,4 +1,4 @@
-"""How Ctrl-C and SIGTERM end a run: after the step in flight, by the same step on every process."""
+"""How Ctrl-C, SIGTERM and SIGHUP end a run: after the step in flight, by the same step on every process."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 
 
 class Interrupt:
-    """Remembers the first SIGINT or SIGTERM; use as a context manager around the training loop.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP; use as a context manager around the training loop.
 
     A second SIGINT gives up at once with KeyboardInterrupt, except under torchrun, whose agent passes on the SIGINT that
     the terminal has already sent to every process. Outside the main thread, where Python allows no handlers, it
@@ -30,6 +30,8 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
+                if signal.getsignal(number) is signal.SIG_IGN and number != signal.SIGINT:  # as nohup asks
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -57,3 +59,19 @@ class Interrupt:
             yield
         finally:
             self._raise_at_once = False
+
+
+@contextlib.contextmanager
+def ignoring_children() -> Iterator[None]:
+    """Inside the block no end of a data-loading process raises, as PyTorch otherwise makes it do wherever the program is."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    try:
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    except RuntimeError:  # one that had ended already
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)

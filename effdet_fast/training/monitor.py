@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effdet_fast.training.distributed import Processes
 
@@ -23,7 +24,7 @@ class NonFiniteLoss(RuntimeError):
         losses: (total, class, box) loss of the first of these processes.
     """
 
-    def __init__(self, step: int, image_ids: list[int], losses: tuple[float, float, float], what: str) -> None:
+    def __init__(self, step: int, image_ids: list[int | str], losses: tuple[float, float, float], what: str) -> None:
         self.step = step
         self.what = what
         self.image_ids = image_ids
@@ -31,8 +32,21 @@ class NonFiniteLoss(RuntimeError):
         total, cls, box = losses
         super().__init__(
             f"non-finite {what} in step {step}: loss {total:g} (class {cls:g}, box {box:g}), image ids {image_ids}; "
-            "that step was skipped, so the weights are still finite"
+            "that step was skipped"
         )
+
+    def tell_of_weights(self, model: nn.Module) -> None:
+        """Add to the message whether the model can still be used."""
+        tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+        finite = all(bool(x.isfinite().all()) for x in tensors)
+        told = (
+            ", so the weights are still finite"
+            if finite
+            else (
+                ", but the model holds numbers that are not finite: look at the checkpoint or the learning rate it started from"
+            )
+        )
+        self.args = (f"{self}{told}",)
 
 
 @dataclasses.dataclass
@@ -59,6 +73,7 @@ class LossMonitor:
         scaled: Whether a gradient scaler is at work: then a non-finite gradient means "lower the scale", and only a
             non-finite loss, or nothing but non-finite gradients for `patience` steps, is an error.
         patience: See `scaled`.
+        own_id: The id that an image has in its annotations file, from that in a batch.
     """
 
     def __init__(
@@ -69,6 +84,7 @@ class LossMonitor:
         window: int = 20,
         scaled: bool = False,
         patience: int = 50,
+        own_id: Callable[[int], int | str] = lambda image_id: image_id,
     ) -> None:
         self.sums = LossSums()
         self.latest = math.nan
@@ -76,6 +92,7 @@ class LossMonitor:
         self._processes = processes
         self._scaled = scaled
         self._patience = patience
+        self._own_id = own_id
         self._overflows = 0
         self._device = device
         self._values = torch.zeros(window, _VALUES, device=device)
@@ -132,7 +149,7 @@ class LossMonitor:
     def _read_rows(self, steps: list[tuple[int, Tensor]]) -> NonFiniteLoss | None:
         for (step, image_ids), (total, cls, box, norm) in zip(steps, self._host.tolist(), strict=False):
             if not math.isfinite(total + cls + box):
-                return NonFiniteLoss(step, image_ids.tolist(), (total, cls, box), "loss")
+                return NonFiniteLoss(step, self._own_ids(image_ids), (total, cls, box), "loss")
             if math.isfinite(norm):
                 self._overflows = 0
                 self.sums.steps += 1
@@ -143,8 +160,11 @@ class LossMonitor:
                 continue
             self._overflows += 1
             if not self._scaled or self._overflows >= self._patience:
-                return NonFiniteLoss(step, image_ids.tolist(), (total, cls, box), "gradient")
+                return NonFiniteLoss(step, self._own_ids(image_ids), (total, cls, box), "gradient")
         return None
+
+    def _own_ids(self, image_ids: Tensor) -> list[int | str]:
+        return list(map(self._own_id, image_ids.tolist()))
 
     def _raise_together(self, failure: NonFiniteLoss | None) -> None:
         """Every process reads after the same step, so they can exchange what they found there."""
@@ -157,7 +177,7 @@ class LossMonitor:
         raise NonFiniteLoss(step, image_ids, losses, what)
 
 
-def _fields(failure: NonFiniteLoss | None) -> tuple[int, list[int], tuple[float, float, float], str] | None:
+def _fields(failure: NonFiniteLoss | None) -> tuple[int, list[int | str], tuple[float, float, float], str] | None:
     if failure is None:
         return None
     return failure.step, failure.image_ids, failure.losses, failure.what

@@ -15,6 +15,7 @@ from effdet_fast.models import DetectionModel, create_model, load_checkpoint, mo
 from effdet_fast.nn import synchronize_batch_norm
 from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
+from effdet_fast.training.data_record import compare_data
 from effdet_fast.training.distributed import Processes, join_processes
 from effdet_fast.training.interrupt import Interrupt
 from effdet_fast.training.model_options import freeze, set_bn_momentum
@@ -87,15 +88,17 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         model_config(config.model, **config.model_options)
         data = open_data(config, processes)
         model = _build_model(config, len(data.category_ids), processes, device)
-        if content is not None:
-            _check_fit(content, data, config, processes)
+        same_images = content is None or _check_fit(content, data, config, processes)
         with Interrupt(launched=processes.world_size > 1) as interrupt:  # from here on a signal leaves a last.pt
-            processes.on_main(lambda: _claim(folder, config, resumed_from))
-            trainer = Trainer(config, model, data, folder, processes, device, interrupt)
-            if content is not None:
-                trainer.restore(content)
-            trainer.fit()
-            processes.gather(None)  # the files are there when any process returns
+            try:
+                processes.on_main(lambda: _claim(folder, config, resumed_from))
+                trainer = Trainer(config, model, data, folder, processes, device, interrupt)
+                if content is not None:
+                    trainer.restore(content, same_images=same_images)
+                trainer.fit()
+                processes.gather(None)  # the files are there when any process returns
+            finally:
+                folder.release()
         return TrainResult(
             output=folder.path,
             best=folder.best,
@@ -168,14 +171,35 @@ def _start_from(model: DetectionModel, checkpoint: str, processes: Processes) ->
         print(f"{checkpoint} has another number of classes; the class layer starts anew", flush=True)
 
 
-def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, processes: Processes) -> None:
-    """Raise ValueError unless the data and the processes are those the resumed run had."""
+def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, processes: Processes) -> bool:
+    """Whether the images are those of the resumed run, of which some may have gone or come; says what has changed.
+
+    Raises:
+        ValueError: Other classes, fewer than half of the images left, or another number of images in a step.
+    """
     state = content["training"]
-    if state["data"] != data.fingerprint or content["category_ids"] != data.category_ids:
+    classes = dict(zip(content["category_ids"], content["class_names"], strict=True))
+    if classes != dict(zip(data.category_ids, data.class_names, strict=True)):
         raise ValueError(
-            f"train: {config.resume} was trained on other data ({state['data']}, categories "
-            f"{content['category_ids']}); {config.train_annotations} has {data.fingerprint}, categories "
-            f"{data.category_ids}"
+            f"train: {config.resume} was trained on other classes ({classes}) than {config.train_annotations} has "
+            f"({dict(zip(data.category_ids, data.class_names, strict=True))})"
+        )
+    same_images = True
+    if isinstance(state["data"], torch.Tensor):  # checkpoints of old know their images' number and ids alone
+        change = compare_data(state["data"], data.record)
+        if 2 * change.kept <= len(state["data"]):
+            raise ValueError(
+                f"train: {config.resume} was trained on other data: of its {len(state['data'])} images "
+                f"{config.train_annotations} has {change.kept}"
+            )
+        same_images = change.same_images
+        if change and processes.is_main:
+            how = "" if same_images else "; the epoch under way starts again"
+            warnings.warn(f"train: images have changed since {config.resume}: {change.describe()}{how}", stacklevel=3)
+    elif state["data"] != data.old_record():
+        raise ValueError(
+            f"train: {config.resume} was trained on other data ({state['data']}); {config.train_annotations} has "
+            f"{data.old_record()}"
         )
     images = config.batch_size * processes.world_size
     if state["images_per_step"] != images:
@@ -183,8 +207,9 @@ def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, proc
             f"train: {config.resume} was trained on {state['images_per_step']} images per step; now it would be "
             f"batch_size {config.batch_size} x {processes.world_size} processes = {images}"
         )
+    return same_images
 
 
 def _claim(folder: RunFolder, config: TrainConfig, resumed_from: Path | None) -> None:
-    folder.claim(resumed_from=resumed_from)
+    folder.claim(overwrite=config.overwrite, resumed_from=resumed_from)
     write_json(os.fspath(folder.config), config.to_dict(), indent=2)

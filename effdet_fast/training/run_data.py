@@ -6,9 +6,13 @@ import dataclasses
 import zlib
 from typing import Any
 
+from torch import Tensor
+
 from effdet_fast.data import BatchLoader, CocoDetection, create_loader
+from effdet_fast.data.annotations import SHOWN
 from effdet_fast.models import model_config
 from effdet_fast.training.config import TrainConfig
+from effdet_fast.training.data_record import record_data
 from effdet_fast.training.distributed import Processes
 
 
@@ -16,7 +20,7 @@ from effdet_fast.training.distributed import Processes
 class RunData:
     """The data of a run: loaders of this process's share, and what the labels mean.
 
-    `fingerprint` tells whether a resumed run sees the same images.
+    `record` tells a resumed run what has changed; see `record_data`.
     """
 
     train_loader: BatchLoader
@@ -24,7 +28,12 @@ class RunData:
     val_dataset: CocoDetection | None
     class_names: list[str]
     category_ids: list[int]
-    fingerprint: str
+    record: Tensor
+
+    def old_record(self) -> str:
+        """What checkpoints held before they had `record`."""
+        dataset = self.train_loader.coco
+        return f"{len(dataset)} images, ids crc32 {zlib.crc32(repr(dataset.image_ids).encode()):08x}"
 
 
 def open_data(config: TrainConfig, processes: Processes) -> RunData:
@@ -38,6 +47,10 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
         raise ValueError(f"train: {config.train_annotations} lists no images")
     if not train_set.category_ids:
         raise ValueError(f"train: {config.train_annotations} lists no categories")
+    if not train_set.annotations.trainable.any():
+        raise ValueError(
+            f"train: {config.train_annotations} has no box to train on; it has {len(train_set.annotations.bbox)} annotations"
+        )
     released = model_config(config.model)
     image_size = config.image_size or released.image_size
     if config.batch_size == 1 and max(image_size) <= 128:  # the coarsest level is one cell
@@ -58,6 +71,11 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
     val_set = val_loader = None
     if config.val_images is not None and config.val_annotations is not None:
         val_set = CocoDetection(config.val_images, config.val_annotations, category_ids=train_set.category_ids)
+        if differing := val_set.differing_names(train_set.class_names):
+            raise ValueError(
+                f"train: {config.val_annotations} numbers its categories differently from {config.train_annotations}: "
+                f"{'; '.join(differing[:SHOWN])}; give both files the same categories"
+            )
         val_loader = create_loader(val_set, training=False, **common)
     return RunData(
         train_loader=create_loader(train_set, training=True, **common, **augmentation),
@@ -65,5 +83,5 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
         val_dataset=val_set,
         class_names=train_set.class_names,
         category_ids=train_set.category_ids,
-        fingerprint=f"{len(train_set)} images, ids crc32 {zlib.crc32(repr(train_set.image_ids).encode()):08x}",
+        record=record_data(train_set),
     )

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows, where runs are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 from effdet_fast.evaluation import METRICS
 from effdet_fast.evaluation.result_files import write_atomically, write_json
 
 COLUMNS = ("epoch", "step", "lr", "loss", "cls_loss", "box_loss", *METRICS, "images_per_second", "seconds")
+LOCK = ".lock"
 RUN_FILES = ("config.json", "results.csv", "best.pt", "last.pt", "failure.json")
+
+
+# What `write_atomically` leaves if the process is killed in it.
+_TEMPORARY = re.compile(rf"\.[0-9a-f]+\.({'|'.join(map(re.escape, RUN_FILES))})")
 
 
 class RunFolder:
@@ -23,6 +34,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._lock: IO[str] | None = None
 
     @property
     def best(self) -> Path:
@@ -56,13 +68,48 @@ class RunFolder:
                 "--overwrite to replace it, or another --output"
             )
 
-    def claim(self, *, resumed_from: Path | None) -> None:
-        """Make the folder and clear away what an earlier run left, unless this one continues it."""
+    def claim(self, *, overwrite: bool, resumed_from: Path | None) -> None:
+        """Make the folder, keep other runs out of it, and clear away what an earlier run left, unless this one continues it.
+
+        Raises:
+            ValueError: As `check_free`; or a run that is still going writes here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self.check_free(overwrite=overwrite, resumed_from=resumed_from)
+        for entry in self.path.iterdir():
+            if _TEMPORARY.fullmatch(entry.name):
+                entry.unlink()
         if not self._continues(resumed_from):
             for name in self._found():
                 (self.path / name).unlink()
         self.failure.unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
+
+    def release(self) -> None:
+        """Let other runs in again; the end of the process does so too."""
+        if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        if fcntl is None:
+            return
+        path = self.path / LOCK
+        while self._lock is None:
+            lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+            try:
+                # Of the process, so that data-loading processes neither inherit nor keep it.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(
+                    os.fstat(lock.fileno()), path.stat()
+                ):  # else its run has just ended
+                    self._lock = lock
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f"output {self.path} is being written by another run; choose another output") from None
+            finally:
+                if self._lock is None:
+                    lock.close()
 
     def _found(self) -> list[str]:
         return [name for name in RUN_FILES if (self.path / name).exists()]
@@ -70,7 +117,7 @@ class RunFolder:
     def _continues(self, resumed_from: Path | None) -> bool:
         return resumed_from is not None and self.path.resolve() == resumed_from.resolve().parent
 
-    def write_failure(self, step: int, image_ids: list[int], message: str) -> None:
+    def write_failure(self, step: int, image_ids: list[int | str], message: str) -> None:
         """Write `failure.json`: where a run met its first non-finite loss."""
         failure = {"step": step, "image_ids": image_ids, "message": message}
         write_json(os.fspath(self.failure), failure, indent=2)

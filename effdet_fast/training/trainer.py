@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from typing import Any
 
@@ -17,7 +18,7 @@ from effdet_fast.training.config import TrainConfig
 from effdet_fast.training.distributed import Agreement, Processes, wrap_model
 from effdet_fast.training.ema import ModelEma
 from effdet_fast.training.graphed_step import GraphedStep
-from effdet_fast.training.interrupt import Interrupt
+from effdet_fast.training.interrupt import Interrupt, ignoring_children
 from effdet_fast.training.model_options import enter_training
 from effdet_fast.training.monitor import LossMonitor, LossSums, NonFiniteLoss
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate
@@ -77,7 +78,9 @@ class Trainer:
             ema=self._ema,
             amp=config.amp,
         )
-        self._monitor = LossMonitor(device, processes, scaled=config.amp == "fp16")
+        self._monitor = LossMonitor(
+            device, processes, scaled=config.amp == "fp16", own_id=data.train_loader.coco.annotations.own_id
+        )
         self._reporter = Reporter(config, folder, enabled=processes.is_main)
 
     def fit(self) -> None:
@@ -88,11 +91,36 @@ class Trainer:
                 if not self._train_epoch() or not self._finish_epoch():
                     return
         except NonFiniteLoss as error:
+            error.tell_of_weights(self.model)
             if self.processes.is_main:
                 self.folder.write_failure(error.step, error.image_ids, str(error))
             raise
+        except Exception as error:
+            lost = self.data.train_loader.lost_process()
+            with ignoring_children():
+                self._save_after_error()
+            if lost is not None:
+                raise lost from error
+            raise
         finally:
             self._reporter.close()
+
+    def _save_after_error(self) -> None:
+        """Keep what was trained, whatever has ended the run."""
+        if not self.processes.is_main:
+            return
+        try:
+            if self.processes.world_size == 1:  # several would wait for each other
+                self._monitor.flush()
+            self.save_last()
+        except Exception as another:
+            print(f"what was trained since the last checkpoint is lost: {another}", file=sys.stderr, flush=True)
+            return
+        print(
+            f"stopped by an error after {self.step} steps; to continue: effdet-fast train --resume {self.folder.last}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _train_epoch(self) -> bool:
         """Train the rest of the present epoch; False if a signal ended it early."""
@@ -223,7 +251,7 @@ class Trainer:
             "step": self.step,
             "steps_per_epoch": self._steps_per_epoch,
             "images_per_step": self._images_per_step,
-            "data": self.data.fingerprint,
+            "data": self.data.record,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "scaler": self._take_step.scaler.state_dict(),
@@ -235,8 +263,8 @@ class Trainer:
         }
         save_atomically({**self._published(self.metrics), "training": training}, self.folder.last)
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Continue from a `last.pt` whose fit to this run has been checked."""
+    def restore(self, content: dict[str, Any], *, same_images: bool = True) -> None:
+        """Continue from a `last.pt` whose fit to this run has been checked; with other images, from the start of its epoch."""
         training = content["training"]
         self.epoch, self.batch, self.step = training["epoch"], training["batch"], training["step"]
         self.rows, self.best, self.metrics = training["rows"], training["best"], training["metrics"]
@@ -247,3 +275,6 @@ class Trainer:
         if self._ema is not None:
             self._ema.load(content["state_dict"], training["ema_updates"])
         self._monitor.start_epoch(LossSums(**training["sums"]))
+        if not same_images:
+            self.batch, self.step = 0, self.epoch * self._steps_per_epoch
+            self._monitor.start_epoch()

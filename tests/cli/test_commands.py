@@ -156,6 +156,43 @@ def test_predict_writes_pictures_and_results(data, finished, capsys, tmp_path):
     assert [Image.open(picture).size for picture in pictures] == [(80, 60)] * 3
 
 
+def test_mistakes_are_told_before_the_work(data, finished, tmp_path, capsys):
+    val, checkpoint = data / "val", ["--checkpoint", finished / "best.pt", "--images", data / "val" / "images"]
+    (tmp_path / "file").write_text("")
+    evaluate, predict = ["eval", *checkpoint, "--annotations", val / "annotations.json"], ["predict", *checkpoint]
+    cases = [
+        ([*evaluate, "--score-threshold", "30"], "error: score_threshold must be in [0, 1], got 30.0"),
+        (
+            [*predict, "--output", tmp_path / "out", "--score-threshold", "30"],
+            "score_threshold must be in [0, 1], got 30.0",
+        ),
+        ([*evaluate, "--output", tmp_path / "file" / "found.json"], "file: cannot be written to: "),
+        ([*predict, "--output", tmp_path / "file" / "out"], "cannot be written to: "),
+        ([*predict, "--output", val / "images", "--no-draw"], "lies inside the images folder"),
+        ([*predict, "--output", val / "images" / "found"], "lies inside the images folder"),
+    ]
+    for arguments, message in cases:
+        assert main([*map(str, arguments), "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1, error
+    assert not (val / "images" / "found").exists() and not (tmp_path / "out").exists()
+
+
+def test_results_have_the_image_ids_of_the_file(data, finished, tmp_path):
+    content = json.loads((data / "val" / "annotations.json").read_text())
+    for row in (*content["images"], *content["annotations"]):
+        key = "image_id" if "image_id" in row else "id"
+        row[key] = f"{row[key]:06d}_d"
+    (tmp_path / "strings.json").write_text(json.dumps(content))
+    options = {"annotations": tmp_path / "strings.json", "workers": 1, "device": "cpu", "score_threshold": 0.001}
+    images = data / "val" / "images"
+    effdet_fast.evaluate(finished / "best.pt", images, **options, output=tmp_path / "found.json")
+    found = effdet_fast.predict(finished / "best.pt", images, tmp_path / "out", **options, draw=False)
+    ids = {row["id"] for row in content["images"]}
+    for rows in (found, json.loads((tmp_path / "found.json").read_text())):
+        assert rows and {row["image_id"] for row in rows} <= ids
+
+
 def test_the_python_functions_are_the_same(data, finished, tmp_path):
     val = data / "val"
     metrics = effdet_fast.evaluate(
@@ -195,8 +232,9 @@ def test_a_picture_that_breaks_on_decoding_is_one_line(data, tmp_path, capsys):
     (tmp_path / "val").symlink_to(data / "val")
     arguments = train_arguments(tmp_path, tmp_path / "run", "--epochs", 1, "--workers", 1)
     assert main(arguments) == 2
-    error = capsys.readouterr().err.strip()
-    assert "picture_00" in error and ".jpg" in error and len(error.splitlines()) == 1
+    saved, error = capsys.readouterr().err.strip().splitlines()
+    assert saved.startswith("stopped by an error after 0 steps; to continue: effdet-fast train --resume")
+    assert error.startswith("effdet-fast train: error: ") and "picture_00" in error and ".jpg" in error
 
 
 def test_two_processes_train_and_evaluate_together(data, tmp_path, capsys):

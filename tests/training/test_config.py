@@ -10,6 +10,9 @@ from effdet_fast.training.config import TrainConfig, config_for_resume, config_f
     ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": float("inf")}, "lr must be finite, got inf"),
+        ({"clip_grad_norm": float("nan")}, "clip_grad_norm must be finite, got nan"),
+        ({"scale_jitter": (0.1, float("inf"))}, "scale_jitter must be finite"),
         ({"lr": -0.1}, "lr must be above 0, got -0.1"),
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adamw, got 'lion'"),
         ({"amp": "fp8"}, "amp must be one of none, bf16, fp16, got 'fp8'"),

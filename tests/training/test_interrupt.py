@@ -1,17 +1,18 @@
 import os
 import signal
+import subprocess
 import threading
 
 import pytest
 
-from effdet_fast.training.interrupt import Interrupt
+from effdet_fast.training.interrupt import Interrupt, ignoring_children
 
 
 def _send(number):
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_remembered_and_the_handlers_come_back(number):
     before = signal.getsignal(number)
     with Interrupt() as interrupt:
@@ -19,6 +20,30 @@ def test_the_first_signal_is_remembered_and_the_handlers_come_back(number):
         _send(number)
         assert interrupt.signal == number
     assert signal.getsignal(number) is before
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            _send(signal.SIGHUP)
+            assert interrupt.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_children_that_end_raise_nothing_inside_the_block():
+    def complain(*_):
+        raise RuntimeError("DataLoader worker is killed")
+
+    before = signal.signal(signal.SIGCHLD, complain)
+    try:
+        with ignoring_children():
+            subprocess.run(["true"], check=True)
+        with pytest.raises(RuntimeError):
+            _send(signal.SIGCHLD)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_a_second_ctrl_c_gives_up_but_not_under_a_launcher():
