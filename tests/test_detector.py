@@ -251,7 +251,7 @@ def test_evaluate_and_detector_agree_on_a_real_model(checkpoint, data, tmp_path)
     output = tmp_path / "new" / "detections.json"
     options = {"batch_size": 2, "workers": 0, "device": "cpu"}
     metrics = evaluate(checkpoint, *data, **options, output=output, max_detections=20)
-    assert len(metrics) == 12 and 0 <= metrics["AP"] < 0.9
+    assert len(metrics) == 16 and 0 <= metrics["AP"] < 0.9
     rows = json.loads(output.read_text())
     dataset = CocoDetection(*data)
     assert {r["image_id"] for r in rows} == set(dataset.image_ids) and {r["category_id"] for r in rows} <= {3, 7, 40}

@@ -42,6 +42,11 @@ def run(options: argparse.Namespace) -> int:
         progress=options.progress,
     )
     if processes.is_main:
+        width = max(map(len, metrics))
         for name, value in metrics.items():
-            print(f"{name:<5} {value:.4f}" if value >= 0 else f"{name:<5} - (no such objects in the annotations)")
+            print(
+                f"{name:<{width}} {value:.4f}"
+                if value >= 0
+                else f"{name:<{width}} - (no such objects in the annotations)"
+            )
     return 0

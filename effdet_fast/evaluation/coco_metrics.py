@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +13,18 @@ from effdet_fast.data.annotations import CocoAnnotations
 
 if TYPE_CHECKING:
     from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def coco_metrics(annotations: CocoAnnotations, results: list[dict[str, Any]]) -> dict[str, float]:
+COCO_LIMIT = 100  # detections of an image and class that COCO's own numbers count
+_AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # as COCOeval numbers them
+
+
+def coco_metrics(
+    annotations: CocoAnnotations, results: list[dict[str, Any]], max_detections: int = COCO_LIMIT
+) -> dict[str, float]:
     """COCO detection metrics of `results` over every image of `annotations`.
 
     Boxes count as the file has them (not clipped, empty ones included), crowd boxes are regions to ignore; only boxes
@@ -26,15 +34,18 @@ def coco_metrics(annotations: CocoAnnotations, results: list[dict[str, Any]]) ->
     Args:
         annotations: what `read_annotations` gave.
         results: COCO results (`image_id`, `category_id`, `bbox` xywh, `score`) with the file's own ids.
+        max_detections: how many of an image are counted in further numbers beside COCO's, which count 100 of each class.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl.
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; with another limit than 100, M, then AP@M, AP50@M,
+        AP75@M and AR@M. A warning says where an image has more objects than the limit.
 
     Raises:
         ValueError: a result for an image that the file does not have.
     """
     from pycocotools.cocoeval import COCOeval  # here, as whoever trains without evaluating needs no pycocotools
 
+    _warn_of_many_objects(annotations, max_detections)
     known = set(annotations.own_ids.tolist())
     for result in results:
         if result["image_id"] not in known:
@@ -43,10 +54,52 @@ def coco_metrics(annotations: CocoAnnotations, results: list[dict[str, Any]]) ->
         truth = _coco(annotations, _truth_rows(annotations))
         found = _coco(annotations, _result_rows(results))
         evaluation = COCOeval(truth, found, "bbox")
+        evaluation.params.maxDets = sorted({1, 10, COCO_LIMIT, max_detections})
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    return dict(zip(METRICS, map(float, evaluation.stats), strict=True))
+    return _summary(evaluation, max_detections)
+
+
+def _summary(evaluation: COCOeval, max_detections: int) -> dict[str, float]:
+    """COCOeval's own is written for limits of 1, 10 and 100."""
+    limits = {limit: i for i, limit in enumerate(evaluation.params.maxDets)}
+    thresholds = {0.5: 0, 0.75: 5}
+
+    def mean(values: np.ndarray) -> float:
+        values = values[values > -1]
+        return float(np.mean(values)) if values.size else -1.0
+
+    def precision(limit: int, iou: float | None = None, area: str = "") -> float:
+        which = slice(None) if iou is None else slice(thresholds[iou], thresholds[iou] + 1)
+        return mean(evaluation.eval["precision"][which, :, :, _AREAS[area], limits[limit]])
+
+    def recall(limit: int, area: str = "") -> float:
+        return mean(evaluation.eval["recall"][:, :, _AREAS[area], limits[limit]])
+
+    values = [precision(COCO_LIMIT), precision(COCO_LIMIT, 0.5), precision(COCO_LIMIT, 0.75)]
+    values += [precision(COCO_LIMIT, area=area) for area in "sml"]
+    values += [recall(limit) for limit in (1, 10, COCO_LIMIT)]
+    values += [recall(COCO_LIMIT, area) for area in "sml"]
+    metrics = dict(zip(METRICS, values, strict=True))
+    if max_detections != COCO_LIMIT:
+        for name, iou in (("AP", None), ("AP50", 0.5), ("AP75", 0.75)):
+            metrics[f"{name}@{max_detections}"] = precision(max_detections, iou)
+        metrics[f"AR@{max_detections}"] = recall(max_detections)
+    return metrics
+
+
+def _warn_of_many_objects(annotations: CocoAnnotations, limit: int) -> None:
+    counts = np.bincount(
+        np.repeat(np.arange(len(annotations.image_ids)), np.diff(annotations.first))[~annotations.crowd], minlength=1
+    )
+    crowded = int((counts > limit).sum())
+    if crowded:
+        most = int(counts.argmax())
+        warnings.warn(
+            f"{annotations.path}: {crowded} of {len(annotations.image_ids)} images have more objects than the {limit} detections "
+            f"that are counted ({annotations.file_names[most]} has {counts[most]}); raise max_detections to count them all",
+            stacklevel=3,
+        )
 
 
 def _truth_rows(annotations: CocoAnnotations) -> list[dict[str, Any]]:

@@ -44,12 +44,14 @@ def evaluate(
         device: None takes the GPU if there is one.
         amp: None, "bf16" or "fp16".
         score_threshold: None takes the model's own; EfficientDets keep every detection.
+        max_detections: per image; another limit than COCO's 100 adds AP@M and its like, see `coco_metrics`.
         output: file for the detections, in COCO's result format.
         overwrite: whether `output` may exist.
         progress: show a bar.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; -1 where there is no ground truth.
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and those at `max_detections`; -1 where there is no
+        ground truth.
 
     Raises:
         FileExistsError: `output` exists.
@@ -89,7 +91,7 @@ def evaluate(
     )
     if output is not None and rank == 0:
         write_json(os.fspath(output), results)
-    return shared_metrics(dataset, results, rank, world_size)
+    return shared_metrics(dataset, results, max_detections, rank, world_size)
 
 
 def _compare_names(dataset: CocoDetection, names: list[str], checkpoint: str) -> None:

@@ -42,12 +42,12 @@ def evaluate_model(
         amp: None, "bf16", "fp16" or a dtype to run the forward pass in.
         score_threshold: None takes the model's own; EfficientDets keep every detection.
         iou_threshold: of the NMS; None takes the model's own.
-        max_detections: per image; COCO counts no more than 100.
+        max_detections: per image. COCO's numbers count 100 at most; with another limit those at that limit come beside them.
         rank, world_size: with more than one, torch.distributed must be initialised.
         progress: a bar on rank 0.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; see `coco_metrics`.
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and further ones; see `coco_metrics`.
 
     Raises:
         ValueError: a training loader, or one that does not give each image of `dataset`.
@@ -65,7 +65,7 @@ def evaluate_model(
         world_size=world_size,
         progress=progress,
     )
-    return shared_metrics(dataset, results, rank, world_size)
+    return shared_metrics(dataset, results, max_detections, rank, world_size)
 
 
 def detect_all(
@@ -119,9 +119,11 @@ def detect_all(
     return results
 
 
-def shared_metrics(dataset: CocoDetection, results: list[dict], rank: int, world_size: int) -> dict[str, float]:
-    """pycocotools' 12 numbers of the results that `detect_all` left on rank 0; on every rank the same."""
-    metrics = [coco_metrics(dataset.annotations, results)] if rank == 0 else [{}]
+def shared_metrics(
+    dataset: CocoDetection, results: list[dict], max_detections: int, rank: int, world_size: int
+) -> dict[str, float]:
+    """The numbers of the results that `detect_all` left on rank 0; on every rank the same."""
+    metrics = [coco_metrics(dataset.annotations, results, max_detections)] if rank == 0 else [{}]
     if world_size > 1:
         dist.broadcast_object_list(metrics, src=0)
     return metrics[0]

@@ -160,6 +160,55 @@ def test_equals_pycocotools_on_the_file(tmp_path, seed):
     )
 
 
+def many_objects(tmp_path, count=200):
+    """One image with so many objects in a grid, and perfect results for them."""
+    boxes = [[20 * (i % 20), 20 * (i // 20), 10, 10] for i in range(count)]
+    row = {"image_id": 1, "category_id": 1}
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 400, "height": 400}],
+        "categories": [{"id": 1, "name": "tree"}],
+        "annotations": [{**row, "id": i + 1, "bbox": box} for i, box in enumerate(boxes)],
+    }
+    file = tmp_path / "many.json"
+    file.write_text(json.dumps(content))
+    return read_annotations(file), [{**row, "bbox": box, "score": 1 - i / 1000} for i, box in enumerate(boxes)]
+
+
+def test_more_objects_than_cocos_limit(tmp_path):
+    annotations, perfect = many_objects(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"1 of 1 images have more objects than the 100 detections .*\(a.png has 200\)"
+    ):
+        metrics = coco_metrics(annotations, perfect)
+    assert list(metrics) == list(METRICS) and metrics["AP"] == pytest.approx(0.505, abs=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        raised = coco_metrics(annotations, perfect, max_detections=300)
+    assert {name: raised[name] for name in METRICS} == metrics
+    assert {name: raised[name] for name in set(raised) - set(METRICS)} == dict.fromkeys(
+        ("AP@300", "AP50@300", "AP75@300", "AR@300"), pytest.approx(1.0)
+    )
+
+
+@pytest.mark.parametrize("limit", [5, 1000])
+def test_another_limit_gives_what_pycocotools_accumulates_for_it(tmp_path, limit):
+    images, file = make_dataset(tmp_path, images=6, size=(150, 200), max_boxes=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dataset = CocoDetection(images, file)
+        rows = noisy_rows(dataset, 3)
+        metrics = coco_metrics(dataset.annotations, rows, limit)
+    truth = COCO(str(file))
+    evaluation = COCOeval(truth, truth.loadRes(rows), "bbox")
+    evaluation.params.maxDets = [limit]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision, recall = evaluation.eval["precision"][..., 0, 0], evaluation.eval["recall"][..., 0, 0]
+    assert metrics[f"AP@{limit}"] == pytest.approx(precision[precision > -1].mean(), abs=1e-12)
+    assert metrics[f"AP75@{limit}"] == pytest.approx(precision[5][precision[5] > -1].mean(), abs=1e-12)
+    assert metrics[f"AR@{limit}"] == pytest.approx(recall[recall > -1].mean(), abs=1e-12)
+
+
 def crowd_file(tmp_path, iscrowd):
     row = {"image_id": 1, "category_id": 9, "area": 400, "iscrowd": 0}
     content = {
