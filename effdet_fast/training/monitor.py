@@ -150,13 +150,13 @@ class LossMonitor:
         for (step, image_ids), (total, cls, box, norm) in zip(steps, self._host.tolist(), strict=False):
             if not math.isfinite(total + cls + box):
                 return NonFiniteLoss(step, self._own_ids(image_ids), (total, cls, box), "loss")
+            self.sums.steps += 1  # also of a step that the scaler skips, as its loss is right
+            self.sums.total += total
+            self.sums.cls += cls
+            self.sums.box += box
+            self.latest = total
             if math.isfinite(norm):
                 self._overflows = 0
-                self.sums.steps += 1
-                self.sums.total += total
-                self.sums.cls += cls
-                self.sums.box += box
-                self.latest = total
                 continue
             self._overflows += 1
             if not self._scaled or self._overflows >= self._patience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import warnings
@@ -18,7 +19,7 @@ from effdet_fast.training.config import TrainConfig, config_for_resume, config_f
 from effdet_fast.training.data_record import compare_data
 from effdet_fast.training.distributed import Processes, join_processes
 from effdet_fast.training.interrupt import Interrupt
-from effdet_fast.training.model_options import freeze, set_bn_momentum
+from effdet_fast.training.model_options import enter_training, freeze, set_bn_momentum
 from effdet_fast.training.run_data import RunData, open_data
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.seeding import algorithm_choice
@@ -88,6 +89,8 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         model_config(config.model, **config.model_options)
         data = open_data(config, processes)
         model = _build_model(config, len(data.category_ids), processes, device)
+        if config.batch_size == 1 and not (processes.world_size > 1 and config.sync_bn):
+            _check_batch_of_one(model, config)
         same_images = content is None or _check_fit(content, data, config, processes)
         with Interrupt(launched=processes.world_size > 1) as interrupt:  # from here on a signal leaves a last.pt
             try:
@@ -162,6 +165,23 @@ def _build_model(config: TrainConfig, classes: int, processes: Processes, device
     if processes.world_size > 1 and config.sync_bn:
         model = synchronize_batch_norm(model)  # type: ignore[assignment]
     return model
+
+
+def _check_batch_of_one(model: DetectionModel, config: TrainConfig) -> None:
+    """ValueError if a BatchNorm that learns would see one value per channel, of which there is no variance."""
+    probe = copy.deepcopy(model).to("meta")
+    enter_training(probe, frozen_backbone=config.freeze_backbone, frozen_bn=config.freeze_bn)
+    height, width = model.config.image_size
+    try:
+        with torch.no_grad():
+            probe(torch.empty(1, 3, height, width, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"train: batch_size 1 at image_size {model.config.image_size} leaves a BatchNorm a single value per channel; "
+            "use 2 or more, larger images, or freeze_bn"
+        ) from None
 
 
 def _start_from(model: DetectionModel, checkpoint: str, processes: Processes) -> None:

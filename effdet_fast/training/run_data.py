@@ -53,10 +53,6 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
         )
     released = model_config(config.model)
     image_size = config.image_size or released.image_size
-    if config.batch_size == 1 and max(image_size) <= 128:  # the coarsest level is one cell
-        raise ValueError(
-            f"train: batch_size 1 at image_size {image_size} leaves BatchNorm a single value per channel; use 2 or more"
-        )
     common: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": config.batch_size,

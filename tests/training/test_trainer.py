@@ -1,5 +1,6 @@
 """The training loop on a tiny detector: resuming, interruption, non-finite losses."""
 
+import contextlib
 import csv
 import json
 import math
@@ -11,9 +12,11 @@ import zlib
 
 import pytest
 import torch
+from torch import nn
 
 from effdet_fast.data.loader import LoaderProcessLost
-from effdet_fast.training import NonFiniteLoss, run, run_data, train
+from effdet_fast.models import create_model
+from effdet_fast.training import NonFiniteLoss, TrainConfig, run, run_data, train
 from effdet_fast.training.trainer import Trainer
 from tests.generated_data import make_dataset
 from tests.training.host_reads import NoHostRead
@@ -449,8 +452,29 @@ def test_the_screen_shows_the_run_and_its_epochs(start, tmp_path, capsys):
 
 
 def test_one_image_of_one_cell_is_refused(start, tmp_path):
-    with pytest.raises(ValueError, match=r"batch_size 1 at image_size \(32, 32\)"):
-        start(tmp_path / "run", batch_size=1)
+    start.prepare = lambda model: model.backbone.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8)))
+    with pytest.raises(ValueError, match=r"batch_size 1 at image_size \(32, 32\) leaves a BatchNorm a single value"):
+        start(tmp_path / "run", batch_size=1, epochs=1)
+    assert not (tmp_path / "run").exists()
+    assert start(tmp_path / "run", batch_size=1, epochs=1, freeze_bn=True).steps == IMAGES
+
+
+@pytest.mark.parametrize(
+    "size, options, fits",
+    [
+        (128, {}, False),
+        (256, {}, True),
+        (256, {"max_level": 8}, False),
+        (512, {"max_level": 8}, True),
+        (128, {"name": "retinanet_resnet50_fpn"}, True),  # frozen, and no BatchNorm elsewhere
+        (128, {"neck": "fpn", "extra_levels": "p5", "head_norm": "group"}, True),
+    ],
+)
+def test_a_batch_of_one_is_refused_where_a_batch_norm_would_see_one_value(size, options, fits):
+    with torch.device("meta"):
+        model = create_model(**{"name": "efficientdet_lite0", **options}, num_classes=2, image_size=size)
+    with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="leaves a BatchNorm a single value"):
+        run._check_batch_of_one(model, TrainConfig(batch_size=1))
 
 
 @pytest.mark.parametrize("broken", ["images", "categories"])
