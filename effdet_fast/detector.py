@@ -70,6 +70,7 @@ class Detector:
         self.category_ids = trained.category_ids
         self.image_size = trained.image_size
         self.mean, self.std = trained.mean, trained.std
+        self.depth = trained.depth
         self.device = trained.device
 
     @classmethod
@@ -147,9 +148,9 @@ class Detector:
     def prepare(self, image: Picture, annotated_size: Size | None = None) -> tuple[np.ndarray, Size]:
         """The model's input for a picture (letterboxed uint8 [H, W, 3]), and the picture's (height, width)."""
         if isinstance(image, str | os.PathLike):
-            picture, size = open_image(os.fspath(image), annotated_size, self._decode_size)
+            picture, size = open_image(os.fspath(image), annotated_size, self._decode_size, self.depth)
         else:
-            picture = as_picture(image)
+            picture = as_picture(image, self.depth)
             size = (picture.height, picture.width)
         out = blank_input(self.image_size, self.mean)
         Placement.letterbox(size, self.image_size).render(picture, out, EXACT_GAP)

@@ -124,7 +124,7 @@ def predict(
                 extra = {"file_name": source.name} if by_position else {}
                 rows.extend({**row, **extra} for row in detections.to_coco(source.image_id))
                 if draw:
-                    drawings.append(pool.submit(_write_picture, source, detections))
+                    drawings.append(pool.submit(_write_picture, source, detections, detector.depth))
             # Without a bound, drawing slower than detecting would pile up.
             while len(drawings) > 4 * batch_size:
                 drawings.popleft().result()
@@ -231,8 +231,8 @@ def _read_ahead(
         yield [s for s, _ in good], [p for _, p in good], [p for p in inputs if isinstance(p, str)]
 
 
-def _write_picture(source: _Source, detections: ImageDetections) -> None:
-    picture: Image.Image = detections.draw(open_image(source.path, source.annotated_size)[0])
+def _write_picture(source: _Source, detections: ImageDetections, depth: int | None) -> None:
+    picture: Image.Image = detections.draw(open_image(source.path, source.annotated_size, depth=depth)[0])
     # Full chroma: halved, it would smear the thin lines.
     options: dict[str, Any] = (
         {"quality": 92, "subsampling": 0} if source.target.lower().endswith((".jpg", ".jpeg")) else {}

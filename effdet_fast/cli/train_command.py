@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"factors of the random resize before cropping; 1 1 switches it off (default: {low} {high})",
     )
 
+    data.add_argument(
+        "--depth",
+        metavar="BITS",
+        help="8, 10, 12, 14 or 16: bits of the values of grey pictures of more than 8 bits, of which the upper 8 are used "
+        "(default: auto, from the largest value of all of them)",
+    )
+
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", metavar="NAME", help=f"efficientdet_d0, retinanet_resnet50_fpn, ... (default: {defaults.model})"
@@ -150,6 +157,8 @@ def run(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name in field_names()}
     if "image_size" in given:
         given["image_size"] = image_size(given["image_size"])
+    if given.get("depth", "auto").isdecimal():
+        given["depth"] = int(given["depth"])
     if "model_options" in given:
         given["model_options"] = model_options(given["model_options"])
     result = train(**given)

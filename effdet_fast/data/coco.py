@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from effdet_fast.data.annotations import SHOWN, check_boxes, check_names, read_annotations
-from effdet_fast.data.image_io import Size, open_image, read_size
+from effdet_fast.data.image_io import DEPTHS, Size, deepest_value, depth_of, open_image, read_size
 
 
 class CocoDetection(Dataset):
@@ -32,6 +32,13 @@ class CocoDetection(Dataset):
         annotations_file: COCO JSON.
         category_ids: the category of each label, as a model already trained has them; None takes the file's, sorted.
         check_images: read every picture's header now. Without it only missing sizes are read.
+        depth: bits of the values of grey pictures of more than 8 bits, 8, 10, 12, 14 or 16; the upper 8 are kept. "auto"
+            takes the least that fits the largest value of all of them, which are decoded for that now; None lets each picture
+            decide.
+
+    Attributes:
+        depth: what "auto" found, or the argument; None too where no picture is deep.
+        deepest: the largest value that "auto" found.
     """
 
     def __init__(
@@ -41,7 +48,10 @@ class CocoDetection(Dataset):
         *,
         category_ids: Sequence[int] | None = None,
         check_images: bool = True,
+        depth: int | str | None = None,
     ) -> None:
+        if depth is not None and depth not in ("auto", *DEPTHS):
+            raise ValueError(f"CocoDetection: depth must be 'auto', None or one of {list(DEPTHS)}, got {depth!r}")
         self.images_dir = os.fspath(images_dir)
         self.annotations_file = os.fspath(annotations_file)
         if not os.path.isdir(self.images_dir):
@@ -50,6 +60,11 @@ class CocoDetection(Dataset):
         check_names(self.annotations, self.images_dir)
         self._check_images(check_images)
         check_boxes(self.annotations)
+        self.deepest: int | None = None
+        if depth == "auto":
+            self.deepest = self._deepest_value()
+            depth = None if self.deepest is None else depth_of(self.deepest)
+        self.depth: int | None = depth  # type: ignore[assignment]
 
     @property
     def category_ids(self) -> list[int]:
@@ -90,7 +105,7 @@ class CocoDetection(Dataset):
 
     def open(self, i: int, wanted_size: Size | None = None) -> Image.Image:
         """RGB picture i, perhaps reduced to no less than `wanted_size` (h, w); see `open_image`."""
-        return open_image(self.path(i), self.size(i), wanted_size)[0]
+        return open_image(self.path(i), self.size(i), wanted_size, self.depth)[0]
 
     def boxes(self, i: int, crowd: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (float64 xyxy [n, 4], clipped to the image) and labels (int64 [n]) to train on, or the crowd ones."""
@@ -121,6 +136,11 @@ class CocoDetection(Dataset):
             "size": self.size(i),
             "file_name": self.annotations.file_names[i],
         }
+
+    def _deepest_value(self) -> int | None:
+        with ThreadPoolExecutor(min(16, max(1, len(self) // 64))) as pool:
+            values = [value for value in pool.map(deepest_value, map(self.path, range(len(self)))) if value is not None]
+        return max(values, default=None)
 
     def _check_images(self, everything: bool) -> None:
         sizes = self.annotations.sizes

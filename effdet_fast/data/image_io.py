@@ -24,6 +24,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 # Nothing else is decoded, whatever a file is called: for PostScript Pillow would run a program on it.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give to a grey value
+
 Size = tuple[int, int]
 
 
@@ -31,18 +33,20 @@ def open_image(
     path: str | os.PathLike[str],
     annotated_size: Size | None = None,
     wanted_size: Size | Callable[[Size], Size] | None = None,
+    depth: int | None = None,
 ) -> tuple[Image.Image, Size]:
     """Decodes a file to an RGB picture.
 
     The EXIF orientation is applied, so that the picture is as a viewer shows it, except where `annotated_size` fits
     the stored pixels and not the turned ones: then whoever drew the boxes saw the stored pixels.
-    Transparency is dropped, 16-bit grey keeps its upper 8 bits, and of several frames the first one counts.
+    Transparency is dropped, and of several frames the first one counts.
 
     Args:
         path: image file.
         annotated_size: (height, width) from the annotations file, if known.
         wanted_size: (height, width) that is enough, or a function of the full size that gives it; a JPEG may then be
             decoded at 1/2, 1/4 or 1/8 of its size, never smaller than that.
+        depth: bits of the values of deep grey pictures, of which the upper 8 are kept; see `to_rgb`.
 
     Returns:
         The picture, and its full upright (height, width), which the picture falls short of where it was reduced.
@@ -59,7 +63,7 @@ def open_image(
             if wanted_size is not None and image.format == "JPEG":
                 height, width = wanted_size(size) if callable(wanted_size) else wanted_size
                 image.draft("", (height, width) if _swaps(turn) else (width, height))
-            return _settled(to_rgb(image if turn is None else image.transpose(turn))), size
+            return _settled(to_rgb(image if turn is None else image.transpose(turn), depth)), size
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image file") from None
     except _SizeMismatch:
@@ -86,16 +90,42 @@ def read_size(path: str | os.PathLike[str], annotated_size: Size | None = None) 
     return size
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any Pillow picture; see `open_image` for transparency and depth."""
+def deepest_value(path: str | os.PathLike[str]) -> int | None:
+    """The largest value of a grey picture of more than 8 bits, None for other pictures; the errors of `open_image`."""
+    try:
+        with _opened(path) as image:
+            return int(np.asarray(image).max(initial=0)) if is_deep(image) else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image file") from None
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be decoded: {error}") from error
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture is grey with integers of more than 8 bits."""
+    return image.mode.startswith("I")
+
+
+def depth_of(value: int) -> int:
+    """The least of `DEPTHS` that a value fits."""
+    return next((depth for depth in DEPTHS if value < 1 << depth), DEPTHS[-1])
+
+
+def to_rgb(image: Image.Image, depth: int | None = None) -> Image.Image:
+    """8-bit RGB of any Pillow picture; see `open_image` for transparency.
+
+    Of a deep grey picture `depth` says how many bits its values have, one of `DEPTHS`: the upper 8 are kept, what has more is
+    white. None keeps 8 bits as they are where no value has more, else the upper 8 of 16: two pictures of one camera may then
+    differ.
+    """
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I"):
+    if is_deep(image):
         # Pillow's own conversion saturates at 255, which turns most 16-bit pictures white.
         values = np.asarray(image)
-        depth = 8 if values.max(initial=0) > 255 else 0
-        return Image.fromarray((np.clip(values, 0, 65535) >> depth).astype(np.uint8)).convert("RGB")
+        bits = depth or (16 if values.max(initial=0) > 255 else 8)
+        return Image.fromarray((np.clip(values, 0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range; convert the picture to 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
@@ -103,8 +133,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_picture(image: Any) -> Image.Image:
+def as_picture(image: Any, depth: int | None = None) -> Image.Image:
     """RGB Pillow picture, upright by its EXIF data, from a Pillow picture or a uint8 array [H, W, 3] or [H, W].
+
+    Args:
+        image: the picture.
+        depth: see `to_rgb`.
 
     Raises:
         TypeError: neither of these, or another dtype.
@@ -112,7 +146,7 @@ def as_picture(image: Any) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         turn = _turn(image, None)
-        return _settled(to_rgb(image if turn is None else image.transpose(turn)))
+        return _settled(to_rgb(image if turn is None else image.transpose(turn), depth))
     if not isinstance(image, np.ndarray):
         raise TypeError(f"predict: image must be a path, a PIL image or a NumPy array, got {type(image).__name__}")
     if image.dtype != np.uint8:

@@ -63,7 +63,7 @@ def evaluate(
         refuse_existing([os.fspath(output)], overwrite)
         check_writable(os.fspath(output))
     trained = load_trained_model(checkpoint, device, image_size)
-    dataset = CocoDetection(images, annotations, category_ids=trained.category_ids)
+    dataset = CocoDetection(images, annotations, category_ids=trained.category_ids, depth=trained.depth)
     _compare_names(dataset, trained.class_names, os.fspath(checkpoint))
     loader = create_loader(
         dataset,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from effdet_fast.data.image_io import DEPTHS
 from effdet_fast.models import DetectionModel, DetectorConfig, load_checkpoint
 from effdet_fast.models.checkpoint_files import read_torch_file
 
@@ -35,6 +36,7 @@ class TrainedModel:
         category_ids: the training file's category of each label.
         mean, std: RGB normalisation in 0..1.
         image_size: (height, width) of the model's input.
+        depth: bits of the values of the deep grey pictures that it was trained on, see `data.image_io.to_rgb`; None if none were.
     """
 
     model: DetectionModel
@@ -44,6 +46,7 @@ class TrainedModel:
     std: tuple[float, ...]
     image_size: tuple[int, int]
     device: torch.device
+    depth: int | None = None
 
 
 def load_trained_model(
@@ -72,6 +75,9 @@ def load_trained_model(
         names, ids = [str(n) for n in content["class_names"]], [int(c) for c in content["category_ids"]]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: holds no usable model configuration: {error}") from error
+    depth = content["preprocessing"].get("depth")
+    if depth not in (None, *DEPTHS):
+        raise ValueError(f"{path}: its preprocessing has depth {depth!r}, which must be one of {list(DEPTHS)}")
     if not len(names) == len(ids) == config.num_classes or len(set(ids)) != len(ids):
         raise ValueError(
             f"{path}: has {config.num_classes} classes, {len(names)} class names and {len(set(ids))} category ids"
@@ -81,7 +87,7 @@ def load_trained_model(
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     model.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
-    return TrainedModel(model, names, ids, config.mean, config.std, config.image_size, target)
+    return TrainedModel(model, names, ids, config.mean, config.std, config.image_size, target, depth)
 
 
 def _read(path: str) -> dict[str, Any]:

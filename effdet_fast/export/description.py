@@ -48,6 +48,9 @@ def describe(detector: Detector, end_to_end: Mapping[str, Any] | None) -> dict[s
         "std": list(detector.std),
         "preprocessing": f"scale the upright picture (h, w) by min({height} / h, {width} / w), bilinear with antialiasing, put "
         "it at the top left, fill the rest with padding_colour",
+        **(
+            {} if detector.depth is None else {"depth": f"of grey values of {detector.depth} bits the upper 8 are kept"}
+        ),
         "padding_colour": blank_input((1, 1), detector.mean)[0, 0].tolist(),
         "outputs": {name: text.format(**sizes) for name, text in outputs.items()},
         "end_to_end": end_to_end is not None,

@@ -28,6 +28,7 @@ FIXED_ON_RESUME = (
     "hflip",
     "vflip",
     "scale_jitter",
+    "depth",
     "bn_momentum",
     "freeze_backbone",
     "freeze_bn",
@@ -80,6 +81,8 @@ class TrainConfig:
         hflip: Probability of a horizontal flip.
         vflip: Probability of a vertical flip, for pictures without an up and down.
         scale_jitter: Smallest and largest factor of the random resize before cropping.
+        depth: Bits of the values of grey pictures of more than 8 bits, of which the upper 8 are used: 8, 10, 12, 14, 16, or
+            "auto" for the least that fits the largest value of all training images.
         bn_momentum: Momentum of all BatchNorm layers in PyTorch's sense (the share of the new batch); None: the
             model's own (0.01 in EfficientDet's necks and heads, which lags in runs of a few hundred steps).
         freeze_backbone: Train neck and heads only.
@@ -121,6 +124,7 @@ class TrainConfig:
     hflip: float = 0.5
     vflip: float = 0.0
     scale_jitter: tuple[float, float] = (0.1, 2.0)
+    depth: int | Literal["auto"] | None = "auto"
     bn_momentum: float | None = None
     freeze_backbone: bool = False
     freeze_bn: bool = False
@@ -168,6 +172,7 @@ class TrainConfig:
             f"at least 0 and below epochs ({self.epochs})",
         )
         require("bn_momentum", self.bn_momentum is None or 0 < self.bn_momentum <= 1, "in (0, 1]")
+        require("depth", self.depth in (None, "auto") or isinstance(self.depth, int), "auto or a number of bits")
         low_high = len(self.scale_jitter) == 2 and 0 < self.scale_jitter[0] <= self.scale_jitter[1]
         require("scale_jitter", low_high, "two factors, 0 < smallest <= largest")
         sizes_fit = self.image_size is None or (len(self.image_size) == 2 and min(self.image_size) >= 1)

@@ -50,6 +50,11 @@ class Reporter:
             + (f"; continuing after step {step}" if step else ""),
             flush=True,
         )
+        if (deepest := data.train_loader.coco.deepest) is not None:
+            print(
+                f"grey values go up to {deepest}: taken as {data.train_loader.coco.depth} bits (see --depth)",
+                flush=True,
+            )
 
     def start_epoch(self, epoch: int, steps: int, start: int) -> None:
         if not self._enabled:

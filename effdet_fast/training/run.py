@@ -126,7 +126,9 @@ def _given_options(config: TrainConfig | None, options: dict[str, Any]) -> dict[
 
 def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) -> TrainConfig:
     state = training_state(content, path)
-    config = config_for_resume(state["config"], {"output": str(path.parent), **given})
+    # What "auto" found is what the weights know.
+    saved = {**state["config"], "depth": content.get("preprocessing", {}).get("depth")}
+    config = config_for_resume(saved, {"output": str(path.parent), **given})
     if state["epoch"] >= config.epochs:
         raise ValueError(
             f"train: {path} has finished {state['epoch']} epochs of {config.epochs}, so nothing is left to do; "

@@ -42,7 +42,7 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
     Raises:
         ValueError: No images, no categories, or what `CocoDetection` finds wrong.
     """
-    train_set = CocoDetection(config.train_images, config.train_annotations)
+    train_set = CocoDetection(config.train_images, config.train_annotations, depth=config.depth)
     if len(train_set) == 0:
         raise ValueError(f"train: {config.train_annotations} lists no images")
     if not train_set.category_ids:
@@ -66,7 +66,9 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
     augmentation: dict[str, Any] = {"hflip": config.hflip, "vflip": config.vflip, "scale_jitter": config.scale_jitter}
     val_set = val_loader = None
     if config.val_images is not None and config.val_annotations is not None:
-        val_set = CocoDetection(config.val_images, config.val_annotations, category_ids=train_set.category_ids)
+        val_set = CocoDetection(
+            config.val_images, config.val_annotations, category_ids=train_set.category_ids, depth=train_set.depth
+        )
         if differing := val_set.differing_names(train_set.class_names):
             raise ValueError(
                 f"train: {config.val_annotations} numbers its categories differently from {config.train_annotations}: "

@@ -234,6 +234,7 @@ class Trainer:
                 "mean": list(model_config.mean),
                 "std": list(model_config.std),
                 "image_size": list(model_config.image_size),
+                "depth": self.data.train_loader.coco.depth,
             },
             "epoch": self.epoch,
             "metrics": dict(metrics),

@@ -16,6 +16,7 @@ from PIL import Image
 
 import effdet_fast
 from effdet_fast.cli.main import main
+from effdet_fast.export.description import describe
 from tests.generated_data import make_dataset
 from tests.training.test_distributed import torchrun
 
@@ -191,6 +192,33 @@ def test_results_have_the_image_ids_of_the_file(data, finished, tmp_path):
     ids = {row["id"] for row in content["images"]}
     for rows in (found, json.loads((tmp_path / "found.json").read_text())):
         assert rows and {row["image_id"] for row in rows} <= ids
+
+
+def test_one_depth_from_training_to_prediction(tmp_path, capsys):
+    images, annotations = make_dataset(tmp_path / "data", images=3, size=(60, 80))
+    for path in images.iterdir():
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 4).save(path)
+    options = {
+        "train_images": images,
+        "train_annotations": annotations,
+        "model": "efficientdet_lite0",
+        "image_size": 64,
+    }
+    options |= {"batch_size": 3, "workers": 0, "device": "cpu"}
+    result = effdet_fast.train(**options, epochs=1, output=tmp_path / "run")
+    assert "taken as 10 bits (see --depth)" in capsys.readouterr().out
+    assert load(result.best)["preprocessing"]["depth"] == 10
+    detector = effdet_fast.Detector.from_checkpoint(result.best, device="cpu")
+    bright = Image.fromarray(np.full((64, 64), 800, np.uint16))
+    bright.save(tmp_path / "a.png")
+    for picture in (bright, tmp_path / "a.png"):
+        assert detector.prepare(picture)[0][0, 0, 0] == 800 >> 2
+    assert "10 bits" in describe(detector, None)["depth"]
+    with pytest.warns(UserWarning, match="1 -> 2 epochs"):
+        again = effdet_fast.train(resume=result.last, epochs=2, progress=False)
+    assert load(again.last)["preprocessing"]["depth"] == load(again.last)["training"]["config"]["depth"] == 10
+    with pytest.raises(ValueError, match="a resumed run cannot change depth"):
+        effdet_fast.train(resume=result.last, epochs=3, depth=12)
 
 
 def test_the_python_functions_are_the_same(data, finished, tmp_path):

@@ -313,3 +313,20 @@ def test_boxes_that_are_not_in_pixels(write):
     with pytest.raises(ValueError, match="all 2 boxes lie between 0 and 1, as if they were shares of the picture"):
         CocoDetection(*write({"bbox": [0.1, 0.2, 0.5, 0.5]}, {"bbox": [0, 0, 1, 1]}))
     assert len(quietly(write({"bbox": [0.1, 0.2, 0.5, 0.5]}, {}))[0]["boxes"]) == 2
+
+
+def test_one_depth_for_all_pictures(write, tmp_path):
+    for name, brightest in (("a.png", 255), ("b.png", 1000)):
+        Image.fromarray(np.full((40, 60), brightest, np.uint16)).save(tmp_path / name)
+    arguments = write()
+    found = quietly(arguments, depth="auto")
+    assert (found.depth, found.deepest) == (10, 1000)
+    assert [found[i]["image"][0, 0, 0] for i in (0, 1)] == [255 >> 2, 1000 >> 2]
+    assert [quietly(arguments, depth=16)[i]["image"][0, 0, 0] for i in (0, 1)] == [0, 1000 >> 8]
+    with pytest.raises(ValueError, match=r"depth must be 'auto', None or one of \[8, 10, 12, 14, 16\], got 9"):
+        CocoDetection(*arguments, depth=9)
+
+
+def test_no_depth_where_no_picture_is_deep(write):
+    dataset = quietly(write({}), depth="auto")
+    assert dataset.depth is None and dataset.deepest is None

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from effdet_fast.data import open_image
-from effdet_fast.data.image_io import as_picture, read_size
+from effdet_fast.data.image_io import as_picture, deepest_value, depth_of, read_size
 
 ORIENTATION = 0x0112
 
@@ -173,3 +173,33 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
         for path in (tmp_path / "pipe.jpg", "/dev/zero", tmp_path):
             with pytest.raises(ValueError, match="cannot be decoded: it is not a regular file"):
                 read(path)
+
+
+def deep(path, values):
+    Image.fromarray(np.asarray(values, np.uint16).reshape(1, -1)).save(path)
+    return path
+
+
+def grey(path, depth):
+    return np.asarray(open_image(path, depth=depth)[0])[0, :, 0].tolist()
+
+
+def test_the_upper_bits_of_deep_pictures_are_kept(tmp_path):
+    path = deep(tmp_path / "a.png", [0, 16, 1000, 2000, 4095, 65535])
+    assert grey(path, 12) == [0, 1, 62, 125, 255, 255]
+    assert grey(path, 16) == grey(path, None) == [0, 0, 3, 7, 15, 255]
+    assert grey(path, 8) == [0, 16, 255, 255, 255, 255]
+    assert np.asarray(as_picture(Image.open(path), 12))[0, :, 0].tolist() == grey(path, 12)
+    Image.fromarray(np.array([[7, 200]], np.uint8)).save(tmp_path / "b.png")
+    assert grey(tmp_path / "b.png", 12) == [7, 200]
+    assert deepest_value(path) == 65535 and deepest_value(tmp_path / "b.png") is None
+    assert [depth_of(value) for value in (0, 255, 256, 1023, 4095, 16383, 16384, 70000)] == [
+        8,
+        8,
+        10,
+        10,
+        12,
+        14,
+        16,
+        16,
+    ]

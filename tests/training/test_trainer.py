@@ -147,7 +147,12 @@ def test_what_a_run_leaves_behind(start, tmp_path):
     best = _load(result.best)
     assert best["format"] == 1 and best["model"] == "tiny"
     assert best["class_names"] == ["shape_0", "shape_1", "shape_2"] and best["category_ids"] == [3, 7, 40]
-    assert best["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": [32, 32]}
+    assert best["preprocessing"] == {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "image_size": [32, 32],
+        "depth": None,
+    }
     assert "training" not in best and best["metrics"]["AP"] == result.best_ap
     assert json.loads((result.output / "config.json").read_text())["eval_every"] == 2
     rows = _rows(result.output)
