@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from effdet_fast.data.annotations import SHOWN, check_boxes, check_names, read_annotations
-from effdet_fast.data.image_io import DEPTHS, Size, deepest_value, depth_of, open_image, read_size
+from effdet_fast.data.image_io import DEPTHS, Size, depth_of, largest_value, open_image, read_header
 
 
 class CocoDetection(Dataset):
@@ -58,11 +58,12 @@ class CocoDetection(Dataset):
             raise FileNotFoundError(f"{self.images_dir}: no such images folder")
         self.annotations = read_annotations(annotations_file, category_ids)
         check_names(self.annotations, self.images_dir)
-        self._check_images(check_images)
+        deep = self._check_images(check_images or depth == "auto")
         check_boxes(self.annotations)
         self.deepest: int | None = None
         if depth == "auto":
-            self.deepest = self._deepest_value()
+            with ThreadPoolExecutor(min(16, max(1, len(deep)))) as pool:
+                self.deepest = max(pool.map(largest_value, map(self.path, deep)), default=None)
             depth = None if self.deepest is None else depth_of(self.deepest)
         self.depth: int | None = depth  # type: ignore[assignment]
 
@@ -137,18 +138,17 @@ class CocoDetection(Dataset):
             "file_name": self.annotations.file_names[i],
         }
 
-    def _deepest_value(self) -> int | None:
-        with ThreadPoolExecutor(min(16, max(1, len(self) // 64))) as pool:
-            values = [value for value in pool.map(deepest_value, map(self.path, range(len(self)))) if value is not None]
-        return max(values, default=None)
-
-    def _check_images(self, everything: bool) -> None:
+    def _check_images(self, everything: bool) -> list[int]:
+        """Reads headers, of every picture or where the size is missing; the indices of those that are deep."""
+        deep: list[int] = []
         sizes = self.annotations.sizes
         without_size = set(np.flatnonzero((sizes < 0).any(axis=1)).tolist())
 
         def check(i: int) -> str | None:
             try:
-                sizes[i] = read_size(self.path(i), None if i in without_size else self.size(i))
+                sizes[i], is_deep = read_header(self.path(i), None if i in without_size else self.size(i))
+                if is_deep:
+                    deep.append(i)
             except (FileNotFoundError, ValueError) as error:
                 return str(error)
             return None
@@ -162,3 +162,4 @@ class CocoDetection(Dataset):
             listed = "\n  ".join(problems[:SHOWN])
             what = "picture" if len(problems) == 1 else "pictures"
             raise ValueError(f"{self.annotations_file}: {len(problems)} {what} cannot be used:\n  {listed}{more}")
+        return sorted(deep)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,50 +56,31 @@ def open_image(
         FileNotFoundError: no such file.
         ValueError: the file cannot be decoded, or has another size than `annotated_size`. The message names the file.
     """
-    try:
-        with _opened(path) as image:
-            turn = _turn(image, annotated_size)
-            size = _turned_size(image, turn)
-            _check_size(path, size, annotated_size)
-            if wanted_size is not None and image.format == "JPEG":
-                height, width = wanted_size(size) if callable(wanted_size) else wanted_size
-                image.draft("", (height, width) if _swaps(turn) else (width, height))
-            return _settled(to_rgb(image if turn is None else image.transpose(turn), depth)), size
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image file") from None
-    except _SizeMismatch:
-        raise
-    # Pillow's decoders raise whatever they come across in a broken file: OSError, SyntaxError, struct.error, ...
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}") from error
+    with _opened(path) as image:
+        turn = _turn(image, annotated_size)
+        size = _turned_size(image, turn)
+        _check_size(path, size, annotated_size)
+        if wanted_size is not None and image.format == "JPEG":
+            height, width = wanted_size(size) if callable(wanted_size) else wanted_size
+            image.draft("", (height, width) if _swaps(turn) else (width, height))
+        return _settled(to_rgb(image if turn is None else image.transpose(turn), depth)), size
 
 
-def read_size(path: str | os.PathLike[str], annotated_size: Size | None = None) -> Size:
-    """(height, width) from the header alone, upright as `open_image` would give it; the same errors."""
-    try:
-        with _opened(path) as image:
-            stored = image.height, image.width
-            # Looking for EXIF data decodes a PNG; mostly the sizes agree and there is no need.
-            if annotated_size is not None and stored == tuple(annotated_size):
-                return stored
+def read_header(path: str | os.PathLike[str], annotated_size: Size | None = None) -> tuple[Size, bool]:
+    """(height, width) without decoding, upright as `open_image` would give it, and whether `is_deep`; the same errors."""
+    with _opened(path) as image:
+        deep, size = is_deep(image), (image.height, image.width)
+        # Looking for EXIF data decodes a PNG; mostly the sizes agree and there is no need.
+        if annotated_size is None or size != tuple(annotated_size):
             size = _turned_size(image, _turn(image, annotated_size))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image file") from None
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}") from error
-    _check_size(path, size, annotated_size)
-    return size
+            _check_size(path, size, annotated_size)
+    return size, deep
 
 
-def deepest_value(path: str | os.PathLike[str]) -> int | None:
-    """The largest value of a grey picture of more than 8 bits, None for other pictures; the errors of `open_image`."""
-    try:
-        with _opened(path) as image:
-            return int(np.asarray(image).max(initial=0)) if is_deep(image) else None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such image file") from None
-    except Exception as error:
-        raise ValueError(f"{path}: cannot be decoded: {error}") from error
+def largest_value(path: str | os.PathLike[str]) -> int:
+    """Of a deep picture; the errors of `open_image`."""
+    with _opened(path) as image:
+        return int(np.asarray(image).max(initial=0))
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -160,10 +142,20 @@ class _SizeMismatch(ValueError):
     pass
 
 
-def _opened(path: str | os.PathLike[str]) -> Image.Image:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for whoever writes to it
-        raise ValueError("it is not a regular file")
-    return Image.open(path, formats=_FORMATS)
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for whoever writes to it
+            raise ValueError("it is not a regular file")
+        with Image.open(path, formats=_FORMATS) as image:
+            yield image
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image file") from None
+    except _SizeMismatch:
+        raise
+    # Pillow's decoders raise whatever they come across in a broken file: OSError, SyntaxError, struct.error, ...
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be decoded: {error}") from error
 
 
 def _check_size(path: str | os.PathLike[str], size: Size, annotated_size: Size | None) -> None:
