@@ -94,6 +94,7 @@ class LossMonitor:
         self._patience = patience
         self._own_id = own_id
         self._overflows = 0
+        self.skipped: list[int] = []  # steps of the run that the scaler skipped
         self._device = device
         self._values = torch.zeros(window, _VALUES, device=device)
         self._host = torch.zeros(window, _VALUES, pin_memory=device.type == "cuda")
@@ -127,6 +128,12 @@ class LossMonitor:
         self._start_read()
         self._finish_read()
 
+    def steps_taken(self, step: int) -> int:
+        """Of the first `step` steps those that moved the weights. Skipped ones are read late, and count from the second window
+        behind `step` on, so that a resumed run counts them as an uninterrupted one does."""
+        known = (step // self._window - 1) * self._window
+        return step - sum(skipped < known for skipped in self.skipped)
+
     def start_epoch(self, sums: LossSums | None = None) -> None:
         self.sums = sums or LossSums()
 
@@ -159,6 +166,7 @@ class LossMonitor:
                 self._overflows = 0
                 continue
             self._overflows += 1
+            self.skipped.append(step)
             if not self._scaled or self._overflows >= self._patience:
                 return NonFiniteLoss(step, self._own_ids(image_ids), (total, cls, box), "gradient")
         return None

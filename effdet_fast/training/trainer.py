@@ -137,7 +137,7 @@ class Trainer:
             waited += time.perf_counter() - ready
             self._train_step(batch)
             images_seen += self._images_per_step
-            self._reporter.step(self._monitor.latest, self._schedule(self.step - 1), images_seen)
+            self._reporter.step(self._monitor.latest, self._learning_rate(self.step - 1), images_seen)
             stop = self._agreement.exchange(self.interrupt.signal or 0)
             if stop:
                 break
@@ -152,10 +152,14 @@ class Trainer:
             self.save_last()
         return not stop
 
+    def _learning_rate(self, step: int) -> float:
+        """By the steps that moved the weights: one that the scaler skips does not count."""
+        return self._schedule(self._monitor.steps_taken(step))
+
     def _train_step(self, batch: Any) -> None:
         config = self.config
         seed_step(config.seed, self.step, self.processes.rank)
-        set_learning_rate(self._optimizer, self._schedule(self.step))
+        set_learning_rate(self._optimizer, self._learning_rate(self.step))
         image_ids = batch.image_ids
         batch = batch.to(self.device, non_blocking=True)
         images = normalize(
@@ -183,7 +187,7 @@ class Trainer:
         row = {
             "epoch": epoch + 1,
             "step": self.step,
-            "lr": self._schedule(self.step - 1),
+            "lr": self._learning_rate(self.step - 1),
             "loss": total,
             "cls_loss": cls,
             "box_loss": box,
@@ -258,6 +262,7 @@ class Trainer:
             "scaler": self._take_step.scaler.state_dict(),
             "ema_updates": self._ema.updates if self._ema is not None else 0,
             "sums": dataclasses.asdict(self._monitor.sums),
+            "skipped": list(self._monitor.skipped),
             "rows": self.rows,
             "best": self.best,
             "metrics": self.metrics,
@@ -276,6 +281,8 @@ class Trainer:
         if self._ema is not None:
             self._ema.load(content["state_dict"], training["ema_updates"])
         self._monitor.start_epoch(LossSums(**training["sums"]))
+        self._monitor.skipped = list(training.get("skipped", ()))
         if not same_images:
             self.batch, self.step = 0, self.epoch * self._steps_per_epoch
+            self._monitor.skipped = [step for step in self._monitor.skipped if step < self.step]
             self._monitor.start_epoch()

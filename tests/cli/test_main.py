@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from effdet_fast.cli.main import COMMANDS, main
 from effdet_fast.cli.train_command import add_arguments
@@ -89,3 +90,22 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, capsys):
 def test_a_traceback_on_request():
     with pytest.raises(ValueError, match="train_images is missing"):
         main(["train", "--traceback"])
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "out of GPU memory; use a smaller --batch-size",
+        ),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_told_in_a_sentence(monkeypatch, capsys, error, message):
+    def run(options):
+        raise error
+
+    monkeypatch.setattr("effdet_fast.cli.summary_command.run", run)
+    assert main(["summary", "efficientdet_d0"]) == 1
+    assert capsys.readouterr().err.startswith(f"effdet-fast summary: failed: {message}")

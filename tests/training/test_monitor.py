@@ -44,6 +44,19 @@ def test_a_non_finite_loss_names_its_step_and_images_within_a_window(value):
     assert "step 5" in str(error) and "[77, 78]" in str(error)
 
 
+def test_skipped_steps_count_from_the_second_window_behind_on():
+    monitor = _monitor(scaled=True)
+    seen = []
+    for step in range(17):
+        seen.append(monitor.steps_taken(step))
+        _record(monitor, step, norm=math.inf if step in (0, 1, 5) else 1.0)
+    assert monitor.skipped == [0, 1, 5]
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 9, 10, 11, 12, 13]
+    resumed = _monitor(scaled=True)
+    resumed.skipped = [0, 1, 5]
+    assert [resumed.steps_taken(step) for step in range(17)] == seen
+
+
 def test_a_non_finite_gradient_stops_a_run_without_a_scaler():
     monitor = _monitor()
     _record(monitor, 0, norm=math.inf, ids=(9,))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from effdet_fast.training import NonFiniteLoss, run, train
+from effdet_fast.training.schedule import WarmupCosine
 from effdet_fast.training.trainer import Trainer
 from tests.training.conftest import BATCH, IMAGES, STEPS
 from tests.training.host_reads import NoHostRead
@@ -68,6 +69,25 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_bits(start, tmp_path,
     _same(_load(straight.last), _load(resumed.last))
     _same(_load(straight.best), _load(resumed.best))
     assert [row["loss"] for row in _rows(straight.output)] == [row["loss"] for row in _rows(resumed.output)]
+
+
+def test_steps_that_the_scaler_skips_do_not_move_the_schedule(start, tmp_path):
+    def overflow(model):
+        model.on_loss = lambda call: 1e7 if call < 3 else os.kill(os.getpid(), signal.SIGINT) if call == stop else None
+
+    stop, options = None, {"epochs": 12, "amp": "fp16", "lr": 0.01, "val_images": None, "val_annotations": None}
+    start.prepare = overflow
+    straight = start(tmp_path / "straight", **options)
+    assert _load(straight.last)["training"]["skipped"] == [0, 1, 2]
+    rates = [float(row["lr"]) for row in _rows(straight.output)]
+    schedule = WarmupCosine(0.01, STEPS, 12 * STEPS)
+    assert rates == [
+        pytest.approx(schedule(step if step < 40 else step - 3)) for step in range(STEPS - 1, 12 * STEPS, STEPS)
+    ]
+    stop = 42
+    stopped = start(tmp_path / "resumed", **options)
+    start.prepare = lambda model: None
+    _same(_load(straight.last), _load(start(None, resume=stopped.last).last))
 
 
 def test_two_runs_with_one_seed_agree_and_another_seed_differs(start, tmp_path):
