@@ -103,6 +103,8 @@ def test_bad_arguments(finder, tmp_path):
         (name,) = options
         with pytest.raises(ValueError, match=f"predict: {name} must be"):
             finder.predict(picture(), **options)
+    with pytest.raises(TypeError, match="predict: score_threshold must be a number, got str"):
+        finder.predict(picture(), score_threshold="0.3")
 
 
 @pytest.fixture

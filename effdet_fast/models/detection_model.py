@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from numbers import Real
 from typing import overload
 
 import torch
@@ -30,9 +31,12 @@ Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 def check_detection_options(
     caller: str, score_threshold: float | None, iou_threshold: float | None, max_detections: int | None
 ) -> None:
-    """ValueError unless thresholds, where given, are in [0, 1] and there is room for a detection."""
-    for name, value in (("score_threshold", score_threshold), ("iou_threshold", iou_threshold)):
-        if value is not None and not 0 <= value <= 1:
+    """TypeError or ValueError unless thresholds, where given, are numbers in [0, 1] and there is room for a detection."""
+    options = {"score_threshold": score_threshold, "iou_threshold": iou_threshold, "max_detections": max_detections}
+    for name, value in options.items():
+        if value is not None and not isinstance(value, Real):
+            raise TypeError(f"{caller}: {name} must be a number, got {type(value).__name__}")
+        if name != "max_detections" and value is not None and not 0 <= value <= 1:
             raise ValueError(f"{caller}: {name} must be in [0, 1], got {value}")
     if max_detections is not None and max_detections < 1:
         raise ValueError(f"{caller}: max_detections must be >= 1, got {max_detections}")

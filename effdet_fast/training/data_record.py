@@ -21,14 +21,16 @@ class DataChange(NamedTuple):
     removed: int
     renamed: int
     reboxed: int
+    moved: int
     kept: int
 
     @property
     def same_images(self) -> bool:
-        return not (self.added or self.removed)
+        """Whether an epoch gives the same images in the same order."""
+        return not (self.added or self.removed or self.moved)
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.renamed or self.reboxed)
+        return not self.same_images or bool(self.renamed or self.reboxed)
 
     def describe(self) -> str:
         parts = (
@@ -36,6 +38,7 @@ class DataChange(NamedTuple):
             (self.added, "added"),
             (self.renamed, "with another file name"),
             (self.reboxed, "with other boxes or classes"),
+            (self.moved, "in another place of the file"),
         )
         return ", ".join(f"{count} {what}" for count, what in parts if count)
 
@@ -57,11 +60,13 @@ def compare_data(before: Tensor, now: Tensor) -> DataChange:
     """What has changed from one record to another."""
     old, new = ({row[_ID]: row for row in record.tolist()} for record in (before, now))
     kept = [(old[key], new[key]) for key in new if key in old]
+    added, removed = len(new) - len(kept), len(old) - len(kept)
     return DataChange(
-        added=len(new) - len(kept),
-        removed=len(old) - len(kept),
+        added=added,
+        removed=removed,
         renamed=sum(a[_NAME] != b[_NAME] for a, b in kept),
         reboxed=sum(a[_BOXES] != b[_BOXES] for a, b in kept),
+        moved=0 if added or removed else sum(a != b for a, b in zip(old, new, strict=True)),
         kept=len(kept),
     )
 

@@ -53,6 +53,11 @@ def test_changed_boxes_and_names_are_said_and_classes_refused(start, tmp_path, o
     annotations.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match="last.pt: 1 with another file name, 1 with other boxes or classes$"):
         start(tmp_path / "longer", resume=stopped.last, epochs=2)
+    content["images"].reverse()
+    annotations.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"{IMAGES} in another place of the file; the epoch under way starts again"):
+        start(tmp_path / "moved", resume=stopped.last, epochs=2)
+    content["images"].reverse()
     content["categories"][0]["name"] = "another"
     annotations.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="trained on other classes .*3: 'shape_0'.* than .*3: 'another'"):
