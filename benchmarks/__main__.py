@@ -1,4 +1,5 @@
-"""Runs benchmarks, prints a table, writes a record and a picture per op. `build` instead of ops: times the extension's build."""
+"""Runs benchmarks, prints a table, writes a record and a picture per op. Instead of ops: `build` times
+the extension's build, `contention` training steps beside busy processes."""
 
 import argparse
 import importlib
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import BENCHMARKS, START, build_times, environment, records
+from benchmarks import BENCHMARKS, START, build_times, contention, environment, records
 from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.timing import failure
@@ -104,8 +105,9 @@ def may_round(case: Case, dtype: torch.dtype, device: torch.device) -> bool:
 
 def main(command_line: list[str] | None = None) -> int:
     command_line = sys.argv[1:] if command_line is None else command_line
-    if command_line[:1] == ["build"]:
-        return build_times.main(command_line[1:])
+    for name, command in {"build": build_times, "contention": contention}.items():
+        if command_line[:1] == [name]:
+            return command.main(command_line[1:])
     p = parser()
     arguments = p.parse_args(command_line)
     if arguments.device == "cuda" and not torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """The command line itself: help, errors, exit statuses."""
 
+import os
 import subprocess
 import sys
 
@@ -85,6 +86,19 @@ def test_wrong_input_gives_one_line_and_status_2(arguments, message, capsys):
     assert status == 2
     assert message in captured.err and len(captured.err.strip().splitlines()) == 1
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_give_their_core_away_unless_told_otherwise(variables, expected):
+    code = "import os; from effdet_fast.cli.main import main; main([]); print(os.environ.get('GOMP_SPINCOUNT'))"
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | variables, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == expected
 
 
 def test_a_traceback_on_request():
