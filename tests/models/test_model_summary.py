@@ -115,7 +115,7 @@ def test_the_command_prints_both_tables(capsys):
         (["efficientdet_d0", "--model-option", "fusion"], "--model-option takes FIELD=VALUE, got 'fusion'"),
         (["efficientdet_d0", "--model-option", "fusion=mean"], "fusion must be one of"),
         (["efficientdet_d0", "--model-option", "cells=3"], "unknown configuration field"),
-        (["efficientdet_d0", "--num-classes", "0"], "num_classes must be an integer >= 1, got 0"),
+        (["efficientdet_d0", "--num-classes", "0"], "num_classes must be an integer in [1, 100000], got 0"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, capsys):
