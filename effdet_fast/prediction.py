@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,8 +187,7 @@ def _annotated_sources(images: str, output: str, annotations: str) -> list[_Sour
 
 
 def _is_inside(path: str, folder: str) -> bool:
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath([path, folder]) == folder
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _target(output: str, name: str) -> str:

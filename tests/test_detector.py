@@ -71,6 +71,7 @@ def test_boxes_are_in_original_pixels(finder, tmp_path):
     assert row["image_id"] == 7 and row["category_id"] == 90
     np.testing.assert_allclose(row["bbox"], [40, 30, 160, 90], atol=3)
     assert len(finder.predict(picture(), score_threshold=None)) == 2
+    assert json.dumps(found.to_coco(np.int64(7))) == json.dumps([row])
 
 
 def test_lists_of_different_pictures(finder):
@@ -187,7 +188,7 @@ def test_predict_with_annotations(finder, folder, tmp_path):
     for name in ("../a.jpg", "/etc/a.jpg", "sub/../../a.jpg"):
         content["images"] = [{"id": 5, "file_name": name}]
         file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="leads out of the images folder"):
+        with pytest.raises(ValueError, match="is absolute or leads out of the images folder"):
             predict(finder, folder, tmp_path / "out2", annotations=file)
     with pytest.raises(ValueError, match="images must be the folder"):
         predict(finder, folder / "a.jpg", tmp_path / "out2", annotations=file)

@@ -57,10 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _report(f"error: {_own_words(error)}", options.command, 2)
     except MemoryError:
+        if options.traceback:
+            raise
         return _report("failed: out of memory", options.command, 1)
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
-            what = "failed: out of GPU memory; use a smaller --batch-size, --image-size or --amp bf16"
+            if options.traceback:
+                raise
+            what = "failed: out of GPU memory; start anew with a smaller --batch-size or --image-size, or --amp bf16"
             return _report(what, options.command, 1)
         # Only the failures this package names itself; any other RuntimeError is a defect and keeps its traceback.
         if options.traceback or type(error).__module__.partition(".")[0] != "effdet_fast":

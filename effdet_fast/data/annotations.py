@@ -134,7 +134,7 @@ def check_names(annotations: CocoAnnotations, images_dir: str) -> None:
     for i, name in enumerate(names):
         portable = name.replace("\\", "/")
         if ".." in portable.split("/") or portable.startswith("/") or portable[1:3] == ":/":
-            raise ValueError(f"{annotations.path}: file name {name} leads out of the images folder")
+            raise ValueError(f"{annotations.path}: file name {name} is absolute or leads out of the images folder")
         if portable != name and not os.path.exists(os.path.join(images_dir, name)):
             names[i] = portable
     annotations.file_names = StringArray(names)
@@ -175,7 +175,7 @@ def check_boxes(annotations: CocoAnnotations) -> None:
 def _refuse_normalised(path: str, bbox: np.ndarray, sizes: np.ndarray) -> None:
     x, y, w, h = bbox.T
     within = (x >= 0) & (y >= 0) & (x + w <= 1.001) & (y + h <= 1.001)
-    if len(bbox) and within.all() and (w * h > 0).any() and sizes.min() > 1:
+    if len(bbox) and within.all() and (bbox % 1 != 0).any() and (w * h > 0).any() and sizes.min() > 1:
         raise ValueError(
             f"{path}: all {len(bbox)} boxes lie between 0 and 1, as if they were shares of the picture; "
             "bbox must be [x, y, width, height] in pixels"
@@ -247,7 +247,8 @@ def _only_groups(categories: list[dict[str, Any]], annotations: list[dict[str, A
     group = next((row for row in categories if _integer(row.get("id")) == 0), {})
     others = [row for row in categories if row is not group]
     return (
-        bool(group and others)
+        isinstance(group.get("name"), str)
+        and bool(others)
         and all(row.get("supercategory") == group.get("name") for row in others)
         and not any(_integer(row.get("category_id")) == 0 for row in annotations)
     )

@@ -23,7 +23,9 @@ _TRANSPOSE = {
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Nothing else is decoded, whatever a file is called: for PostScript Pillow would run a program on it.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+_DECODED = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "TGA")
+Image.init()
+_FORMATS = tuple(name for name in _DECODED if name in Image.OPEN)  # this Pillow may have been built without one
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give to a grey value
 

@@ -209,5 +209,7 @@ def _already_a_batch(batch: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides what to do and ends the workers itself.
+    # Ctrl-C and a closed terminal reach the whole process group; the main process decides and ends the workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)

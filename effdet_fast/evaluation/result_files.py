@@ -46,7 +46,7 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
     """
     folder, name = os.path.split(path)
     os.makedirs(folder or ".", exist_ok=True)
-    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.{name}")
+    temporary = os.path.join(folder, f".{secrets.token_hex(8)}.{name[-48:]}")  # a long one would be too long
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         write(temporary)

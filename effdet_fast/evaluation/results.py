@@ -72,8 +72,9 @@ def coco_results(
         if len(result.labels) and not 0 <= result.labels.min() <= result.labels.max() < len(category_ids):
             worst = result.labels.max()
             raise ValueError(f"coco_results: label {worst} has no category id; there are {len(category_ids)} classes")
+        own_id = image_id if isinstance(image_id, str) else int(image_id)
         xywh = np.concatenate([result.boxes[:, :2], result.boxes[:, 2:] - result.boxes[:, :2]], axis=1)
         for box, score, label in zip(xywh.tolist(), result.scores.tolist(), result.labels.tolist(), strict=True):
             category = int(category_ids[label])
-            rows.append({"image_id": image_id, "category_id": category, "bbox": box, "score": score})
+            rows.append({"image_id": own_id, "category_id": category, "bbox": box, "score": score})
     return rows

@@ -87,18 +87,30 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # foreign bytes make the unpickler raise anything, KeyError and IndexError included
         found = _FOREIGN.search(str(error))
-        why = f"it holds a {found[1]}" if found else "torch.save did not write it, or it was cut short"
+        why = f"torch.save did not write it, or it was cut short ({type(error).__name__})"
+        if found or isinstance(error, _UnknownNumber):
+            why = f"it holds a {found[1] if found else error}"
         raise ValueError(f"{path}: cannot be read as a checkpoint of tensors and plain values: {why}") from error
+
+
+class _UnknownNumber(Exception):
+    pass
 
 
 class _NumpyType:
     """Read instead of `numpy.dtype`, so that a number of NumPy's, as training scripts store their best score, is a Python one."""
 
     _FORMATS = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
+    _FORMATS |= {"u8": "Q", "u4": "I", "u2": "H", "u1": "B"}
+    order = "<"
 
     def __init__(self, name: str, *_: Any) -> None:
+        if name not in self._FORMATS:
+            raise _UnknownNumber(f"value of NumPy's type {name}")
         self.format = self._FORMATS[name]
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

@@ -103,8 +103,11 @@ def explained(explain: Callable[[], object], op: Callable[..., _Result], *argume
         return op(*arguments)
     except RuntimeError as error:
         refused = error
-    explain()  # outside of the handler, whose error would be told too
-    raise refused
+    try:
+        explain()  # outside of the handler, whose error would be told too
+        raise refused
+    finally:
+        del refused  # whose traceback holds this frame, and so the arguments
 
 
 @contextmanager

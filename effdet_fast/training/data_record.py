@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,10 @@ _ID, _NAME, _BOXES = range(3)
 
 
 class DataChange(NamedTuple):
-    """How the images of a run differ from those of its checkpoint, in numbers of images."""
+    """How the images of a run differ from those of its checkpoint, in numbers of images.
+
+    `kept` have the same id, and the same file name or the same boxes: ids alone are the same in most files.
+    """
 
     added: int
     removed: int
@@ -51,8 +54,8 @@ def record_data(dataset: CocoDetection) -> Tensor:
     for i, (own_id, name) in enumerate(zip(a.own_ids.tolist(), a.file_names, strict=True)):
         owned = slice(a.first[i], a.first[i + 1])
         boxes = b"".join(part[owned].tobytes() for part in (a.bbox, categories, a.crowd))
-        number = _checksum(own_id.encode()) if isinstance(own_id, str) else own_id
-        rows.append((number, _checksum(name.encode("utf-8", "surrogatepass")), _checksum(boxes)))
+        number = _checksum(_encoded(own_id)) if isinstance(own_id, str) else own_id
+        rows.append((number, _checksum(_encoded(name)), _checksum(boxes)))
     return torch.tensor(rows, dtype=torch.int64)
 
 
@@ -67,9 +70,13 @@ def compare_data(before: Tensor, now: Tensor) -> DataChange:
         renamed=sum(a[_NAME] != b[_NAME] for a, b in kept),
         reboxed=sum(a[_BOXES] != b[_BOXES] for a, b in kept),
         moved=0 if added or removed else sum(a != b for a, b in zip(old, new, strict=True)),
-        kept=len(kept),
+        kept=sum(a[_NAME] == b[_NAME] or a[_BOXES] == b[_BOXES] for a, b in kept),
     )
 
 
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
 def _checksum(content: bytes) -> int:
-    return zlib.crc32(content)
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -87,7 +87,7 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         folder = RunFolder(config.output)
         processes.on_main(lambda: folder.check_free(overwrite=config.overwrite, resumed_from=resumed_from))
         model_config(config.model, **config.model_options)
-        data = open_data(config, processes)
+        data = open_data(config, processes, content["category_ids"] if content is not None else None)
         model = _build_model(config, len(data.category_ids), processes, device)
         if config.batch_size == 1 and not (processes.world_size > 1 and config.sync_bn):
             _check_batch_of_one(model, config)

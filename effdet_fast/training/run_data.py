@@ -36,13 +36,18 @@ class RunData:
         return f"{len(dataset)} images, ids crc32 {zlib.crc32(repr(dataset.image_ids).encode()):08x}"
 
 
-def open_data(config: TrainConfig, processes: Processes) -> RunData:
+def open_data(config: TrainConfig, processes: Processes, category_ids: list[int] | None = None) -> RunData:
     """Read and check both data sets of a run, before anything else is made.
+
+    Args:
+        category_ids: Of a resumed run's labels; None takes the training file's own.
 
     Raises:
         ValueError: No images, no categories, or what `CocoDetection` finds wrong.
     """
-    train_set = CocoDetection(config.train_images, config.train_annotations, depth=config.depth)
+    train_set = CocoDetection(
+        config.train_images, config.train_annotations, category_ids=category_ids, depth=config.depth
+    )
     if len(train_set) == 0:
         raise ValueError(f"train: {config.train_annotations} lists no images")
     if not train_set.category_ids:

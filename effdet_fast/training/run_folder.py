@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from effdet_fast.evaluation.result_files import write_atomically, write_json
 
 COLUMNS = ("epoch", "step", "lr", "loss", "cls_loss", "box_loss", *METRICS, "images_per_second", "seconds")
 LOCK = ".lock"
+_HELD: set[Path] = set()  # folders of this process's runs
 RUN_FILES = ("config.json", "results.csv", "best.pt", "last.pt", "failure.json")
 
 
@@ -88,14 +90,17 @@ class RunFolder:
     def release(self) -> None:
         """Let other runs in again; the end of the process does so too."""
         if self._lock is not None:
+            _HELD.discard(self.path.resolve())
             (self.path / LOCK).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 
     def _take_lock(self) -> None:
-        if fcntl is None:
+        if fcntl is None or self._lock is not None:
             return
         path = self.path / LOCK
+        if self.path.resolve() in _HELD:  # the system keeps processes apart, not threads
+            raise self._taken()
         while self._lock is None:
             lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
             try:
@@ -106,10 +111,19 @@ class RunFolder:
                 ):  # else its run has just ended
                     self._lock = lock
             except (BlockingIOError, PermissionError):
-                raise ValueError(f"output {self.path} is being written by another run; choose another output") from None
+                raise self._taken() from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                path.unlink(missing_ok=True)
+                return  # a file system without locks, where runs are not kept apart
             finally:
                 if self._lock is None:
                     lock.close()
+        _HELD.add(self.path.resolve())
+
+    def _taken(self) -> ValueError:
+        return ValueError(f"output {self.path} is being written by another run; choose another output")
 
     def _found(self) -> list[str]:
         return [name for name in RUN_FILES if (self.path / name).exists()]

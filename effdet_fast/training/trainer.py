@@ -96,8 +96,12 @@ class Trainer:
                 self.folder.write_failure(error.step, error.image_ids, str(error))
             raise
         except Exception as error:
-            lost = self.data.train_loader.lost_process()
+            loaders = (self.data.train_loader, self.data.val_loader)
+            lost = next((lost for loader in loaders if loader is not None and (lost := loader.lost_process())), None)
             with ignoring_children():
+                if lost is not None and self.interrupt.signal and self.processes.world_size == 1:
+                    self.save_last()  # the signal went to all processes of the run
+                    return
                 self._save_after_error()
             if lost is not None:
                 raise lost from error

@@ -111,7 +111,7 @@ def test_a_traceback_on_request():
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            "out of GPU memory; use a smaller --batch-size",
+            "out of GPU memory; start anew with a smaller --batch-size",
         ),
         (MemoryError(), "out of memory"),
     ],

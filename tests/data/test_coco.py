@@ -288,7 +288,7 @@ def test_file_names_made_on_windows(write, tmp_path):
     "name", ["/etc/a.png", "../a.png", "sub/../../a.png", "sub\\..\\..\\a.png", "C:\\a.png", "\\\\host\\a.png"]
 )
 def test_file_names_that_lead_out_of_the_folder(write, name):
-    with pytest.raises(ValueError, match="leads out of the images folder"):
+    with pytest.raises(ValueError, match="is absolute or leads out of the images folder"):
         CocoDetection(*write(images=[{"id": 4, "file_name": name, "width": 60, "height": 40}]))
 
 
@@ -302,6 +302,7 @@ def test_the_category_that_only_groups_others(write):
     assert quietly(write(row, {"category_id": 0}, categories=[group, carp, pike])).category_ids == [0, 1, 2]
     assert quietly(write(row, categories=[group, carp, {**pike, "supercategory": "none"}])).category_ids == [0, 1, 2]
     assert quietly(write({"category_id": 0}, categories=[group])).category_ids == [0]
+    assert quietly(write(row, categories=[{"id": 0}, {"id": 1}])).category_ids == [0, 1]
     assert quietly(write(row, categories=[group, carp, pike]), category_ids=[0, 1, 2]).class_names == [
         "fish",
         "carp",
@@ -313,6 +314,7 @@ def test_boxes_that_are_not_in_pixels(write):
     with pytest.raises(ValueError, match="all 2 boxes lie between 0 and 1, as if they were shares of the picture"):
         CocoDetection(*write({"bbox": [0.1, 0.2, 0.5, 0.5]}, {"bbox": [0, 0, 1, 1]}))
     assert len(quietly(write({"bbox": [0.1, 0.2, 0.5, 0.5]}, {}))[0]["boxes"]) == 2
+    assert len(quietly(write({"bbox": [0, 0, 1, 1]}))[0]["boxes"]) == 1  # a pixel
 
 
 def test_one_depth_for_all_pictures(write, tmp_path):

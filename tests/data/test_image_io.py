@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from effdet_fast.data import open_image
 from effdet_fast.data.image_io import as_picture, depth_of, largest_value, read_header
@@ -31,6 +31,10 @@ def gradient(height=48, width=64):
         ("L", ".jpg"),
         ("RGB", ".bmp"),
         ("RGB", ".webp"),
+        ("RGB", ".tga"),
+        pytest.param(
+            "RGB", ".jp2", marks=pytest.mark.skipif(not features.check("jpg_2000"), reason="not in this Pillow")
+        ),
         ("CMYK", ".tif"),
         ("I;16", ".png"),
         ("I;16", ".tif"),

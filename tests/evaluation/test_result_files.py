@@ -40,6 +40,12 @@ def test_names_are_new_and_files_have_the_usual_rights(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o644
 
 
+def test_names_as_long_as_there_can_be(tmp_path):
+    name = "é" * 125 + ".json"
+    write_json(str(tmp_path / name), [])
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
 def test_links_between_the_output_and_a_file_in_it(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out" / "a").mkdir(parents=True)

@@ -23,6 +23,8 @@ NUMBERS = [
     np.int16(-3),
     np.int8(5),
     np.bool_(True),
+    np.uint64(2**63),
+    np.uint8(200),
     np.array(0.375, dtype=">f8")[()],
 ]
 READERS = [read_content, Detector.from_checkpoint, load_run_checkpoint]
@@ -113,3 +115,23 @@ def test_a_folder_is_no_checkpoint(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(FileNotFoundError, match=f"{name}: no such checkpoint"):
         read_content(tmp_path / name)
+
+
+def test_numbers_that_are_none_are_named(tmp_path):
+    torch.save({"note": np.str_("best")}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="it holds a value of NumPy's type U4"):
+        read_content(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"), MemoryError()]
+)
+def test_what_the_machine_refuses_is_no_fault_of_the_file(tmp_path, monkeypatch, error):
+    def load(*_, **__):
+        raise error
+
+    torch.save({}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as raised:
+        read_content(tmp_path / "a.pt")
+    assert raised.value is error

@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
+import signal
 import zlib
 
 import pytest
@@ -62,6 +64,52 @@ def test_changed_boxes_and_names_are_said_and_classes_refused(start, tmp_path, o
     annotations.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="trained on other classes .*3: 'shape_0'.* than .*3: 'another'"):
         start(tmp_path / "longest", resume=stopped.last, epochs=2)
+
+
+def test_another_data_set_with_the_same_image_ids_is_refused(start, tmp_path, own_data):
+    images, annotations, content = own_data
+    stopped = start(tmp_path / "run", epochs=1, **_without_validation(own_data))
+    for row in content["annotations"]:
+        row["bbox"][0] += 1
+    for image in content["images"]:
+        (images / image["file_name"]).rename(images / f"other_{image['file_name']}")
+        image["file_name"] = f"other_{image['file_name']}"
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="was trained on other data: of its 10 images .* has 1"):  # that without boxes
+        start(tmp_path / "longer", resume=stopped.last, epochs=2)
+
+
+def test_a_resumed_run_keeps_its_classes(start, tmp_path, own_data):
+    """Also one that a new run would leave out."""
+    _, annotations, content = own_data
+    for row in content["categories"]:
+        row["id"] += 1
+    for row in content["annotations"]:
+        row["category_id"] += 1
+    content["categories"].append({"id": 0, "name": "shapes"})
+    annotations.write_text(json.dumps(content))
+    stopped = start(tmp_path / "run", epochs=1, **_without_validation(own_data))
+    for row in content["categories"][:-1]:
+        row["supercategory"] = "shapes"
+    annotations.write_text(json.dumps(content))
+    longer = start(tmp_path / "longer", resume=stopped.last, epochs=2)
+    assert _load(longer.last)["category_ids"] == _load(stopped.last)["category_ids"] == [0, 4, 8, 41]
+
+
+def test_a_signal_that_ends_the_loader_processes_too_is_a_signal(start, tmp_path):
+    def prepare(model):
+        def terminate(call):
+            if call == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                    child.join()
+
+        model.on_loss = terminate
+
+    start.prepare = prepare
+    result = start(tmp_path / "run", epochs=4, workers=1)
+    assert result.signal == signal.SIGTERM and _load(result.last)["training"]["step"] == result.steps
 
 
 def test_a_checkpoint_that_knows_only_the_number_of_its_images(start, tmp_path, data):

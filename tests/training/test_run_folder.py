@@ -1,10 +1,12 @@
 import csv
+import errno
 import json
 import subprocess
 import sys
 
 import pytest
 
+from effdet_fast.training import run_folder
 from effdet_fast.training.run_folder import COLUMNS, RunFolder
 
 
@@ -54,6 +56,7 @@ def test_a_failure_is_written_down(tmp_path):
 
 HOLD = """
 import sys
+from effdet_fast.training import run_folder
 from effdet_fast.training.run_folder import RunFolder
 folder = RunFolder(sys.argv[1])
 folder.claim(overwrite=False, resumed_from=None)
@@ -94,3 +97,27 @@ def test_the_folder_is_looked_at_again_once_it_is_ours(tmp_path):
         folder.claim(overwrite=False, resumed_from=None)
     folder.release()
     assert folder.last.exists()
+
+
+def test_two_runs_of_one_process_do_not_write_to_one_folder(tmp_path):
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path / ".." / tmp_path.name)
+    first.claim(overwrite=False, resumed_from=None)
+    with pytest.raises(ValueError, match="is being written by another run"):
+        second.claim(overwrite=False, resumed_from=None)
+    second.release()
+    with pytest.raises(ValueError, match="is being written by another run"):
+        second.claim(overwrite=False, resumed_from=None)
+    first.release()
+    second.claim(overwrite=False, resumed_from=None)
+    second.release()
+
+
+def test_file_systems_without_locks_can_be_written_to(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
+    folder = RunFolder(tmp_path)
+    folder.claim(overwrite=False, resumed_from=None)
+    folder.release()
+    assert not list(tmp_path.iterdir())
