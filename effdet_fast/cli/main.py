@@ -51,25 +51,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _module(options.command).run(options)
     except KeyboardInterrupt:
-        return _report("interrupted", options.command, 130)
-    except USER_ERRORS as error:
-        if options.traceback:
+        return _report(130, "interrupted", options.command)
+    except Exception as error:
+        told = None if options.traceback else _told(error)
+        if told is None:
             raise
-        return _report(f"error: {_own_words(error)}", options.command, 2)
-    except MemoryError:
-        if options.traceback:
-            raise
-        return _report("failed: out of memory", options.command, 1)
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
-            if options.traceback:
-                raise
-            what = "failed: out of GPU memory; start anew with a smaller --batch-size or --image-size, or --amp bf16"
-            return _report(what, options.command, 1)
-        # Only the failures this package names itself; any other RuntimeError is a defect and keeps its traceback.
-        if options.traceback or type(error).__module__.partition(".")[0] != "effdet_fast":
-            raise
-        return _report(f"failed: {error}", options.command, 1)
+        return _report(*told, options.command)
+
+
+def _told(error: Exception) -> tuple[int, str] | None:
+    """Exit status and message; None for a defect, which keeps its traceback."""
+    if isinstance(error, USER_ERRORS):
+        return 2, f"error: {_own_words(error)}"
+    if isinstance(error, MemoryError):
+        return 1, "failed: out of memory"
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported here
+        return 1, "failed: out of GPU memory; start anew with a smaller --batch-size or --image-size, or --amp bf16"
+    # Only the failures this package names itself.
+    if isinstance(error, RuntimeError) and type(error).__module__.partition(".")[0] == "effdet_fast":
+        return 1, f"failed: {error}"
+    return None
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -97,7 +98,7 @@ def _own_words(error: Exception) -> str:
     return message.strip().rpartition(f"\n{type(error).__name__}: ")[2]
 
 
-def _report(message: str, command: str, status: int) -> int:
+def _report(status: int, message: str, command: str) -> int:
     message = message.replace(f"error: {command}: ", "error: ", 1)  # the command's name is there already
     rank = f" (process {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"effdet-fast {command}{rank}: {message}", file=sys.stderr, flush=True)

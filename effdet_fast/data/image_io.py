@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -24,8 +25,6 @@ _TRANSPOSE = {
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 # Nothing else is decoded, whatever a file is called: for PostScript Pillow would run a program on it.
 _DECODED = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "TGA")
-Image.init()
-_FORMATS = tuple(name for name in _DECODED if name in Image.OPEN)  # this Pillow may have been built without one
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give to a grey value
 
@@ -144,12 +143,18 @@ class _SizeMismatch(ValueError):
     pass
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _DECODED if name in Image.OPEN)  # this Pillow may have been built without one
+
+
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for whoever writes to it
             raise ValueError("it is not a regular file")
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=_formats()) as image:
             yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image file") from None

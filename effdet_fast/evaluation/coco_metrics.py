@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-
-
 COCO_LIMIT = 100  # detections of an image and class that COCO's own numbers count
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # as COCOeval numbers them
 

@@ -38,14 +38,10 @@ class NonFiniteLoss(RuntimeError):
     def tell_of_weights(self, model: nn.Module) -> None:
         """Add to the message whether the model can still be used."""
         tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
-        finite = all(bool(x.isfinite().all()) for x in tensors)
-        told = (
-            ", so the weights are still finite"
-            if finite
-            else (
-                ", but the model holds numbers that are not finite: look at the checkpoint or the learning rate it started from"
-            )
-        )
+        told = ", so the weights are still finite"
+        if not all(bool(x.isfinite().all()) for x in tensors):
+            started = "look at the checkpoint or the learning rate it started from"
+            told = f", but the model holds numbers that are not finite: {started}"
         self.args = (f"{self}{told}",)
 
 

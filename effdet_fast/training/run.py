@@ -200,11 +200,11 @@ def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, proc
         ValueError: Other classes, fewer than half of the images left, or another number of images in a step.
     """
     state = content["training"]
-    classes = dict(zip(content["category_ids"], content["class_names"], strict=True))
-    if classes != dict(zip(data.category_ids, data.class_names, strict=True)):
+    before = dict(zip(content["category_ids"], content["class_names"], strict=True))
+    now = dict(zip(data.category_ids, data.class_names, strict=True))
+    if before != now:
         raise ValueError(
-            f"train: {config.resume} was trained on other classes ({classes}) than {config.train_annotations} has "
-            f"({dict(zip(data.category_ids, data.class_names, strict=True))})"
+            f"train: {config.resume} was trained on other classes ({before}) than {config.train_annotations} has ({now})"
         )
     same_images = True
     if isinstance(state["data"], torch.Tensor):  # checkpoints of old know their images' number and ids alone

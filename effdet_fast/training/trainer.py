@@ -96,8 +96,9 @@ class Trainer:
                 self.folder.write_failure(error.step, error.image_ids, str(error))
             raise
         except Exception as error:
-            loaders = (self.data.train_loader, self.data.val_loader)
-            lost = next((lost for loader in loaders if loader is not None and (lost := loader.lost_process())), None)
+            lost = self.data.train_loader.lost_process()
+            if lost is None and self.data.val_loader is not None:
+                lost = self.data.val_loader.lost_process()
             with ignoring_children():
                 if lost is not None and self.interrupt.signal and self.processes.world_size == 1:
                     self.save_last()  # the signal went to all processes of the run
