@@ -29,7 +29,7 @@ _STATE = (
     "best",
     "metrics",
 )
-_PUBLISHED = ("state_dict", "category_ids")
+_PUBLISHED = ("state_dict", "category_ids", "class_names")
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:
