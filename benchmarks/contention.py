@@ -20,7 +20,7 @@ import torch
 from benchmarks import environment, records
 from benchmarks.bench_training_step import efficientdet
 from benchmarks.workload import CHANNELS_LAST, OURS
-from effdet_fast.cli.main import SPIN_COUNT
+from effdet_fast.cpu_tuning import SPIN_COUNT
 from effdet_fast.evaluation.result_files import write_json
 
 MODEL = "efficientdet_lite0"

@@ -32,7 +32,7 @@ def measure(
     compiled_peers: bool = True,
     tf32: bool | None = None,
 ) -> Iterator[Row]:
-    """Yields a row per phase.
+    """Yields a row per phase; for training steps on a CPU two, the second with `effdet_fast.tune_cpu()`.
 
     Args:
         seconds: aimed at per phase, for all implementations together.
@@ -73,7 +73,7 @@ def measure(
                 yield row
                 continue
             if phase == STEP and device.type == "cpu":
-                yield _steps_alone(row, case, dtype, layout, errors, min_rounds)
+                yield from _steps_alone(row, case, dtype, layout, errors, min_rounds)
                 continue
             with contextlib.nullcontext() if tf32 is None else convolutions(tf32):
                 tasks = {i.name: task_of(i, phase, upstream) for i in right}
@@ -119,10 +119,11 @@ def profiled(row: Row, implementations: list[Implementation], device: torch.devi
 
 def _steps_alone(
     row: Row, case: Case, dtype: torch.dtype, layout: str, errors: dict[str, float], min_rounds: int
-) -> Row:
-    alone = measure_alone(case, dtype, layout, list(errors), min_rounds)
-    timings = {name: Timing.of(steps.seconds, errors[name], steps.peak_bytes) for name, steps in alone.items()}
-    return replace(row, timings=timings, profiles={name: steps.profile for name, steps in alone.items()})
+) -> Iterator[Row]:
+    for tuned, alone in measure_alone(case, dtype, layout, list(errors), min_rounds).items():
+        timings = {name: Timing.of(steps.seconds, errors[name], steps.peak_bytes) for name, steps in alone.items()}
+        profiles = {name: steps.profile for name, steps in alone.items()}
+        yield replace(row, timings=timings, profiles=profiles, tuned=tuned)
 
 
 def passing(

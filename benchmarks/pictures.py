@@ -49,7 +49,7 @@ def draw(record: records.Record, op: str, folder: Path) -> Path:
                 fontsize=6,
             )
     axes.set_yticks(
-        range(len(rows)), [f"{row.case}\n{row.precision} {row.layout}, {row.phase}" for row in rows], fontsize=7
+        range(len(rows)), [f"{row.case}\n{row.setting}, {row.layout}, {row.phase}" for row in rows], fontsize=7
     )
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -57,10 +57,16 @@ class Row:
     images: int | None = None  # in a training step
     profiles: dict[str, Profile] = field(default_factory=dict)
     tf32: bool | None = None  # whether cuDNN's convolutions rounded float32 to TF32; None where there are none
+    tuned: bool = False  # whether all took part in processes that called `effdet_fast.tune_cpu()`
 
     @property
     def precision(self) -> str:
         return precision(self.dtype, self.tf32)
+
+    @property
+    def setting(self) -> str:
+        """The precision, and how the process was tuned."""
+        return self.precision + (", after tune_cpu()" if self.tuned else "")
 
     @property
     def name(self) -> str:

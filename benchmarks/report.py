@@ -22,8 +22,14 @@ def generate(everything: list[Record]) -> str:
     parts = []
     for device_type, missing in (("cuda", NO_GPU), ("cpu", NO_CPU)):
         slugs = dict.fromkeys(record.device_slug for record in everything if record.device_type == device_type)
-        parts += [device_section(records.newest_rows(everything, slug)) for slug in slugs] or [missing]
+        devices = [_without_steps(records.newest_rows(everything, slug)) for slug in slugs]
+        parts += [device_section(by_op) for by_op in devices if by_op] or [missing]
     return "\n\n".join(parts)
+
+
+def _without_steps(by_op: dict[str, tuple[Record, list[Row]]]) -> dict[str, tuple[Record, list[Row]]]:
+    """Training steps have tables of their own."""
+    return {op: found for op, found in by_op.items() if op != STEP_OP}
 
 
 def device_section(by_op: dict[str, tuple[Record, list[Row]]]) -> str:
@@ -38,7 +44,7 @@ def device_section(by_op: dict[str, tuple[Record, list[Row]]]) -> str:
         "| op | case | dtype, layout | phase | ours | of a copy | best peer | speed-up |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [table_row(row) for op, (_, rows) in by_op.items() if op != STEP_OP for row in records.shown(rows)]
+    lines += [table_row(row) for _, rows in by_op.values() for row in records.shown(rows)]
     return "\n".join(lines)
 
 
@@ -76,7 +82,7 @@ def generate_steps(everything: list[Record]) -> str:
             versions = ", ".join(f"{name} {record.environment['versions'].get(name)}" for name in ("torch", "effdet"))
             for row in (row for row in rows if row.phase == "step"):
                 where = f"{record.device_name}, {record.date[:10]}, {versions}, {commit_text(record)}"
-                parts += [f"**{row.case}, {row.precision}** ({where})", step_table(row, record)]
+                parts += [f"**{row.case}, {row.setting}** ({where})", step_table(row, record)]
                 parts += [family_table(row)] if row.profiles else []
     return "\n\n".join(parts)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+import effdet_fast
 from benchmarks.records import Profile
 from benchmarks.step_profile import profile_of
 from benchmarks.workload import Case
@@ -28,22 +29,30 @@ class Steps(NamedTuple):
     profile: Profile
 
 
-def measure_alone(case: Case, dtype: torch.dtype, layout: str, names: list[str], rounds: int) -> dict[str, Steps]:
-    """Runs each implementation in `PASSES` new processes, in turn and back again, for `rounds` steps each.
+def measure_alone(
+    case: Case, dtype: torch.dtype, layout: str, names: list[str], rounds: int
+) -> dict[bool, dict[str, Steps]]:
+    """Runs each implementation in new processes for `rounds` steps: as torch finds them, and after `effdet_fast.tune_cpu()`.
 
-    `case.build` must be picklable.
+    All take turns, `PASSES` times, there and back again. `case.build` must be picklable.
+
+    Returns:
+        For False and for True (tuned) the steps of each implementation.
     """
-    results: dict[str, Steps] = {}
+    turns = [(tuned, name) for name in names for tuned in (False, True)]
+    results: dict[bool, dict[str, Steps]] = {tuned: {} for tuned in (False, True)}
     for number in range(PASSES):
-        for name in names if number % 2 == 0 else reversed(names):
+        for tuned, name in turns if number % 2 == 0 else reversed(turns):
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                steps = pool.apply(_steps, (case, dtype, layout, name, rounds, torch.get_num_threads()))
-            earlier = results[name].seconds if name in results else []
-            results[name] = steps._replace(seconds=earlier + steps.seconds)
-    return {name: results[name] for name in names}
+                steps = pool.apply(_steps, (case, dtype, layout, name, rounds, torch.get_num_threads(), tuned))
+            earlier = results[tuned].get(name)
+            results[tuned][name] = steps._replace(seconds=earlier.seconds + steps.seconds) if earlier else steps
+    return results
 
 
-def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, threads: int) -> Steps:
+def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, threads: int, tuned: bool) -> Steps:
+    if tuned:
+        effdet_fast.tune_cpu()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     workload = case.build(torch.device("cpu"), dtype, layout)

@@ -9,7 +9,7 @@ HEADER = (
 
 def format_row(row: Row) -> str:
     """A block: one line per implementation, fastest first, then the copy, then those that could not take part."""
-    lines = [f"{row.op} | {row.case} | {row.precision} {row.layout} | {row.phase} | {row.bytes / 1e6:.1f} MB", HEADER]
+    lines = [f"{row.op} | {row.case} | {row.setting}, {row.layout} | {row.phase} | {row.bytes / 1e6:.1f} MB", HEADER]
     for name, timing in sorted(row.timings.items(), key=lambda item: (item[0] != OURS, item[1].median)):
         lines.append(_line(row, name, timing))
     if row.copy:

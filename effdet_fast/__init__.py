@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from effdet_fast.version import __version__
 
 if TYPE_CHECKING:
-    from effdet_fast._libraries import empty_cache
     from effdet_fast.acceleration import accelerate, patch_torchvision, restore
     from effdet_fast.conversion import convert_checkpoint
+    from effdet_fast.cpu_tuning import empty_cache, tune_cpu
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
     from effdet_fast.export import export_model
@@ -26,7 +26,7 @@ _HOMES = {
     "accelerate": "effdet_fast.acceleration",
     "convert_checkpoint": "effdet_fast.conversion",
     "create_model": "effdet_fast.models",
-    "empty_cache": "effdet_fast._libraries",
+    "empty_cache": "effdet_fast.cpu_tuning",
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",
     "export_model": "effdet_fast.export",
     "list_models": "effdet_fast.models",
@@ -35,6 +35,7 @@ _HOMES = {
     "restore": "effdet_fast.acceleration",
     "set_debug": "effdet_fast.ops",
     "train": "effdet_fast.training",
+    "tune_cpu": "effdet_fast.cpu_tuning",
 }
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "restore",
     "set_debug",
     "train",
+    "tune_cpu",
 ]
 
 

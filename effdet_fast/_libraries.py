@@ -98,14 +98,3 @@ def helpers() -> ModuleType | None:
         return importlib.import_module("effdet_fast._C")
     except ImportError:
         return None
-
-
-def empty_cache() -> None:
-    """Frees the memory of former outputs on the CPU that is kept for later ones.
-
-    Ops with kernels of their own write outputs of 128 KiB and more into memory of former ones, and up to a quarter more than was
-    ever in use at once stays with the process. This gives back what no tensor holds. For a GPU there is
-    ``torch.cuda.empty_cache``.
-    """
-    if "cpu" not in missing:
-        torch.ops.effdet_fast.empty_cache()

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn, TextIO
 
+from effdet_fast.cpu_tuning import tune_cpu
 from effdet_fast.version import __version__
 
 COMMANDS = {
@@ -21,9 +22,6 @@ COMMANDS = {
     "summary": "parameters, multiply-adds, activations and anchors of a model",
     "doctor": "what is installed, what was built, and whether each op works",
 }
-# Turns of a thread of OpenMP that waits, before it gives its core away: by default it spins for milliseconds, also while another
-# process wants that core.
-SPIN_COUNT = "1000"
 USER_ERRORS = (ValueError, TypeError, OSError)
 
 
@@ -39,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 for a run that failed; 2 for wrong input; 128 + signal for an interrupted run.
     """
-    if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT  # read when PyTorch loads OpenMP
+    tune_cpu()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser(next((word for word in arguments if word in COMMANDS), None))
     options = parser.parse_args(arguments)
