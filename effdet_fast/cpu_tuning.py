@@ -21,7 +21,7 @@ def tune_cpu() -> None:
 
     PyTorch takes new memory for each output. glibc gives large blocks back to the kernel when they are freed, and the kernel must
     clear every page of the next one: up to half of a training step. After this call the process keeps them, and a training holds
-    up to a tenth more memory. Where large tensors of one size alternate with small ones that stay, the holes between them can
+    up to a sixth more memory. Where large tensors of one size alternate with small ones that stay, the holes between them can
     come to several times that; `empty_cache` gives them back. Processes that are forked later do the same.
 
     Called before torch is imported, it also sets ``GOMP_SPINCOUNT=1000``, so that threads of OpenMP that wait for each other do
