@@ -3,15 +3,12 @@
 import os
 import subprocess
 import sys
-from ctypes import CDLL
 
 import pytest
 
 from effdet_fast import cpu_tuning
 
-needs_glibc = pytest.mark.skipif(
-    not hasattr(CDLL(None), "mallopt") or sys.platform != "linux", reason="the C library is not glibc"
-)
+needs_glibc = pytest.mark.skipif(cpu_tuning._glibc() is None, reason="the C library is not glibc")
 MALLOC = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 PAGES = 40 << 8  # of 4 KiB in a tensor of 40 MiB
 
