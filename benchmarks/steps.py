@@ -15,14 +15,15 @@ OK, FAILED, OUT_OF_TIME, NOT_REACHED = "ok", "FAILED", "OUT OF TIME", "NOT REACH
 SKIPPED, REFUSED = "skipped", "refused"
 GOOD = (OK, SKIPPED, REFUSED)
 GRACE_SECONDS = 5.0  # for what is interrupted to write what it has
+LONGEST = 2  # times its budget: what hangs leaves the rest of the time to others
 
 
 @dataclass(frozen=True)
 class Step:
     """A command; `{limit}` in an argument becomes the seconds it has.
 
-    `budget` is set aside for it. What earlier steps left of theirs is added, and what they took beyond theirs is missing at the
-    end. `needs` names steps that must have succeeded; `skip` is a reason not to run it at all. A `probe` asks whether something
+    `budget` is set aside for it. What earlier steps left of theirs is added, up to `LONGEST` times the budget, and what they took
+    beyond theirs is missing at the end. `needs` names steps that must have succeeded; `skip` is a reason not to run it at all. A `probe` asks whether something
     works here at all: if not, that is no failure, and what needs it is skipped. A command that ends by a signal, or with another
     status than 0 and 1, is run again while `tries` last.
     """
@@ -73,7 +74,7 @@ def run_all(
             result = Result(step.name, NOT_REACHED, 0.0, "no time left")
         else:
             left -= GRACE_SECONDS
-            result = run(step, min(left, max(step.budget, left - set_aside)), log)
+            result = run(step, min(left, max(step.budget, min(left - set_aside, LONGEST * step.budget))), log)
         results[step.name] = result
         after_each(list(results.values()))
     return list(results.values())

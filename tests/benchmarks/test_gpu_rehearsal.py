@@ -19,7 +19,7 @@ import pytest
 from benchmarks import OPS
 from benchmarks.__main__ import CUT_SHORT
 from benchmarks.gpu import LIBRARIES
-from benchmarks.gpu_plan import files_with_cuda_tests
+from benchmarks.gpu_plan import CORRECTNESS, LIMITS, SPEED, files_with_cuda_tests
 from benchmarks.records import from_json
 from effdet_fast import _libraries
 from effdet_fast._build_info import read_build_info
@@ -119,7 +119,7 @@ def kernel(case: str) -> str:
 
 def test_both_parts(machine):
     """Each step's faults cost nothing that was done, are named, and the second part repeats their tests first."""
-    seconds = 200
+    seconds = LIMITS[CORRECTNESS]
     faults = "kernel[fails]:fails,kernel[dies]:dies,kernel[hangs]:hangs,kernel[loses]:lost,ncu:refuses"
     first = machine.call("correctness", seconds, faults)
     assert list(first.steps.items()) == [
@@ -144,7 +144,7 @@ def test_both_parts(machine):
     assert f"tests of kernels: failed: {kernel('dies')}" in first.printed
 
     shutil.copy(first.out / "correctness.json", machine.tree / ".gpu")
-    seconds = 180
+    seconds = LIMITS[SPEED]
     once = "/nms/second/torch.float32:dies,/soft_nms/second/torch.float32:lost,/fusion/second/torch.float32:fails"
     second = machine.call("speed", seconds, f"{once},/training_step/retinanet:hangs,compute-sanitizer:refuses")
     assert list(second.steps.items()) == [
