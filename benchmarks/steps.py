@@ -24,8 +24,8 @@ class Step:
 
     `budget` is set aside for it. What earlier steps left of theirs is added, up to `LONGEST` times the budget, and what they took
     beyond theirs is missing at the end. `needs` names steps that must have succeeded; `skip` is a reason not to run it at all. A
-    `probe` asks whether something works here at all: if not, that is no failure, and what needs it is skipped. A command that ends
-    by a signal, or with another status than 0 and 1, is run again while `tries` last.
+    `probe` asks whether something works here at all: if not, that is no failure, and what needs it is skipped. A command that
+    ends by a signal, or with another status than 0 and 1, is run again while `tries` last.
     """
 
     name: str
