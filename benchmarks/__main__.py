@@ -16,7 +16,7 @@ from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.timing import failure
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, PHASES, Case
-from effdet_fast.evaluation.result_files import write_atomically
+from effdet_fast.files import write_atomically
 
 # Why a case is missing from a record: what ended its process is not tried again when the record is gone on with.
 CUT_SHORT, NOT_REACHED = "the process ended while it was measured", "no time was left"

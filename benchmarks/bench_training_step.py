@@ -13,7 +13,7 @@ import effdet_fast
 from benchmarks.step_profile import LABELS, LOSS, scopes
 from benchmarks.workload import CHANNELS_LAST, OURS, STEP, Case, Implementation, Workload, compiled, optional
 from effdet_fast import ops
-from effdet_fast.models.conversion import convert_state_dict
+from effdet_fast.checkpoints.convert import convert_state_dict
 from effdet_fast.training import GraphedStep
 from effdet_fast.training.graphed_step import WARMUP_STEPS
 

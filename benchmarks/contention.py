@@ -21,7 +21,7 @@ from benchmarks import environment, records
 from benchmarks.bench_training_step import efficientdet
 from benchmarks.workload import CHANNELS_LAST, OURS
 from effdet_fast.cpu_tuning import SPIN_COUNT
-from effdet_fast.evaluation.result_files import write_json
+from effdet_fast.files import write_json
 
 MODEL = "efficientdet_lite0"
 PEERS = (OURS, "effdet")

@@ -25,7 +25,7 @@ from benchmarks import START, gpu_plan, ledger, records  # noqa: E402
 from benchmarks.gpu_plan import CORRECTNESS, LIMITS, SPEED, Place  # noqa: E402
 from benchmarks.steps import GOOD, Result, run_all, summary  # noqa: E402
 from effdet_fast._build_info import covers, read_build_info, sources_hash  # noqa: E402
-from effdet_fast.evaluation.result_files import write_atomically  # noqa: E402
+from effdet_fast.files import write_atomically  # noqa: E402
 
 PACKAGE = ROOT / ".gpu"
 LIBRARIES = ("kernels_cpu.so", "kernels_cuda.so")

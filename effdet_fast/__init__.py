@@ -9,7 +9,7 @@ from effdet_fast.version import __version__
 
 if TYPE_CHECKING:
     from effdet_fast.acceleration import accelerate, patch_torchvision, restore
-    from effdet_fast.conversion import convert_checkpoint
+    from effdet_fast.checkpoints.convert import convert_checkpoint
     from effdet_fast.cpu_tuning import empty_cache, tune_cpu
     from effdet_fast.detector import Detector
     from effdet_fast.evaluation.evaluate_checkpoint import evaluate
@@ -24,7 +24,7 @@ _HOMES = {
     "Detector": "effdet_fast.detector",
     "TrainConfig": "effdet_fast.training",
     "accelerate": "effdet_fast.acceleration",
-    "convert_checkpoint": "effdet_fast.conversion",
+    "convert_checkpoint": "effdet_fast.checkpoints.convert",
     "create_model": "effdet_fast.models",
     "empty_cache": "effdet_fast.cpu_tuning",
     "evaluate": "effdet_fast.evaluation.evaluate_checkpoint",

@@ -14,8 +14,9 @@ from PIL import Image
 from effdet_fast.data import Placement, normalize
 from effdet_fast.data.image_io import as_picture, open_image
 from effdet_fast.data.placement import EXACT_GAP, Size, blank_input
+from effdet_fast.device import autocast
 from effdet_fast.drawing import class_colour, draw_boxes
-from effdet_fast.evaluation import ImageResult, autocast, coco_results, image_results, letterbox_sizes
+from effdet_fast.evaluation import ImageResult, coco_results, image_results, letterbox_sizes
 from effdet_fast.evaluation.trained_model import TrainedModel, load_trained_model
 from effdet_fast.models.detection_model import check_detection_options
 

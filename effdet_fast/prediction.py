@@ -20,7 +20,7 @@ from effdet_fast.data.annotations import SHOWN, check_names, read_annotations
 from effdet_fast.data.image_io import IMAGE_SUFFIXES, open_image
 from effdet_fast.data.placement import Size
 from effdet_fast.detector import Detector, ImageDetections
-from effdet_fast.evaluation.result_files import (
+from effdet_fast.files import (
     check_writable,
     refuse_existing,
     refuse_links,

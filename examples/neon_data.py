@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from effdet_fast.evaluation.result_files import write_atomically
+from effdet_fast.files import write_atomically
 
 PACKAGES = {
     "deepforest==2.1.0": "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",

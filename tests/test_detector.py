@@ -298,7 +298,7 @@ def test_loaded_model_is_ready_and_other_files_are_refused(checkpoint, tmp_path)
     with pytest.raises(ValueError, match="text.pt: cannot be read as a checkpoint"):
         Detector.from_checkpoint(tmp_path / "text.pt")
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="it has no model, config"):
+    with pytest.raises(ValueError, match="it has no format, model, config"):
         Detector.from_checkpoint(tmp_path / "weights.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="is not a checkpoint of a trained detector"):
@@ -312,7 +312,8 @@ SMALL = dataclasses.asdict(model_config("efficientdet_lite0", num_classes=3, ima
     "changes, message",
     [
         ({"format": 2}, "has checkpoint format 2"),
-        ({"format": None}, "has checkpoint format None"),
+        ({"format": None}, "is not a checkpoint of a trained detector, it has no format;"),
+        ({"format": "1"}, "has checkpoint format 1;"),
         ({"class_names": ["a"]}, "has 3 classes, 1 class names and 3 category ids"),
         ({"category_ids": [3, 3, 4]}, "3 class names and 2 category ids"),
         ({"config": {"name": "efficientdet_lite0", "nonsense": 3}}, "holds no usable model configuration"),

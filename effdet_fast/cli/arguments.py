@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from effdet_fast.training.config import AMP_MODES, default_workers
+from effdet_fast.device import AMP_MODES
+from effdet_fast.training.config import default_workers
 
 
 def add_inference_arguments(parser: argparse.ArgumentParser, *, batch_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-# As `effdet_fast.models.conversion.TARGETS`, which --help need not import torch for.
+# As `effdet_fast.checkpoints.convert.TARGETS`, which --help need not import torch for.
 TARGETS = ("effdet", "torchvision", "timm", "effdet_fast")
 
 

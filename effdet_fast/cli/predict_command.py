@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from effdet_fast import predict
-    from effdet_fast.training.distributed import choose_device
+    from effdet_fast.device import choose_device
 
     results = predict(
         options.checkpoint,
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         image_size=image_size(options.image_size),  # type: ignore[arg-type]
         workers=options.workers,
-        device=choose_device(options.device, 0),
+        device=choose_device(options.device),
         amp=options.amp,
         draw=options.draw,
         overwrite=options.overwrite,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from effdet_fast.cli.arguments import add_model_option, image_size, model_options
-from effdet_fast.training.config import AMP_MODES, OPTIMIZERS, TrainConfig, field_names
+from effdet_fast.device import AMP_MODES
+from effdet_fast.training.config import OPTIMIZERS, TrainConfig, field_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

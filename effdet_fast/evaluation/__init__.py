@@ -1,8 +1,9 @@
 """COCO evaluation: detections in original pixels, pycocotools' metrics, gathering over processes."""
 
+from effdet_fast.device import autocast
 from effdet_fast.evaluation.coco_metrics import METRICS, coco_metrics
 from effdet_fast.evaluation.evaluate_checkpoint import evaluate
-from effdet_fast.evaluation.evaluate_model import autocast, detect_all, evaluate_model
+from effdet_fast.evaluation.evaluate_model import detect_all, evaluate_model
 from effdet_fast.evaluation.results import ImageResult, coco_results, image_results, letterbox_sizes
 from effdet_fast.evaluation.trained_model import TrainedModel, load_trained_model
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from effdet_fast.data import CocoDetection, create_loader
 from effdet_fast.evaluation.evaluate_model import detect_all, shared_metrics
-from effdet_fast.evaluation.result_files import check_writable, refuse_existing, write_json
 from effdet_fast.evaluation.trained_model import load_trained_model
+from effdet_fast.files import check_writable, refuse_existing, write_json
 from effdet_fast.models.detection_model import check_detection_options
 
 

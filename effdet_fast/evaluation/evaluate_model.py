@@ -12,11 +12,10 @@ from torch import nn
 from tqdm import tqdm
 
 from effdet_fast.data import Batch, BatchLoader, CocoDetection, normalize
+from effdet_fast.device import autocast
 from effdet_fast.evaluation.coco_metrics import coco_metrics
 from effdet_fast.evaluation.results import coco_results, image_results, letterbox_sizes
 from effdet_fast.models.detection_model import check_detection_options
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def evaluate_model(
@@ -127,16 +126,6 @@ def shared_metrics(
     if world_size > 1:
         dist.broadcast_object_list(metrics, src=0)
     return metrics[0]
-
-
-def autocast(device: torch.device, amp: str | torch.dtype | None) -> contextlib.AbstractContextManager:
-    """The autocast context for `amp` as commands spell it: None, "none", "bf16", "fp16", or a dtype."""
-    if amp is None or amp == "none":
-        return contextlib.nullcontext()
-    dtype = AMP_DTYPES.get(amp) if isinstance(amp, str) else amp
-    if dtype not in AMP_DTYPES.values():
-        raise ValueError(f"amp must be None, 'bf16' or 'fp16', got {amp!r}")
-    return torch.autocast(device.type, dtype=dtype)
 
 
 def _detect(

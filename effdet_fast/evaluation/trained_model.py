@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from effdet_fast.checkpoints.format import PREPROCESSING, read_checkpoint
 from effdet_fast.data.image_io import DEPTHS
 from effdet_fast.models import DetectionModel, DetectorConfig, load_checkpoint
-from effdet_fast.models.checkpoint_files import read_torch_file
-
-FORMAT = 1
-_CONTENT = {
-    "model": str,
-    "config": dict,
-    "class_names": list,
-    "category_ids": list,
-    "preprocessing": dict,
-    "state_dict": Mapping,
-}
-_PREPROCESSING = ("mean", "std", "image_size")
 
 
 @dataclass(frozen=True)
@@ -66,8 +53,8 @@ def load_trained_model(
         ValueError: not a checkpoint of this package, or one that contradicts itself.
     """
     path = os.fspath(checkpoint)
-    content = _read(path)
-    inputs = {key: content["preprocessing"][key] for key in _PREPROCESSING}
+    content = read_checkpoint(path)
+    inputs = {key: content["preprocessing"][key] for key in PREPROCESSING}
     if image_size is not None:
         inputs["image_size"] = image_size
     try:
@@ -88,24 +75,3 @@ def load_trained_model(
     model.to(device=target, memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.eval().requires_grad_(False)
     return TrainedModel(model, names, ids, config.mean, config.std, config.image_size, target, depth)
-
-
-def _read(path: str) -> dict[str, Any]:
-    content = read_torch_file(path)
-    missing = [key for key in _CONTENT if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise ValueError(
-            f"{path}: is not a checkpoint of a trained detector, it has no {', '.join(missing)}; weights alone are "
-            "loaded with create_model(..., checkpoint=...)"
-        )
-    if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
-        raise ValueError(f"{path}: has checkpoint format {content.get('format')}; this version reads up to {FORMAT}")
-    for key, kind in _CONTENT.items():
-        if not isinstance(content[key], kind):
-            raise ValueError(
-                f"{path}: its {key} must be a {kind.__name__.lower()}, got a {type(content[key]).__name__}"
-            )
-    lacking = [key for key in _PREPROCESSING if key not in content["preprocessing"]]
-    if lacking:
-        raise ValueError(f"{path}: its preprocessing has no {', '.join(lacking)}")
-    return content

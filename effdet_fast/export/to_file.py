@@ -10,13 +10,13 @@ import torch
 from torch.export import Dim, ExportedProgram
 
 from effdet_fast.detector import Detector
-from effdet_fast.evaluation.result_files import refuse_existing, write_atomically
 from effdet_fast.export.description import describe
 from effdet_fast.export.graph import AllAnchors, ExportedGraph, FinalDetections, Finish, Operators
 from effdet_fast.export.onnx_file import check_packages, onnx_bytes
 from effdet_fast.export.onnx_operators import OnnxOperators
 from effdet_fast.export.torch_export_file import torch_export_bytes
 from effdet_fast.export.torch_operators import TorchOperators
+from effdet_fast.files import refuse_existing, write_atomically
 from effdet_fast.models.detection_model import check_detection_options
 from effdet_fast.ops import use_reference
 

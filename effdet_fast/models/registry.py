@@ -6,10 +6,10 @@ import dataclasses
 import os
 from typing import Any
 
-from effdet_fast.models.checkpoints import load_backbone_checkpoint, load_checkpoint
 from effdet_fast.models.config import DetectorConfig, check_fields
 from effdet_fast.models.detection_model import DetectionModel
 from effdet_fast.models.model_table import CONFIGS
+from effdet_fast.models.weights import load_backbone_checkpoint, load_checkpoint
 
 
 def list_models() -> list[str]:

@@ -1,84 +1,78 @@
-"""How checkpoints are written and read: atomically, and as plain values that load with ``weights_only=True``."""
+"""What a `last.pt` holds beside the detector: all that a resumed run continues from."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from effdet_fast.evaluation.result_files import write_atomically
-from effdet_fast.evaluation.trained_model import FORMAT
-from effdet_fast.models.checkpoint_files import read_torch_file
-
-# What a run continues from, as `Trainer.save_last` writes it.
-_STATE = (
-    "config",
-    "epoch",
-    "batch",
-    "step",
-    "images_per_step",
-    "data",
-    "model",
-    "optimizer",
-    "scaler",
-    "ema_updates",
-    "sums",
-    "rows",
-    "best",
-    "metrics",
-)
-_PUBLISHED = ("state_dict", "category_ids", "class_names")
+from effdet_fast.checkpoints.format import read_checkpoint
 
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """Write `content` with ``torch.save`` so that `path` always holds a whole file: the old one or the new one.
+@dataclasses.dataclass
+class RunState:
+    """The `training` part of a `last.pt`, as plain values that load with ``weights_only=True``.
 
-    Raises:
-        OSError: It cannot be written, for instance for want of space; names the file.
+    Fields with a default are missing in files of earlier versions.
+
+    Attributes:
+        config: The run's options.
+        epoch, batch, step: Finished epochs, finished batches of the epoch under way, finished steps.
+        images_per_step: Of all processes together.
+        data: A row per training image; see `record_data`. Earlier versions wrote a line of text.
+        model, optimizer, scaler: State dicts. The published weights are the averaged ones.
+        ema_updates: How often those were brought up to date.
+        sums: Of the losses of the epoch under way.
+        rows: Of `results.csv`.
+        best: The best AP.
+        metrics: Of the last evaluation.
+        skipped: Steps that the gradient scaler left out.
+        steps_per_epoch: For whoever reads the file.
     """
 
-    def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:  # PyTorch's writer tells of a full disk in this way
-                raise OSError(str(error).partition("\n")[0]) from error
-            file.flush()
-            os.fsync(file.fileno())
+    config: dict[str, Any]
+    epoch: int
+    batch: int
+    step: int
+    images_per_step: int
+    data: Any
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    ema_updates: int
+    sums: dict[str, float]
+    rows: list[dict[str, Any]]
+    best: float
+    metrics: dict[str, float]
+    skipped: list[int] = dataclasses.field(default_factory=list)
+    steps_per_epoch: int = 0
 
-    write_atomically(os.fspath(path), write)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself survives a power cut only once the folder is synced
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are, no copies."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def load_run_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a `best.pt` or `last.pt`, tensors on the CPU.
+class RunCheckpoint(NamedTuple):
+    """A `last.pt`: the published dictionary (see `checkpoints.format`) and the state of its run."""
+
+    published: dict[str, Any]
+    state: RunState
+
+
+def read_run_checkpoint(path: str | os.PathLike[str]) -> RunCheckpoint:
+    """Read a `last.pt`, tensors on the CPU.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is no checkpoint of a training run, or one of a later format.
+        ValueError: No checkpoint; or a `best.pt`, which has no state, or a state that is not whole.
     """
-    content = read_torch_file(path)
-    if not isinstance(content, dict) or "format" not in content or "state_dict" not in content:
-        raise ValueError(f"{path} is not a checkpoint of a training run (it holds no format and state_dict)")
-    if content["format"] > FORMAT:
-        raise ValueError(f"{path} has checkpoint format {content['format']}; this version reads up to {FORMAT}")
-    return content
-
-
-def training_state(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The part of a `last.pt` that a run continues from; ValueError for a `best.pt`, which has none, or if it is not whole."""
+    content = read_checkpoint(path)
     if "training" not in content:
         raise ValueError(f"{path} holds weights only and cannot be resumed; resume from the run's last.pt")
     state = content["training"]
-    missing = [key for key in _STATE if not isinstance(state, dict) or key not in state]
-    missing += [key for key in _PUBLISHED if key not in content]
+    fields = dataclasses.fields(RunState)
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if not isinstance(state, dict) or name not in state]
     if missing:
         raise ValueError(f"{path} cannot be resumed: it has no {', '.join(missing)}")
-    return state
+    return RunCheckpoint(content, RunState(**{f.name: state[f.name] for f in fields if f.name in state}))

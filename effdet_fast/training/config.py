@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from effdet_fast.device import AMP_MODES
+
 OPTIMIZERS = ("sgd", "adamw")
-AMP_MODES = ("none", "bf16", "fp16")
 
 # What a resumed run cannot change: the weights, the optimiser state or the order of the samples would no longer fit.
 FIXED_ON_RESUME = (

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from effdet_fast.device import choose_device
+
 T = TypeVar("T")
 
 
@@ -102,36 +104,13 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def choose_device(name: str | None, local_rank: int) -> torch.device:
-    """The device to train on: the one named, or the process's GPU, or the CPU.
-
-    Raises:
-        ValueError: The name is unknown, or a GPU was asked for where PyTorch sees none.
-    """
-    if name is None:
-        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be like cpu, cuda or cuda:1, got {name!r}") from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no GPU")
-        device = torch.device("cuda", local_rank) if device.index is None else device
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"device cuda:{device.index} was asked for, but there are {torch.cuda.device_count()}")
-    elif device.type != "cpu":
-        raise ValueError(f"device must be cpu or cuda, got {name!r}")
-    return device
-
-
 def join_processes(device_name: str | None) -> tuple[Processes, torch.device]:
     """The processes torchrun started and this one's device; without torchrun, one process.
 
     A process joins once, and leaves when it exits: PyTorch cannot leave and join again over the same rendezvous.
     """
     if not is_launched() or int(os.environ["WORLD_SIZE"]) == 1:
-        return Processes(), choose_device(device_name, 0)
+        return Processes(), choose_device(device_name)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = choose_device(device_name, local_rank)
     if device.type == "cuda":

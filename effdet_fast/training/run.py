@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from effdet_fast.evaluation.result_files import write_json
+from effdet_fast.files import write_json
 from effdet_fast.models import DetectionModel, create_model, load_checkpoint, model_config
 from effdet_fast.nn import synchronize_batch_norm
-from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
+from effdet_fast.training.checkpoint import RunCheckpoint, read_run_checkpoint
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
 from effdet_fast.training.data_record import compare_data
 from effdet_fast.training.distributed import Processes, join_processes
@@ -74,12 +74,8 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
     """
     given = _given_options(config, options)
     resume = given.get("resume")
-    content: dict[str, Any] | None = None
-    if resume:
-        content = load_run_checkpoint(resume)
-        config = _resumed_config(content, given, Path(resume))
-    else:
-        config = config_from_options(given)
+    resumed = read_run_checkpoint(resume) if resume else None
+    config = config_from_options(given) if resumed is None else _resumed_config(resumed, given)
     config.require_paths()
     resumed_from = Path(resume) if resume else None
     processes, device = join_processes(config.device)
@@ -87,17 +83,17 @@ def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
         folder = RunFolder(config.output)
         processes.on_main(lambda: folder.check_free(overwrite=config.overwrite, resumed_from=resumed_from))
         model_config(config.model, **config.model_options)
-        data = open_data(config, processes, content["category_ids"] if content is not None else None)
+        data = open_data(config, processes, None if resumed is None else resumed.published["category_ids"])
         model = _build_model(config, len(data.category_ids), processes, device)
         if config.batch_size == 1 and not (processes.world_size > 1 and config.sync_bn):
             _check_batch_of_one(model, config)
-        same_images = content is None or _check_fit(content, data, config, processes)
+        same_images = resumed is None or _check_fit(resumed, data, config, processes)
         with Interrupt(launched=processes.world_size > 1) as interrupt:  # from here on a signal leaves a last.pt
             try:
                 processes.on_main(lambda: _claim(folder, config, resumed_from))
                 trainer = Trainer(config, model, data, folder, processes, device, interrupt)
-                if content is not None:
-                    trainer.restore(content, same_images=same_images)
+                if resumed is not None:
+                    trainer.restore(resumed, same_images=same_images)
                 trainer.fit()
                 processes.gather(None)  # the files are there when any process returns
             finally:
@@ -124,19 +120,19 @@ def _given_options(config: TrainConfig | None, options: dict[str, Any]) -> dict[
     return {name: value for name, value in config.to_dict().items() if value != defaults[name]}
 
 
-def _resumed_config(content: dict[str, Any], given: dict[str, Any], path: Path) -> TrainConfig:
-    state = training_state(content, path)
+def _resumed_config(resumed: RunCheckpoint, given: dict[str, Any]) -> TrainConfig:
+    (published, state), path = resumed, Path(given["resume"])
     # What "auto" found is what the weights know.
-    saved = {**state["config"], "depth": content.get("preprocessing", {}).get("depth")}
+    saved = {**state.config, "depth": published["preprocessing"].get("depth")}
     config = config_for_resume(saved, {"output": str(path.parent), **given})
-    if state["epoch"] >= config.epochs:
+    if state.epoch >= config.epochs:
         raise ValueError(
-            f"train: {path} has finished {state['epoch']} epochs of {config.epochs}, so nothing is left to do; "
+            f"train: {path} has finished {state.epoch} epochs of {config.epochs}, so nothing is left to do; "
             "give a larger number of epochs to train on"
         )
-    if config.epochs != state["config"]["epochs"]:
+    if config.epochs != state.config["epochs"]:
         warnings.warn(
-            f"train: {state['config']['epochs']} -> {config.epochs} epochs: from here on the learning rate follows "
+            f"train: {state.config['epochs']} -> {config.epochs} epochs: from here on the learning rate follows "
             "the schedule of a run of the new length",
             stacklevel=4,
         )
@@ -193,40 +189,40 @@ def _start_from(model: DetectionModel, checkpoint: str, processes: Processes) ->
         print(f"{checkpoint} has another number of classes; the class layer starts anew", flush=True)
 
 
-def _check_fit(content: dict[str, Any], data: RunData, config: TrainConfig, processes: Processes) -> bool:
+def _check_fit(resumed: RunCheckpoint, data: RunData, config: TrainConfig, processes: Processes) -> bool:
     """Whether the images are those of the resumed run, of which some may have gone or come; says what has changed.
 
     Raises:
         ValueError: Other classes, fewer than half of the images left, or another number of images in a step.
     """
-    state = content["training"]
-    before = dict(zip(content["category_ids"], content["class_names"], strict=True))
+    published, state = resumed
+    before = dict(zip(published["category_ids"], published["class_names"], strict=True))
     now = dict(zip(data.category_ids, data.class_names, strict=True))
     if before != now:
         raise ValueError(
             f"train: {config.resume} was trained on other classes ({before}) than {config.train_annotations} has ({now})"
         )
     same_images = True
-    if isinstance(state["data"], torch.Tensor):  # checkpoints of old know their images' number and ids alone
-        change = compare_data(state["data"], data.record)
-        if 2 * change.kept <= len(state["data"]):
+    if isinstance(state.data, torch.Tensor):  # checkpoints of old know their images' number and ids alone
+        change = compare_data(state.data, data.record)
+        if 2 * change.kept <= len(state.data):
             raise ValueError(
-                f"train: {config.resume} was trained on other data: of its {len(state['data'])} images "
+                f"train: {config.resume} was trained on other data: of its {len(state.data)} images "
                 f"{config.train_annotations} has {change.kept}"
             )
         same_images = change.same_images
         if change and processes.is_main:
             how = "" if same_images else "; the epoch under way starts again"
             warnings.warn(f"train: images have changed since {config.resume}: {change.describe()}{how}", stacklevel=3)
-    elif state["data"] != data.old_record():
+    elif state.data != data.old_record():
         raise ValueError(
-            f"train: {config.resume} was trained on other data ({state['data']}); {config.train_annotations} has "
+            f"train: {config.resume} was trained on other data ({state.data}); {config.train_annotations} has "
             f"{data.old_record()}"
         )
     images = config.batch_size * processes.world_size
-    if state["images_per_step"] != images:
+    if state.images_per_step != images:
         raise ValueError(
-            f"train: {config.resume} was trained on {state['images_per_step']} images per step; now it would be "
+            f"train: {config.resume} was trained on {state.images_per_step} images per step; now it would be "
             f"batch_size {config.batch_size} x {processes.world_size} processes = {images}"
         )
     return same_images

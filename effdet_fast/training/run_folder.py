@@ -15,7 +15,7 @@ except ImportError:  # Windows, where runs are not kept apart
     fcntl = None  # type: ignore[assignment]
 
 from effdet_fast.evaluation import METRICS
-from effdet_fast.evaluation.result_files import write_atomically, write_json
+from effdet_fast.files import write_atomically, write_json
 
 COLUMNS = ("epoch", "step", "lr", "loss", "cls_loss", "box_loss", *METRICS, "images_per_second", "seconds")
 LOCK = ".lock"

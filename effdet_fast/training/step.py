@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from effdet_fast.evaluation import autocast
-from effdet_fast.training.config import AMP_MODES
+from effdet_fast.device import AMP_MODES, autocast
 from effdet_fast.training.ema import ModelEma
 from effdet_fast.training.optimizer import clip_gradients, set_skip_flag, skips_on_device
 

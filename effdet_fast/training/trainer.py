@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from effdet_fast.checkpoints.files import write_content
+from effdet_fast.checkpoints.format import describe
 from effdet_fast.data import BatchLoader, CocoDetection, normalize
 from effdet_fast.evaluation import evaluate_model
-from effdet_fast.evaluation.trained_model import FORMAT
-from effdet_fast.training.checkpoint import save_atomically
+from effdet_fast.training.checkpoint import RunCheckpoint, RunState
 from effdet_fast.training.config import TrainConfig
 from effdet_fast.training.distributed import Agreement, Processes, wrap_model
 from effdet_fast.training.ema import ModelEma
@@ -210,7 +211,7 @@ class Trainer:
             self.folder.write_results(self.rows)
             self._reporter.epoch_line(row, best=better and bool(metrics))
             if better:
-                save_atomically(self._published(metrics), self.folder.best)
+                write_content(self._published(metrics), self.folder.best)
         self.save_last()
         return True
 
@@ -232,19 +233,9 @@ class Trainer:
 
     def _published(self, metrics: dict[str, float]) -> dict[str, Any]:
         """What a user of the weights needs; all of `best.pt`, and the head of `last.pt`."""
-        model_config = self.model.config
+        data = self.data
         return {
-            "format": FORMAT,
-            "model": model_config.name,
-            "config": dataclasses.asdict(model_config),
-            "class_names": list(self.data.class_names),
-            "category_ids": list(self.data.category_ids),
-            "preprocessing": {
-                "mean": list(model_config.mean),
-                "std": list(model_config.std),
-                "image_size": list(model_config.image_size),
-                "depth": self.data.train_loader.coco.depth,
-            },
+            **describe(self.model.config, data.class_names, data.category_ids, data.train_loader.coco.depth),
             "epoch": self.epoch,
             "metrics": dict(metrics),
             "state_dict": self.model.state_dict() if self._ema is None else self._ema.state_dict(),
@@ -254,39 +245,39 @@ class Trainer:
         """Write `last.pt` (main process only): the published weights and everything a resumed run continues from."""
         if not self.processes.is_main:
             return
-        training = {
-            "config": self.config.to_dict(),
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "step": self.step,
-            "steps_per_epoch": self._steps_per_epoch,
-            "images_per_step": self._images_per_step,
-            "data": self.data.record,
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._take_step.scaler.state_dict(),
-            "ema_updates": self._ema.updates if self._ema is not None else 0,
-            "sums": dataclasses.asdict(self._monitor.sums),
-            "skipped": list(self._monitor.skipped),
-            "rows": self.rows,
-            "best": self.best,
-            "metrics": self.metrics,
-        }
-        save_atomically({**self._published(self.metrics), "training": training}, self.folder.last)
+        state = RunState(
+            config=self.config.to_dict(),
+            epoch=self.epoch,
+            batch=self.batch,
+            step=self.step,
+            steps_per_epoch=self._steps_per_epoch,
+            images_per_step=self._images_per_step,
+            data=self.data.record,
+            model=self.model.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            scaler=self._take_step.scaler.state_dict(),
+            ema_updates=self._ema.updates if self._ema is not None else 0,
+            sums=dataclasses.asdict(self._monitor.sums),
+            skipped=list(self._monitor.skipped),
+            rows=self.rows,
+            best=self.best,
+            metrics=self.metrics,
+        )
+        write_content({**self._published(self.metrics), "training": state.to_dict()}, self.folder.last)
 
-    def restore(self, content: dict[str, Any], *, same_images: bool = True) -> None:
+    def restore(self, checkpoint: RunCheckpoint, *, same_images: bool = True) -> None:
         """Continue from a `last.pt` whose fit to this run has been checked; with other images, from the start of its epoch."""
-        training = content["training"]
-        self.epoch, self.batch, self.step = training["epoch"], training["batch"], training["step"]
-        self.rows, self.best, self.metrics = training["rows"], training["best"], training["metrics"]
-        self.model.load_state_dict(training["model"])
-        self._optimizer.load_state_dict(training["optimizer"])
+        state = checkpoint.state
+        self.epoch, self.batch, self.step = state.epoch, state.batch, state.step
+        self.rows, self.best, self.metrics = state.rows, state.best, state.metrics
+        self.model.load_state_dict(state.model)
+        self._optimizer.load_state_dict(state.optimizer)
         if self._take_step.scaler.is_enabled():
-            self._take_step.scaler.load_state_dict(training["scaler"])
+            self._take_step.scaler.load_state_dict(state.scaler)
         if self._ema is not None:
-            self._ema.load(content["state_dict"], training["ema_updates"])
-        self._monitor.start_epoch(LossSums(**training["sums"]))
-        self._monitor.skipped = list(training.get("skipped", ()))
+            self._ema.load(checkpoint.published["state_dict"], state.ema_updates)
+        self._monitor.start_epoch(LossSums(**state.sums))  # type: ignore[arg-type]
+        self._monitor.skipped = list(state.skipped)
         if not same_images:
             self.batch, self.step = 0, self.epoch * self._steps_per_epoch
             self._monitor.skipped = [step for step in self._monitor.skipped if step < self.step]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from effdet_fast.cli.main import main
-from effdet_fast.training.checkpoint import load_run_checkpoint, training_state
+from effdet_fast.training.checkpoint import read_run_checkpoint
 from effdet_fast.training.run_folder import RUN_FILES
 from tests.generated_data import make_dataset
 
@@ -37,14 +37,14 @@ def test_a_killed_run_can_be_resumed_and_leaves_no_stray_file(tmp_path, capsys):
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 1))
             training.send_signal(signal.SIGKILL)
-        state = training_state(load_run_checkpoint(run / "last.pt"), run / "last.pt")
-        assert state["step"] >= steps
-        steps = state["step"]
+        state = read_run_checkpoint(run / "last.pt").state
+        assert state.step >= steps
+        steps = state.step
         with open(run / "results.csv") as file:
             epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
         assert epochs == list(range(1, len(epochs) + 1))
-        assert len(epochs) - state["epoch"] in (0, 1)  # a kill may fall between the two files; resuming writes both
+        assert len(epochs) - state.epoch in (0, 1)  # a kill may fall between the two files; resuming writes both
     assert steps > 0
-    assert main(["train", *map(str, resume), "--epochs", str(state["epoch"] + 1), "--no-progress"]) == 0
+    assert main(["train", *map(str, resume), "--epochs", str(state.epoch + 1), "--no-progress"]) == 0
     assert "finished" in capsys.readouterr().out
     assert {entry.name for entry in run.iterdir()} <= set(RUN_FILES)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from effdet_fast.evaluation.result_files import write_json
+from effdet_fast.files import write_json
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
 
 

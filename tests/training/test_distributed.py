@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effdet_fast.training.distributed import Agreement, Processes, choose_device, join_processes
+from effdet_fast.device import choose_device
+from effdet_fast.training.distributed import Agreement, Processes, join_processes
 from tests.generated_data import make_dataset
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ class TinyConfig:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     num_classes: int = 3
     frozen_batch_norm: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 class TinyLoss(NamedTuple):

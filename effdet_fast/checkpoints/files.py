@@ -1,4 +1,4 @@
-"""Tensors from and to files: `.safetensors`, or what `torch.save` writes."""
+"""Reads and writes checkpoint files: `.safetensors`, or what `torch.save` writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from effdet_fast.models.checkpoint_names import StateDict
+from effdet_fast.checkpoints.names import StateDict
+from effdet_fast.files import write_atomically
 
 PathOrStateDict = str | os.PathLike[str] | Mapping[str, Any]
 
@@ -57,12 +58,17 @@ def read_tensors(checkpoint: PathOrStateDict, use_ema: bool = True) -> StateDict
     return tensors
 
 
-def write_content(content: Mapping[str, Any], path: str) -> None:
-    """Writes a state dict (or, not as `.safetensors`, any plain values) that `read_content` gives back."""
-    if path.endswith(SAFETENSORS):
-        _safetensors().save_file(dict(content), path, metadata={"format": "pt"})
-    else:
-        torch.save(content, path)
+def write_content(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a state dict (or, not as `.safetensors`, any plain values) that `read_content` gives back.
+
+    `path` always holds a whole file, the old one or the new one, also after a power cut.
+
+    Raises:
+        OSError: It cannot be written, for instance for want of space; names the file.
+    """
+    path = os.fspath(path)
+    write = _write_safetensors if path.endswith(SAFETENSORS) else _write_torch_file
+    write_atomically(path, lambda temporary: write(content, temporary), durable=True)
 
 
 def describe_source(checkpoint: PathOrStateDict) -> str:
@@ -143,6 +149,18 @@ def _read_safetensors(path: str) -> StateDict:
         return library.load_file(path)
     except Exception as error:  # the library's own error type lies in its compiled part
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+
+
+def _write_safetensors(content: Mapping[str, Any], path: str) -> None:
+    _safetensors().save_file(dict(content), path, metadata={"format": "pt"})
+
+
+def _write_torch_file(content: Mapping[str, Any], path: str) -> None:
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # PyTorch's writer tells of a full disk in this way
+            raise OSError(str(error).partition("\n")[0]) from error
 
 
 def _safetensors() -> Any:

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from effdet_fast.evaluation import result_files
-from effdet_fast.evaluation.result_files import refuse_links, write_atomically, write_json
+from effdet_fast import files
+from effdet_fast.files import refuse_links, write_atomically, write_json
 
 
 def test_a_link_at_the_target_is_replaced_and_not_followed(tmp_path):
@@ -18,7 +18,7 @@ def test_a_link_at_the_target_is_replaced_and_not_followed(tmp_path):
 
 
 def test_a_planted_temporary_file_is_not_followed(tmp_path, monkeypatch):
-    monkeypatch.setattr(result_files.secrets, "token_hex", lambda count: "0" * 2 * count)
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0" * 2 * count)
     (tmp_path / "victim").write_text("precious")
     planted = tmp_path / f".{'0' * 16}.a.json"
     planted.symlink_to("victim")

@@ -1,4 +1,4 @@
-"""Whose names the tensors of a checkpoint have, and the same tensors under ours.
+"""Recognizes which project wrote a state dict, and renames its keys to ours.
 
 Our names are effdet's for an EfficientDet, timm's for an EfficientNet, and torchvision's for a ResNet.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from effdet_fast.models import names_efficientnet, names_torchvision, names_zylo117
+from effdet_fast.checkpoints.names import effdet, efficientnet, torchvision, zylo117
 
 StateDict = dict[str, torch.Tensor]
 
@@ -21,9 +21,6 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 _NOT_WEIGHTS = ("anchors.boxes",)
 # The classifier half of a timm EfficientNet (`bn2` is only top level there), and of a ResNet.
 CLASSIFIER = ("conv_head.", "bn2.", "classifier.", "fc.")
-_LEVEL_FIRST = re.compile(
-    r"^((?:class|box)_net\.bn_rep)\.(\d+)\.(\d+)\.(weight|bias|running_mean|running_var|num_\w+)$"
-)
 
 
 class Naming(NamedTuple):
@@ -59,18 +56,13 @@ def _same_names(state_dict: StateDict) -> StateDict:
     return dict(state_dict)
 
 
-def _repeat_first(state_dict: StateDict) -> StateDict:
-    """`bn_rep.LEVEL.REPEAT.weight` as `bn_rep.REPEAT.LEVEL.bn.weight`."""
-    return {_LEVEL_FIRST.sub(r"\1.\3.\2.bn.\4", key): value for key, value in state_dict.items()}
-
-
 NAMINGS = (
-    Naming("zylo117's EfficientDet", r"backbone_net\.model\.", names_zylo117.our_names, True),
-    Naming("torchvision RetinaNet", r"head\.classification_head\.", names_torchvision.our_names, True),
-    Naming("effdet, head BatchNorms level first", r"class_net\.bn_rep\.\d+\.\d+\.(?!bn\.)", _repeat_first, True),
+    Naming("zylo117's EfficientDet", r"backbone_net\.model\.", zylo117.our_names, True),
+    Naming("torchvision RetinaNet", r"head\.classification_head\.", torchvision.our_names, True),
+    Naming("effdet, head BatchNorms level first", r"class_net\.bn_rep\.\d+\.\d+\.(?!bn\.)", effdet.repeat_first, True),
     Naming("effdet and effdet_fast EfficientDet", r"class_net\.conv_rep\.0\.conv_dw\.", _same_names, True),
     Naming("effdet_fast", r"class_net\.", _same_names, True),
-    Naming("EfficientNet with _blocks", r"_blocks\.0\._", names_efficientnet.timm_names, False),
+    Naming("EfficientNet with _blocks", r"_blocks\.0\._", efficientnet.timm_names, False),
     Naming("timm EfficientNet", r"blocks\.0\.0\.conv_dw\.", _same_names, False),
     Naming("timm and torchvision ResNet", r"layer1\.0\.conv1\.", _same_names, False),
 )

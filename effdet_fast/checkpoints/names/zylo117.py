@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from effdet_fast.models.names_efficientnet import timm_names
+from effdet_fast.checkpoints.names.efficientnet import timm_names
 
 BACKBONE = "backbone_net.model."
 _HEADS = {"regressor": "box_net", "classifier": "class_net"}

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import effdet_fast
+from effdet_fast.checkpoints import convert
+from effdet_fast.checkpoints.convert import convert_state_dict
+from effdet_fast.checkpoints.names import recognise
 from effdet_fast.cli.convert_command import TARGETS
 from effdet_fast.cli.main import main
-from effdet_fast.models import conversion, create_model, list_models, load_backbone_checkpoint, load_checkpoint
-from effdet_fast.models.conversion import convert_state_dict
+from effdet_fast.models import create_model, list_models, load_backbone_checkpoint, load_checkpoint
 from tests.models.effdet_models import model_pair
 from tests.models.foreign_weights import Zylo117, classifier, underscored, zylo117_d0
 from tests.models.torchvision_models import model_pair as torchvision_pair
@@ -45,7 +47,7 @@ def load(path):
 
 
 def test_the_command_offers_every_target():
-    assert tuple(conversion.TARGETS) == TARGETS
+    assert tuple(convert.TARGETS) == TARGETS
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -129,7 +131,7 @@ def test_zylo117s_unread_fusion_weights_are_left_out_of_large_models():
     """D6 adds without weights, but its files hold them. Eight cells and no other tensors are enough to see that."""
     weights = {"bifpn.7.p6_w1": torch.ones(2), "bifpn.7.conv7_down.bn.bias": torch.ones(2)}
     weights |= {f"bifpn.{cell}.p3_w1": torch.ones(2) for cell in range(7)} | {"backbone_net.model.x": torch.ones(1)}
-    renamed = conversion.recognise(weights).our_names(weights)
+    renamed = recognise(weights).our_names(weights)
     assert "fpn.cell.7.fnode.7.after_combine.conv.bn.bias" in renamed
     assert not any("edge_weights" in key for key in renamed)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from effdet_fast import Detector
+from effdet_fast.checkpoints.files import read_content
+from effdet_fast.checkpoints.format import read_checkpoint
 from effdet_fast.models import create_model, load_checkpoint
-from effdet_fast.models.checkpoint_files import read_content
-from effdet_fast.training.checkpoint import load_run_checkpoint
 
 NUMBERS = [
     np.float64(0.375),
@@ -27,7 +27,7 @@ NUMBERS = [
     np.uint8(200),
     np.array(0.375, dtype=">f8")[()],
 ]
-READERS = [read_content, Detector.from_checkpoint, load_run_checkpoint]
+READERS = [read_content, Detector.from_checkpoint, read_checkpoint]
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)

@@ -1,4 +1,4 @@
-"""Writing results without losing what is already there."""
+"""Writes files without losing what is already there."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ def refuse_links(paths: Iterable[str], output: str) -> None:
             folder = os.path.dirname(folder)
 
 
-def write_atomically(path: str, write: Callable[[str], Any]) -> None:
+def write_atomically(path: str, write: Callable[[str], Any], *, durable: bool = False) -> None:
     """Calls `write` with the name of a new file beside `path` (same suffix), which then takes its place as a whole.
 
     The name is random and the file new, so that nobody can have put a link there; a link at `path` is replaced, not followed.
+    If `durable`, the new file is on the disk when this returns, so that it survives a power cut.
     """
     folder, name = os.path.split(path)
     os.makedirs(folder or ".", exist_ok=True)
@@ -50,12 +51,24 @@ def write_atomically(path: str, write: Callable[[str], Any]) -> None:
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666))
     try:
         write(temporary)
+        if durable:
+            _synchronize(temporary, os.O_RDWR)
         os.replace(temporary, path)
+        if durable and hasattr(os, "O_DIRECTORY"):  # the new name itself
+            _synchronize(folder or ".", os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise OSError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _synchronize(path: str, flags: int) -> None:
+    opened = os.open(path, flags)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_json(path: str, content: Any, indent: int | None = None) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from effdet_fast.models.checkpoint_files import PathOrStateDict, describe_source, read_tensors, shorten
-from effdet_fast.models.checkpoint_names import StateDict, backbone_of, with_our_names
+from effdet_fast.checkpoints.files import PathOrStateDict, describe_source, read_tensors, shorten
+from effdet_fast.checkpoints.names import StateDict, backbone_of, with_our_names
 
 _CLASS_LAYER = re.compile(r"class_net\.predict\.(conv_pw\.)?(weight|bias)")
 _COUNTER = "num_batches_tracked"

@@ -1,0 +1,195 @@
+"""Rewrites a checkpoint under another project's names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from effdet_fast.checkpoints.files import SAFETENSORS, read_content, read_tensors, shorten, write_content
+from effdet_fast.checkpoints.format import describe, description_of
+from effdet_fast.checkpoints.identify import Identity, identify_backbone, identify_detector
+from effdet_fast.checkpoints.names import NAMINGS, StateDict, backbone_of, recognise, strip_prefixes
+from effdet_fast.checkpoints.names.torchvision import torchvision_names
+from effdet_fast.files import check_writable, refuse_existing
+from effdet_fast.models import DetectorConfig, model_config
+from effdet_fast.models.resnet import VARIANTS
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_checkpoint` did.
+
+    Attributes:
+        naming: Whose names the tensors had.
+        names: Every model (or backbone) that the weights fit; the first was taken.
+        num_classes: Of the detector; None for a backbone.
+        tensors: How many were written.
+        left_out: Keys of the tensors that the target has no place for.
+    """
+
+    naming: str
+    names: list[str]
+    num_classes: int | None
+    tensors: int
+    left_out: list[str]
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    to: str,
+    *,
+    model: str | DetectorConfig | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Writes a checkpoint's weights under another project's names; values, types and shapes stay as they are.
+
+    Understood are effdet (either order of the heads' BatchNorms), zylo117's Yet-Another-EfficientDet-Pytorch,
+    torchvision's RetinaNets (new and old names), this package's own files, and backbones of timm, torchvision and the
+    EfficientNet naming with `_blocks`; in files of `torch.save`, wrapped or not, or `.safetensors`. Averaged weights are
+    taken where a file has both. Nothing in a file is executed (`weights_only=True`).
+
+    A detector converted to "effdet_fast" in a `.pt` or `.pth` file can be evaluated and used for prediction at once, like
+    a run's `best.pt`. Class names are the category ids unless the source is such a file: label + 1 as effdet counts, or
+    the label as torchvision does.
+
+    Args:
+        source: The file to read.
+        output: The file to write: `.safetensors`, or anything else for `torch.save`. Tensors only, in the target's order,
+            except for detectors as "effdet_fast".
+        to: "effdet", "torchvision", "timm" (the backbone alone) or "effdet_fast".
+        model: What the weights belong to, a name of `list_models()` or a configuration. By default what the file says, or
+            the released model that they fit.
+        overwrite: Replace an existing `output`.
+
+    Raises:
+        FileNotFoundError, FileExistsError: `source` or `output`.
+        ValueError: Names or weights that are not understood, do not fit (keys are listed) or that the target has not; or a
+            `.safetensors` file without the package safetensors.
+    """
+    source, output = os.fspath(source), os.fspath(output)
+    refuse_existing([output], overwrite)
+    check_writable(output)
+    content = read_content(source)
+    own = description_of(content)
+    if model is None and own is not None:
+        model = DetectorConfig.from_dict(own["config"])
+    try:
+        converted = convert_state_dict(read_tensors(content), to, model=model)
+    except ValueError as error:
+        raise ValueError(f"{error} (in {source})") from error
+    weights = {key: value.detach().contiguous().clone() for key, value in converted.state_dict.items()}
+    config = converted.config
+    if to == "effdet_fast" and config is not None and not output.endswith(SAFETENSORS):
+        written = {**(own or _description(config)), "state_dict": weights}
+    else:
+        written = weights
+    write_content(written, output)
+    return Conversion(
+        converted.naming,
+        converted.names,
+        None if config is None else config.num_classes,
+        len(weights),
+        converted.left_out,
+    )
+
+
+def _description(config: DetectorConfig) -> dict[str, Any]:
+    """torchvision's labels are the category ids themselves, effdet's count from 0."""
+    first = 0 if config.box_coder == "torchvision" else 1
+    ids = range(first, first + config.num_classes)
+    return describe(config, [str(category) for category in ids], ids)
+
+
+class Converted(NamedTuple):
+    """What `convert_state_dict` made.
+
+    Attributes:
+        state_dict: The tensors, unchanged, under the target's names and in the order of its own files.
+        naming: Whose names they had.
+        config: The detector they belong to; None for a backbone.
+        names: Every model (or backbone) they fit, the first of which is `config`'s: D6 and D7 have the same weights.
+        left_out: Keys, as they were, of tensors that the target has no place for.
+    """
+
+    state_dict: StateDict
+    naming: str
+    config: DetectorConfig | None
+    names: list[str]
+    left_out: list[str]
+
+
+def convert_state_dict(state_dict: StateDict, to: str, *, model: str | DetectorConfig | None = None) -> Converted:
+    """Renames a detector's or a backbone's tensors; every one must have its place in one of our models.
+
+    Args:
+        state_dict: Under any of the names that `NAMINGS` lists, perhaps with "module." or "model." before every key.
+        to: One of `TARGETS`. "effdet" takes EfficientDets, "torchvision" RetinaNets and ResNets, "timm" every backbone,
+            alone or out of a detector.
+        model: What the weights belong to, a name of `list_models()` or a configuration. By default the released model
+            that they fit; other numbers of classes fit too.
+
+    Raises:
+        ValueError: Unknown target or names, weights that do not fit (the keys are listed), or of no use to the target.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"convert: to must be one of {list(TARGETS)}, got {to!r}")
+    state_dict = strip_prefixes(state_dict)
+    naming = recognise(state_dict)
+    if naming is None:
+        known = ", ".join(row.name for row in NAMINGS)
+        raise ValueError(f"convert: unknown names; understood are {known}. The keys are {shorten(list(state_dict))}")
+    ours = naming.our_names(state_dict)
+    try:
+        if naming.is_detector:
+            config = model_config(model) if isinstance(model, str) else model
+            found = identify_detector(ours, None if config is None else [config])
+        else:
+            found = identify_backbone(ours)
+    except ValueError as error:
+        raise ValueError(f"convert: {naming.name}: {error}") from error
+    converted = TARGETS[to](found)
+    kept = {id(value) for value in converted.values()}
+    left_out = [key for key, value in state_dict.items() if id(value) not in kept]
+    return Converted(converted, naming.name, found.config, found.names, left_out)
+
+
+def _to_effdet_fast(found: Identity) -> StateDict:
+    return found.state_dict
+
+
+def _to_effdet(found: Identity) -> StateDict:
+    config = found.config
+    if config is None or (config.neck, config.head) != ("bifpn", "separable"):
+        raise ValueError(f"convert: effdet has EfficientDets only, and the weights are those of {found.names[0]}")
+    return found.state_dict
+
+
+def _to_timm(found: Identity) -> StateDict:
+    return found.state_dict if found.config is None else backbone_of(found.state_dict)
+
+
+def _to_torchvision(found: Identity) -> StateDict:
+    config = found.config
+    if config is None and "layer1.0.conv1.weight" in found.state_dict:
+        return found.state_dict
+    if config is None or not _is_torchvisions(config):
+        raise ValueError(f"convert: torchvision has no {found.names[0]} with weights like these")
+    return torchvision_names(found.state_dict)
+
+
+def _is_torchvisions(config: DetectorConfig) -> bool:
+    """Whether torchvision's RetinaNet can be built with these layers."""
+    layers = (config.neck, config.fusion, config.head) == ("fpn", "sum", "conv")
+    options = config.head_norm in (None, "group") and config.extra_levels in ("c5", "p5")
+    return layers and options and config.backbone in VARIANTS
+
+
+TARGETS: dict[str, Callable[[Identity], StateDict]] = {
+    "effdet": _to_effdet,
+    "torchvision": _to_torchvision,
+    "timm": _to_timm,
+    "effdet_fast": _to_effdet_fast,
+}
