@@ -12,7 +12,7 @@ from effdet_fast.models import (
     scaled_efficientnet,
     summary,
 )
-from effdet_fast.models.efficientnet import VARIANTS, variant_of
+from effdet_fast.models.backbones.efficientnet import VARIANTS, variant_of
 from effdet_fast.models.model_summary import ModelSummary
 
 # Billions of FLOPs in the EfficientDet paper (arXiv:1911.09070), and of operations that torchvision states.

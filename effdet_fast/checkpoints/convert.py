@@ -14,7 +14,7 @@ from effdet_fast.checkpoints.names import NAMINGS, StateDict, backbone_of, recog
 from effdet_fast.checkpoints.names.torchvision import torchvision_names
 from effdet_fast.files import check_writable, refuse_existing
 from effdet_fast.models import DetectorConfig, model_config
-from effdet_fast.models.resnet import VARIANTS
+from effdet_fast.models.backbones.resnet import VARIANTS
 
 
 @dataclass(frozen=True)

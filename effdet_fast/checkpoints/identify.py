@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from effdet_fast.checkpoints.names import CLASSIFIER, StateDict, backbone_of
-from effdet_fast.models import efficientnet, resnet
+from effdet_fast.models.backbones import efficientnet, resnet
+from effdet_fast.models.backbones.efficientnet import EfficientNet
+from effdet_fast.models.backbones.resnet import ResNet
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.models.detection_model import DetectionModel
-from effdet_fast.models.efficientnet import EfficientNet
 from effdet_fast.models.registry import list_models, model_config
-from effdet_fast.models.resnet import ResNet
 from effdet_fast.models.weights import Mismatch, compare, is_class_layer
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "edge_weights")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.extra_levels import batch_norm
+from effdet_fast.models.necks.extra_levels import batch_norm
 from effdet_fast.nn import SeparableConv2d
 
 # Every class starts at this probability, so that the many background anchors don't swamp the first steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from effdet_fast.models.efficientnet import SCALED_PREFIX
+from effdet_fast.models.backbones.efficientnet import SCALED_PREFIX
 
 EFFICIENTNET_IMAGE_SIZE = 224
 

@@ -67,9 +67,12 @@ def _resampled(x: Tensor, how: str, size: tuple[int, int]) -> Tensor:
             n_out, n_in = size[axis - 2], x.shape[axis]
             x = x.index_select(axis, torch.arange(n_out, device=x.device) * n_in // max(n_out, 1))
         return x
-    if x.numel() == 0:
-        return x[:, :, ::2, ::2]
-    # TF's SAME padding adds one row or column before an odd size, none before an even one; ceil_mode supplies the one after.
+    return x[:, :, ::2, ::2] if x.numel() == 0 else same_max_pool2d(x)
+
+
+def same_max_pool2d(x: Tensor) -> Tensor:
+    """Max-pool 3x3 of stride 2, padded as TensorFlow's SAME does: sides are halved and rounded up."""
+    # SAME adds one row or column before an odd size, none before an even one; ceil_mode supplies the one after.
     return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from effdet_fast.models import compound_scaling, create_model, model_config, scaled_efficientnet
 from effdet_fast.models.anchors import feature_sizes
 from effdet_fast.models.backbones import create_backbone, list_backbones
-from effdet_fast.models.efficientnet import VARIANTS, EfficientNet, scale_channels
+from effdet_fast.models.backbones.efficientnet import VARIANTS, EfficientNet, scale_channels
 from effdet_fast.nn import FrozenBatchNormAct2d
 
 timm = pytest.importorskip("timm")

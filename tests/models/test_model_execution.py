@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from effdet_fast.models import create_model
-from effdet_fast.models.bifpn import bifpn_nodes
-from effdet_fast.models.extra_levels import max_pool
+from effdet_fast.models.necks.bifpn import bifpn_nodes
+from effdet_fast.models.necks.extra_levels import max_pool
 from effdet_fast.nn import BatchNormAct2d, BlockSequence, SeparableConv2d
 from effdet_fast.ops.anchor_matching import pairwise_iou
 from effdet_fast.ops.detection_loss import per_anchor_view

@@ -12,7 +12,7 @@ from torch import nn
 
 from effdet_fast.models import model_config
 from effdet_fast.models.backbones import create_backbone
-from effdet_fast.models.resnet import VARIANTS, ResNet
+from effdet_fast.models.backbones.resnet import VARIANTS, ResNet
 from effdet_fast.nn import BatchNormAct2d, FrozenBatchNormAct2d, freeze_batch_norm
 
 torchvision = pytest.importorskip("torchvision")

@@ -10,6 +10,7 @@ from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.nn import BatchNormAct2d
+from effdet_fast.ops.fusion import same_max_pool2d
 
 BATCH_NORM_EPS = 1e-3
 BATCH_NORM_MOMENTUM = 0.01
@@ -54,9 +55,7 @@ def max_pool(x: torch.Tensor, padding: str) -> torch.Tensor:
     """Max-pool 3x3 of stride 2, padded "same" as TensorFlow does or "symmetric"; sides are halved and rounded up."""
     if padding == "symmetric":
         return F.max_pool2d(x, 3, stride=2, padding=1)
-    # SAME pads an odd side by one on both ends and an even side by one at the far end only, which is what a window
-    # that hangs over the end (ceil_mode) gives.
-    return F.max_pool2d(x, 3, stride=2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
+    return same_max_pool2d(x)
 
 
 class ExtraLevels(nn.ModuleDict):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.extra_levels import ExtraLevels, extra_level_names, plain_conv
+from effdet_fast.models.necks.extra_levels import ExtraLevels, extra_level_names, plain_conv
 from effdet_fast.nn import WeightedFusion
 
 

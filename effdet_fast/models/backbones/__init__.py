@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from effdet_fast.models import efficientnet, resnet
+from effdet_fast.models.backbones import efficientnet, resnet
+from effdet_fast.models.backbones.efficientnet import EfficientNet
+from effdet_fast.models.backbones.resnet import ResNet
+from effdet_fast.models.backbones.timm import PREFIX, timm_backbone
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.efficientnet import EfficientNet
-from effdet_fast.models.resnet import ResNet
-from effdet_fast.models.timm_backbone import PREFIX, timm_backbone
 from effdet_fast.nn import freeze_batch_norm
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.extra_levels import ExtraLevels, batch_norm, max_pool, projection
+from effdet_fast.models.necks.extra_levels import ExtraLevels, batch_norm, max_pool, projection
 from effdet_fast.nn import BlockSequence, SeparableConv2d, WeightedFusion
 
 

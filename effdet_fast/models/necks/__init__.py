@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from effdet_fast.models.bifpn import BiFpn
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.fpn import Fpn
-from effdet_fast.models.nas_fpn import NasFpn
-from effdet_fast.models.panet import Panet
+from effdet_fast.models.necks.bifpn import BiFpn
+from effdet_fast.models.necks.fpn import Fpn
+from effdet_fast.models.necks.nas_fpn import NasFpn
+from effdet_fast.models.necks.panet import Panet
 
 NECKS: dict[str, Callable[[tuple[int, ...], DetectorConfig], nn.Module]] = {
     "fpn": Fpn,

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.extra_levels import plain_conv
-from effdet_fast.models.fpn import Fpn
+from effdet_fast.models.necks.extra_levels import plain_conv
+from effdet_fast.models.necks.fpn import Fpn
 from effdet_fast.nn import WeightedFusion
 
 

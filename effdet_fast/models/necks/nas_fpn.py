@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from effdet_fast.models.config import DetectorConfig
-from effdet_fast.models.extra_levels import ExtraLevels, ProjectionConv, batch_norm, extra_level_names
+from effdet_fast.models.necks.extra_levels import ExtraLevels, ProjectionConv, batch_norm, extra_level_names
 from effdet_fast.nn import BlockSequence, WeightedFusion
 
 
