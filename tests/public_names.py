@@ -24,7 +24,7 @@ PACKAGES = ("", "acceleration", "data", "evaluation", "export", "models", "nn", 
 
 
 def lines() -> list[str]:
-    return [*_names(), *_flags(), *_weights()]
+    return [*_names(), *sorted(_flags()), *_weights()]
 
 
 def _names() -> Iterator[str]:

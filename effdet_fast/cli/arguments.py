@@ -56,13 +56,9 @@ def image_size(sides: list[int] | None) -> int | tuple[int, ...] | None:
     return sides[0] if len(sides) == 1 else tuple(sides)
 
 
-def add_model_option(parser: argparse._ActionsContainer) -> None:
+def add_model_option(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument(
-        "--model-option",
-        dest="model_options",
-        action="append",
-        metavar="FIELD=VALUE",
-        help="another value for a field of the model's configuration (neck=panet, fusion=softmax, ...); repeatable",
+        "--model-option", dest="model_options", action="append", metavar="FIELD=VALUE", help=f"{what}; repeatable"
     )
 
 

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="one side, or height and width, of the model's input in pixels (default: as released)",
     )
-    add_model_option(parser)
+    add_model_option(parser, "another value for a field of the model's configuration (neck=panet, fusion=softmax, ...)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effdet_fast.training.config import TrainConfig
-    from effdet_fast.training.ema import ModelEma
     from effdet_fast.training.graphed_step import GraphedStep
     from effdet_fast.training.monitor import NonFiniteLoss
+    from effdet_fast.training.optimizer import ModelEma
     from effdet_fast.training.run import TrainResult, train
     from effdet_fast.training.step import StepLosses, TrainingStep
 
 _HOMES = {
     "GraphedStep": "graphed_step",
-    "ModelEma": "ema",
+    "ModelEma": "optimizer",
     "TrainConfig": "config",
     "NonFiniteLoss": "monitor",
     "StepLosses": "step",

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from effdet_fast.files import write_json
 from effdet_fast.models import DetectionModel, create_model, load_checkpoint, model_config
 from effdet_fast.nn import synchronize_batch_norm
 from effdet_fast.training.checkpoint import RunCheckpoint, read_run_checkpoint
 from effdet_fast.training.config import TrainConfig, config_for_resume, config_from_options
-from effdet_fast.training.data_record import compare_data
 from effdet_fast.training.distributed import Processes, join_processes
 from effdet_fast.training.interrupt import Interrupt
-from effdet_fast.training.model_options import enter_training, freeze, set_bn_momentum
-from effdet_fast.training.run_data import RunData, open_data
+from effdet_fast.training.run_data import RunData, compare_data, open_data
 from effdet_fast.training.run_folder import RunFolder
 from effdet_fast.training.seeding import algorithm_choice
-from effdet_fast.training.trainer import Trainer
+from effdet_fast.training.trainer import Trainer, batch_norms, enter_training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +155,28 @@ def _build_model(config: TrainConfig, classes: int, processes: Processes, device
     if config.checkpoint and not config.resume:
         _start_from(model, config.checkpoint, processes)
     if config.bn_momentum is not None:
-        set_bn_momentum(model, config.bn_momentum)
-    freeze(model, backbone=config.freeze_backbone, bn=config.freeze_bn)
+        _set_bn_momentum(model, config.bn_momentum)
+    _freeze(model, backbone=config.freeze_backbone, bn=config.freeze_bn)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     if processes.world_size > 1 and config.sync_bn:
         model = synchronize_batch_norm(model)  # type: ignore[assignment]
     return model
+
+
+def _set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """Give all BatchNorm layers the same momentum (the share of the new batch in the running statistics)."""
+    for module in batch_norms(model):
+        module.momentum = momentum
+
+
+def _freeze(model: nn.Module, *, backbone: bool, bn: bool) -> None:
+    """Exclude the backbone's parameters, or all BatchNorm weights and biases, from training."""
+    if backbone:
+        model.backbone.requires_grad_(False)  # type: ignore[operator, union-attr]
+    if bn:
+        for module in batch_norms(model):
+            module.requires_grad_(False)
 
 
 def _check_batch_of_one(model: DetectionModel, config: TrainConfig) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from effdet_fast.device import AMP_MODES, autocast
-from effdet_fast.training.ema import ModelEma
-from effdet_fast.training.optimizer import clip_gradients, set_skip_flag, skips_on_device
+from effdet_fast.training.optimizer import ModelEma, clip_gradients, set_skip_flag, skips_on_device
 
 
 class StepLosses(NamedTuple):
@@ -28,6 +27,25 @@ class StepLosses(NamedTuple):
     grad_norm: Tensor
 
 
+class Losses(Protocol):
+    """What a detector's loss gives: scalars, the first of which is differentiated."""
+
+    @property
+    def total(self) -> Tensor: ...
+    @property
+    def cls(self) -> Tensor: ...
+    @property
+    def box(self) -> Tensor: ...
+
+
+class Detector(Protocol):
+    """The modules that a step can train."""
+
+    def loss(self, outputs: Any, gt_boxes: Tensor, gt_labels: Tensor) -> Losses:
+        """The losses of what the module made of a batch of images; shapes are those of `TrainingStep.__call__`."""
+        ...
+
+
 class TrainingStep:
     """Forward, labels, loss, backward, clipping, optimiser and moving average of one batch, called with that batch.
 
@@ -35,8 +53,7 @@ class TrainingStep:
     ``fused=True``, and with "fp16" all.
 
     Args:
-        model: On its device, in training mode: `model(images)` gives outputs, ``model.loss(outputs, gt_boxes, gt_labels)``
-            something with `total`, `cls` and `box`. May be wrapped in ``DistributedDataParallel``.
+        model: A `Detector`, on its device and in training mode; may be wrapped in ``DistributedDataParallel``.
         optimizer: Of parameters of `model`.
         clip_grad_norm: Largest norm of the gradient over all trained parameters; 0 switches clipping off.
         ema: Moving average to bring up to date after each step.
@@ -57,8 +74,8 @@ class TrainingStep:
         amp: str = "none",
     ) -> None:
         name = type(self).__name__
-        self.detector: Any = model.module if isinstance(model, DistributedDataParallel) else model
-        if not callable(getattr(self.detector, "loss", None)):
+        detector: Any = model.module if isinstance(model, DistributedDataParallel) else model
+        if not callable(getattr(detector, "loss", None)):
             raise TypeError(
                 f"{name}: model must have a method loss(outputs, gt_boxes, gt_labels), got {type(model).__name__}"
             )
@@ -68,6 +85,7 @@ class TrainingStep:
             raise ValueError(f"{name}: clip_grad_norm must be at least 0, got {clip_grad_norm}")
         if amp not in AMP_MODES:
             raise ValueError(f"{name}: amp must be one of {', '.join(AMP_MODES)}, got {amp!r}")
+        self.detector: Detector = detector
         self.model, self.optimizer, self.clip_grad_norm, self.ema, self.amp = model, optimizer, clip_grad_norm, ema, amp
         self.parameters = list(model.parameters())
         if not any(parameter.requires_grad for parameter in self.parameters):

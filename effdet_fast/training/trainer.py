@@ -6,27 +6,27 @@ import dataclasses
 import math
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from effdet_fast.checkpoints.files import write_content
 from effdet_fast.checkpoints.format import describe
 from effdet_fast.data import BatchLoader, CocoDetection, normalize
 from effdet_fast.evaluation import evaluate_model
+from effdet_fast.models import DetectionModel
 from effdet_fast.training.checkpoint import RunCheckpoint, RunState
 from effdet_fast.training.config import TrainConfig
 from effdet_fast.training.distributed import Agreement, Processes, wrap_model
-from effdet_fast.training.ema import ModelEma
 from effdet_fast.training.graphed_step import GraphedStep
 from effdet_fast.training.interrupt import Interrupt, ignoring_children
-from effdet_fast.training.model_options import enter_training
 from effdet_fast.training.monitor import LossMonitor, LossSums, NonFiniteLoss
-from effdet_fast.training.optimizer import create_optimizer, set_learning_rate
+from effdet_fast.training.optimizer import ModelEma, WarmupCosine, create_optimizer, set_learning_rate
 from effdet_fast.training.reporter import Reporter
 from effdet_fast.training.run_data import RunData
 from effdet_fast.training.run_folder import RunFolder
-from effdet_fast.training.schedule import WarmupCosine
 from effdet_fast.training.seeding import seed_step
 from effdet_fast.training.step import TrainingStep
 
@@ -47,7 +47,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        model: Any,
+        model: DetectionModel,
         data: RunData,
         folder: RunFolder,
         processes: Processes,
@@ -216,7 +216,7 @@ class Trainer:
         return True
 
     def _evaluate(self, loader: BatchLoader, dataset: CocoDetection) -> dict[str, float]:
-        model = self.model
+        model: nn.Module = self.model
         if self._ema is not None:
             self._ema.copy_buffers()
             model = self._ema.module
@@ -282,3 +282,19 @@ class Trainer:
             self.batch, self.step = 0, self.epoch * self._steps_per_epoch
             self._monitor.skipped = [step for step in self._monitor.skipped if step < self.step]
             self._monitor.start_epoch()
+
+
+def enter_training(model: nn.Module, *, frozen_backbone: bool, frozen_bn: bool) -> None:
+    """Training mode, except that frozen parts keep their BatchNorm statistics."""
+    model.train()
+    if frozen_backbone:
+        model.backbone.eval()  # type: ignore[operator, union-attr]
+    if frozen_bn:
+        for module in batch_norms(model):
+            module.eval()
+
+
+def batch_norms(model: nn.Module) -> Iterator[nn.modules.batchnorm._BatchNorm]:
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield module

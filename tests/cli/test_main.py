@@ -9,7 +9,8 @@ import torch
 
 from effdet_fast.cli.main import COMMANDS, main
 from effdet_fast.cli.train_command import add_arguments
-from effdet_fast.training.config import field_names
+from effdet_fast.training.config import TrainConfig
+from effdet_fast.training.options import options_of
 from effdet_fast.version import __version__
 
 
@@ -39,7 +40,7 @@ def test_every_option_of_a_run_has_a_flag():
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert {action.dest for action in parser._actions} - {"help"} == field_names()
+    assert {action.dest for action in parser._actions} - {"help"} == set(options_of(TrainConfig))
     assert vars(parser.parse_args([])) == {}  # what is not given must not override a resumed run's own
 
 

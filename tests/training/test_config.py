@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +69,12 @@ def test_resuming_refuses_what_would_make_it_another_run():
     assert config_for_resume(saved, {"model_options": {}}).model_options == {}
     with pytest.raises(ValueError, match=r"cannot change .*lr \(0.1 -> 0.2\).* pass them as checkpoint"):
         config_for_resume(saved, {"lr": 0.2})
+
+
+def test_the_page_of_options_is_current(monkeypatch):
+    """docs/training_options.md is what `python docs/training_options_page.py` prints."""
+    docs = Path(__file__).parents[2] / "docs"
+    monkeypatch.syspath_prepend(docs)
+    import training_options_page
+
+    assert training_options_page.page() == (docs / "training_options.md").read_text()

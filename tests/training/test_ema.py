@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from effdet_fast.training.ema import ModelEma
+from effdet_fast.training.optimizer import ModelEma
 
 
 def _model():

@@ -14,10 +14,9 @@ from torch import nn
 
 import effdet_fast
 from effdet_fast.training import GraphedStep, ModelEma, TrainingStep, graphed_step
-from effdet_fast.training.graphed_step import MOST_CHANGES, WARMUP_STEPS
+from effdet_fast.training.graphed_step import MOST_CHANGES, WARMUP_STEPS, StaticBatch
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate, why_not_capturable
 from effdet_fast.training.seeding import seed_step
-from effdet_fast.training.static_batch import StaticBatch
 from tests.generated_data import random_objects
 from tests.training.test_step import SIZE, batches, real, tiny
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from effdet_fast.training.schedule import WarmupCosine
+from effdet_fast.training.optimizer import WarmupCosine
 
 
 def test_warmup_is_linear_and_the_cosine_ends_near_zero():

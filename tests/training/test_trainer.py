@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from effdet_fast.training import NonFiniteLoss, run, train
-from effdet_fast.training.schedule import WarmupCosine
+from effdet_fast.training.optimizer import WarmupCosine
 from effdet_fast.training.trainer import Trainer
 from tests.training.conftest import BATCH, IMAGES, STEPS
 from tests.training.host_reads import NoHostRead

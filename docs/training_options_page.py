@@ -1,0 +1,37 @@
+"""Writes docs/training_options.md: python docs/training_options_page.py > docs/training_options.md"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+from effdet_fast.training import config, options
+from effdet_fast.training.config import TrainConfig
+
+HEAD = """# Options of a training run
+
+Each option is a flag of `effdet-fast train` (`--batch-size 8`), an argument of `effdet_fast.train` (`batch_size=8`) and a
+field of `effdet_fast.TrainConfig`. A resumed run keeps those that say so; the others may be given anew beside `--resume`.
+"""
+
+
+def row(name: str) -> str:
+    option = options.options_of(TrainConfig)[name]
+    flag = "model-option" if name == "model_options" else name.replace("_", "-")
+    flags = f"`--{flag}`, `--no-{flag}`" if option.negatable else f"`--{flag}`"
+    with patch.object(config.os, "cpu_count", return_value=4):  # the same page on every machine
+        default = options.default_in_words(TrainConfig, name)
+    values = option.rule.words if option.rule else ""
+    return f"| {flags} | {option.help} | {values} | {default} | {'kept' if option.fixed else ''} |"
+
+
+def page() -> str:
+    parts = [HEAD]
+    for group in options.GROUPS:
+        rows = [row(name) for name, option in options.options_of(TrainConfig).items() if option.group == group]
+        table = ["| flag | what it does | must be | default | on resume |", "| --- | --- | --- | --- | --- |", *rows]
+        parts.append(f"## {group[0].upper()}{group[1:]}\n\n" + "\n".join(table) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
