@@ -186,7 +186,7 @@ def load_all(folder: Path = RESULTS) -> list[Record]:
 
 
 def shown(rows: list[Row]) -> list[Row]:
-    """For README and pictures: forward alone, and forward with backward. The backward alone stays in the record."""
+    """For tables and pictures: forward alone, and forward with backward. The backward alone stays in the record."""
     return [row for row in rows if row.phase != "backward"]
 
 

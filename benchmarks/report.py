@@ -1,4 +1,4 @@
-"""Writes the README's table of measurements from the newest records of each device."""
+"""Writes docs/benchmarks.md, and the one table of the README, from the newest records of each device."""
 
 import argparse
 import difflib
@@ -9,12 +9,67 @@ from benchmarks import records
 from benchmarks.records import Record, Row
 from benchmarks.table import milliseconds
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-STEP_BEGIN, STEP_END = "<!-- training-step:begin -->", "<!-- training-step:end -->"
 NO_GPU = "GPU: not yet run on a GPU."
 NO_CPU = "CPU: not yet run."
 STEP_OP = "training_step"
+HEAD = """# Benchmarks
+
+Every figure here was measured by `python -m benchmarks` and lies in a record in `benchmarks/results/`;
+`python -m benchmarks.report` wrote this page from them. Each time is a median over rounds in which all implementations take
+turns; what computes something else than the float64 oracle is not timed. "Of a copy" compares with copying as many bytes as
+the operator must move at the least. To repeat: `python -m benchmarks focal_loss nms`, or all of it without a name;
+`python -m benchmarks --help` tells how to choose cases, dtypes and devices. Timings of two runs differ by some percent, of two
+machines by more: compare figures of one table only.
+
+`python -m benchmarks.kernels` shows registers and load widths of the built CUDA kernels, `python -m benchmarks.overhead` what
+calling an operator costs beside its work. [Notes](../benchmarks/NOTES.md) say what was tried.
+
+## Training steps
+
+Forward, labels, loss, backward and SGD; on a CPU each implementation in a process of its own, with memory as PyTorch leaves it,
+and after `effdet_fast.tune_cpu()`. "effdet_fast on effdet" is effdet's model after `effdet_fast.accelerate`.
+
+"""
+
+
+def page(everything: list[Record]) -> str:
+    """docs/benchmarks.md."""
+    return f"{HEAD}{generate_steps(everything)}\n\n## Operators\n\n{generate(everything)}\n"
+
+
+def generate_best(everything: list[Record]) -> str:
+    """The README's table: of each op the geometry that gains most, and the training steps, on the device with most ops."""
+    by_device = {r.device_slug: records.newest_rows(everything, r.device_slug) for r in everything}
+    of_ops = max(by_device.values(), key=lambda by_op: len(_without_steps(by_op)), default={})
+    newest_steps = max(
+        (r for r in everything if any(row.op == STEP_OP for row in r.rows)), key=lambda r: r.date, default=None
+    )
+    lines = ["| | ours | best peer | speed-up | all geometries |", "| --- | --- | --- | --- | --- |"]
+    for op, (_, rows) in sorted(_without_steps(of_ops).items()):
+        compared = [row for row in records.shown(rows) if row.speed_up]
+        if compared:
+            best = max(compared, key=lambda row: (row.phase == "both", row.speed_up))
+            gains = sorted(row.speed_up or 0 for row in compared)
+            phase = "" if best.phase == "forward" else ", with backward"
+            lines.append(_best_row(f"{op}: {best.case}{phase}", best, f"{gains[0]:.2f}x to {gains[-1]:.2f}x"))
+    for row in newest_steps.rows if newest_steps else []:
+        if row.op == STEP_OP and row.phase == "step" and row.speed_up:
+            lines.append(_best_row(f"training step: {row.case}{', after tune_cpu()' if row.tuned else ''}", row, ""))
+    used = {f"{record.device_name} ({record.date[:10]})": None for record, _ in _without_steps(of_ops).values()}
+    where = f"Operators: {', '.join(used)}."
+    if newest_steps:
+        where += f" Training steps: {newest_steps.device_name} ({newest_steps.date[:10]})."
+    gpu = [] if any(record.device_type == "cuda" for record in everything) else [NO_GPU]
+    return "\n".join([*lines, "", " ".join([where, *gpu])])
+
+
+def _best_row(what: str, row: Row, others: str) -> str:
+    assert row.ours and row.best_peer
+    name, timing = row.best_peer
+    ours = milliseconds(row.ours.median)
+    return f"| {what} | {ours} | {milliseconds(timing.median)} ({name}) | {row.speed_up:.2f}x | {others} |"
 
 
 def generate(everything: list[Record]) -> str:
@@ -124,36 +179,37 @@ def family_table(row: Row) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+def with_table(readme: str, table: str) -> str:
     """The README's text with `table` between the markers."""
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise ValueError(f"README: must have exactly one {begin} and one {end}")
-    before, rest = readme.split(begin)
-    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README: must have exactly one {BEGIN} and one {END}")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def updated(readme: str, everything: list[Record]) -> str:
-    """The README's text with both of its generated parts."""
-    readme = with_table(readme, generate(everything))
-    return with_table(readme, generate_steps(everything), STEP_BEGIN, STEP_END)
+def written(everything: list[Record], root: Path = ROOT) -> dict[Path, str]:
+    """The files that are made from records, and what must stand in them."""
+    readme = root / "README.md"
+    table = generate_best(everything)
+    return {readme: with_table(readme.read_text(), table), root / "docs" / "benchmarks.md": page(everything)}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where the README differs")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a file differs")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     parser.add_argument("--results", type=Path, default=records.RESULTS)
     options = parser.parse_args(arguments)
-    text = options.readme.read_text()
-    wanted = updated(text, records.load_all(options.results))
-    if not options.check:
-        options.readme.write_text(wanted)
-        return 0
-    difference = difflib.unified_diff(
-        text.splitlines(), wanted.splitlines(), str(options.readme), "generated", lineterm=""
-    )
-    print("\n".join(difference) or f"{options.readme}: up to date")
-    return int(text != wanted)
+    differs = False
+    for path, wanted in written(records.load_all(options.results), options.root).items():
+        text = path.read_text() if path.exists() else ""
+        differs |= text != wanted
+        if not options.check:
+            path.write_text(wanted)
+            continue
+        difference = difflib.unified_diff(text.splitlines(), wanted.splitlines(), str(path), "generated", lineterm="")
+        print("\n".join(difference) or f"{path}: up to date")
+    return int(options.check and differs)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,19 @@ from benchmarks.records import Timing
 from tests.benchmarks.test_records import some_record
 
 
-def test_the_readme_shows_the_committed_records():
-    text = report.README.read_text()
-    assert text == report.updated(text, records.load_all()), "run `python -m benchmarks.report`"
+@pytest.mark.parametrize(
+    "path, wanted", report.written(records.load_all()).items(), ids=lambda value: getattr(value, "name", "")
+)
+def test_pages_show_the_committed_records(path, wanted):
+    assert path.read_text() == wanted, "run `python -m benchmarks.report`"
+
+
+def test_the_best_geometry_of_each_op():
+    """With backward where there is one, beside the range of all; then the training steps."""
+    text = report.generate_best([some_record(), some_step()])
+    assert "| focal_loss: a case, with backward | 2.00 ms | 3.00 ms (torch.compile) | 1.50x | 1.50x to 1.50x |" in text
+    assert "| training step: a case | 500 ms | 2000 ms (effdet) | 4.00x |  |" in text
+    assert "Operators: A CPU (2026-01-02). Training steps: A CPU (2026-01-02)." in text and text.endswith(report.NO_GPU)
 
 
 def test_a_table_per_device():
@@ -77,15 +87,17 @@ def test_a_readme_without_the_markers_is_refused(readme):
 
 def test_check_tells_a_difference_and_writing_mends_it(tmp_path, capsys):
     readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(f"before\n{report.STEP_BEGIN}{report.STEP_END}\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "docs").mkdir()
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     path = records.new_file(results, some_record())
     path.write_text(records.to_json(some_record()))
-    options = ["--readme", str(readme), "--results", str(results)]
+    options = ["--root", str(tmp_path), "--results", str(results)]
     assert report.main([*options, "--check"]) == 1
     assert "-old" in capsys.readouterr().out
     assert report.main(options) == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "1.50x" in text
+    assert "| 1.50x |" in (tmp_path / "docs" / "benchmarks.md").read_text()
     assert report.main([*options, "--check"]) == 0
     faster = records.new_file(results, some_record())
     faster.write_text(records.to_json(some_record("2026-05-01T00:00:00Z", ours=1e-3)))
