@@ -4,9 +4,11 @@
 #include <cstdint>
 
 #include "../common/platform.h"
+#include "../focal_loss/focal_loss.h"
 #include "detection_loss_math.h"
 
 namespace ef::detection_loss {
+using focal_loss::class_weight_at;
 using focal_loss::Modulator;
 inline constexpr int kMaxLevels = 8;
 

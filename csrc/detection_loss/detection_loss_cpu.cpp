@@ -109,11 +109,6 @@ scalar_t* grad_at(const Output<scalar_t>& output, int64_t channels, int64_t pixe
   return output.grad + image * channels * pixels + (output.channels_last ? pixel * channels + channel : channel * pixels + pixel);
 }
 
-template <typename scalar_t>
-acc_t<scalar_t> class_weight_of(const Problem<scalar_t>& p, int64_t c) {
-  return p.class_weight ? p.class_weight[c] : acc_t<scalar_t>(1);
-}
-
 // `rows` dense rows of classes, of anchors that follow each other.
 template <Modulator kModulator, bool kGrad, typename scalar_t>
 double class_rows(const Problem<scalar_t>& p, const scalar_t* x, int64_t first_label, int64_t rows, acc_t<scalar_t> scale, scalar_t* grad) {
@@ -150,7 +145,7 @@ double class_rows(const Problem<scalar_t>& p, const scalar_t* x, int64_t first_l
     }
     const int64_t at = row * c + label;
     const auto f = hard_loss_and_grad<kModulator>(-A(x[at]), p.focal);
-    const A weight = class_weight_of(p, label);
+    const A weight = class_weight_at(p.class_weight, label, p.classes);
     sum += run(row * c, at) + run(at + 1, row * c + c) + double(weight) * (double(positive) * f.loss);
     if constexpr (kGrad) grad[at] = scalar_t(weight * (-scale * positive * f.grad));
   }
@@ -181,7 +176,7 @@ double class_loss(const Problem<scalar_t>& p, const Unit& unit, acc_t<scalar_t> 
   }
   for (int64_t c = 0; c < p.classes; ++c) {
     const int64_t channel = unit.first_anchor * p.classes + c;
-    const acc_t<scalar_t> weight = class_weight_of(p, c);
+    const acc_t<scalar_t> weight = class_weight_at(p.class_weight, c, p.classes);
     sum += double(weight) * pixel_run<kModulator, kGrad>(input_at(level.cls, unit.image, channel, unit.first_pixel), labels, int32_t(c), m,
                                                          p.focal, weight * scale,
                                                          grad_at(level.cls, channels, level.pixels, unit.image, channel, unit.first_pixel));

@@ -18,7 +18,6 @@
 namespace ef::detection_loss {
 using focal_loss::all_background;
 using focal_loss::background;
-using focal_loss::class_weight_at;
 using focal_loss::Marks;
 using focal_loss::Stride;
 inline constexpr int kThreads = 256, kSteps = 4, kClasses = 16;

@@ -19,6 +19,14 @@ struct Problem {
   Options options;
 };
 
+// The weight of the class `column`, counted on over the rows behind; 1 where classes have none.
+template <typename A>
+EF_HD A class_weight_at(const A* class_weight, int64_t column, int64_t classes) {  // [classes], or null
+  if (!class_weight) return A(1);
+  while (column >= classes) column -= classes;
+  return class_weight[column];
+}
+
 // loss[i]: [rows, classes]
 template <typename scalar_t>
 void launch_forward(Cpu, const Problem<scalar_t>& problem, scalar_t* loss);

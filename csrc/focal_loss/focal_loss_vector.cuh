@@ -58,14 +58,6 @@ __device__ Marks marks_of(const Place<label_t, column_t>& at, int64_t classes) {
   return marks;
 }
 
-// The weight of the class `column`, counted on over the rows behind; 1 where classes have none.
-template <typename A>
-__device__ A class_weight_at(const A* class_weight, int64_t column, int64_t classes) {
-  if (!class_weight) return A(1);
-  while (column >= classes) column -= classes;
-  return class_weight[column];
-}
-
 // A background vector's sum of losses, without alpha, and its gradient.
 template <Modulator kModulator, int kVec, typename scalar_t>
 __device__ acc_t<scalar_t> background(const Vec<scalar_t, kVec>& x, const Parameters<acc_t<scalar_t>>& p,
