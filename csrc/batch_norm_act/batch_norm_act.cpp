@@ -36,9 +36,8 @@ Norm<A> norm_of(const Tensor& x, const Tensor& mean, const Tensor& var, const st
           activation_of(activation, "batch_norm_act")};
 }
 
-MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
 Tensor allocate_output(const Tensor& x, bool channels_last) {
-  return allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), format_of(channels_last));
+  return allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), channels_last);
 }
 Tensor allocate_channels(const Tensor& x) { return allocate(x, {x.size(1)}, acc_dtype(x.scalar_type())); }
 template <class Device>

@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <initializer_list>
 #include <optional>
 #include <vector>
@@ -67,17 +66,20 @@ class TensorChecker {
   int count_ = 0;
 };
 
-// Whether the elements of [n, c, h, w] lie one after the other in the order of the layout; the stride of a dimension of size 1, and
-// strides where there is no element, do not matter.
+// Whether the elements lie one after the other in the order of the layout, which for channels_last takes [n, c, h, w]; the stride of a
+// dimension of size 1, and strides where there is no element, do not matter.
 inline bool is_dense(const Tensor& x, bool channels_last) {
+  if (!channels_last) return x.is_contiguous();
+  if (x.dim() != 4) return false;
   if (x.numel() == 0) return true;
   int64_t expected = 1;
-  for (const int axis : channels_last ? std::array{1, 3, 2, 0} : std::array{3, 2, 1, 0}) {
+  for (const int axis : {1, 3, 2, 0}) {
     if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
     expected *= x.size(axis);
   }
   return true;
 }
+inline bool is_dense(const Tensor& x) { return is_dense(x, false) || is_dense(x, true); }
 inline bool has_size_of(const Tensor& x, const Tensor& other) {
   const auto a = x.sizes(), b = other.sizes();
   return std::equal(a.begin(), a.end(), b.begin(), b.end());

@@ -24,7 +24,6 @@
 #endif
 
 namespace ef {
-using torch::headeronly::MemoryFormat;
 inline int64_t element_bytes(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -46,8 +45,8 @@ inline int64_t element_bytes(ScalarType dtype) {
   }
 }
 
-inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, MemoryFormat format) {
-  if (format == MemoryFormat::ChannelsLast) return {sizes[1] * sizes[3] * sizes[2], 1, sizes[1] * sizes[3], sizes[1]};
+inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, bool channels_last) {
+  if (channels_last) return {sizes[1] * sizes[3] * sizes[2], 1, sizes[1] * sizes[3], sizes[1]};
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
@@ -84,11 +83,10 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
 #endif
 }
 
-// Uninitialised tensor on the device of `like`.
-inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
-                       MemoryFormat format = MemoryFormat::Contiguous) {
+// Uninitialised tensor on the device of `like`, dense.
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last = false) {
   const int64_t bytes = bytes_of(sizes, dtype);  // first: strides of sizes that are none would overflow
-  return allocate_strided(like, sizes, dense_strides(sizes, format), dtype, bytes);
+  return allocate_strided(like, sizes, dense_strides(sizes, channels_last), dtype, bytes);
 }
 
 // Uninitialised tensor with the sizes, strides (of a dense tensor), dtype and device of `like`.

@@ -11,8 +11,6 @@ namespace {
 using Tensors = std::vector<Tensor>;
 using Numbers = std::vector<int64_t>;
 
-MemoryFormat format_of(bool channels_last) { return channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous; }
-
 // A guard behind the checks in Python: nothing below may read or write outside the tensors.
 Shape checked_shape(const Tensor& x, int64_t kernel, int64_t stride, int64_t left, int64_t top, int64_t out_height, int64_t out_width,
                     int64_t prologue, bool channels_last) {
@@ -78,7 +76,7 @@ Tensors forward(std::span<const Tensor> xs, const Tensor& weight, const std::opt
     for (size_t i = 0; i < xs.size(); ++i) {
       check_filter(weight, xs[i]);
       const Shape s = checked_shape(xs[i], weight.size(2), stride, left[i], top[i], out_height[i], out_width[i], prologue, channels_last);
-      ys.push_back(allocate(xs[i], {s.n, s.c, s.oh, s.ow}, dtype, format_of(channels_last)));
+      ys.push_back(allocate(xs[i], {s.n, s.c, s.oh, s.ow}, dtype, channels_last));
       if (ys[i].numel() > 0) levels.add({s, start_of<scalar_t>(xs[i], weight), nullptr, mutable_data<scalar_t>(ys[i])});
     }
     if (levels.count > 0) launch_forward<scalar_t>(scope.device, levels, const_data<scalar_t>(weight), const_data<scalar_t>(bias));
@@ -101,7 +99,7 @@ Tensors grad_input(std::span<const Tensor> grads, std::span<const Tensor> xs, co
       check_filter(weight, x);
       const Shape s = checked_shape(x, weight.size(2), stride, left[i], top[i], grad.size(2), grad.size(3), prologue, channels_last);
       check_like_output(grad, x, s);
-      grad_xs.push_back(allocate(x, {s.n, s.c, s.h, s.w}, dtype, format_of(channels_last)));
+      grad_xs.push_back(allocate(x, {s.n, s.c, s.h, s.w}, dtype, channels_last));
       if (x.numel() > 0) levels.add({s, const_data<scalar_t>(x), start_of<scalar_t>(grad, weight), mutable_data<scalar_t>(grad_xs[i])});
     }
     if (levels.count > 0) launch_grad_input<scalar_t>(scope.device, levels, const_data<scalar_t>(weight));

@@ -100,8 +100,7 @@ template <typename scalar_t>
 Tensors allocate_gradients(const Inputs& in, Problem<scalar_t>& p) {
   Tensors grads;
   const auto gradient_of = [&](const Tensor& x, bool channels_last) {
-    grads.push_back(allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(),
-                             channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+    grads.push_back(allocate(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type(), channels_last));
     return mutable_data<scalar_t>(grads.back());
   };
   for (int i = 0; i < p.level_count; ++i) p.levels[i].cls.grad = gradient_of(in.cls[i], in.channels_last[i]);
@@ -181,9 +180,8 @@ void rescale(const Tensors& grads, double box_loss_weight, const std::optional<T
     g.levels = int(grads.size());
     g.cls_levels = g.levels / 2;
     for (int i = 0; i < g.levels; ++i) {
-      STD_TORCH_CHECK(
-          grads[i].scalar_type() == first.scalar_type() && grads[i].dim() == 4 && (is_dense(grads[i], false) || is_dense(grads[i], true)),
-          "detection_loss_rescale_: gradients must be dense [B, C, H, W] of one dtype");
+      STD_TORCH_CHECK(grads[i].scalar_type() == first.scalar_type() && grads[i].dim() == 4 && is_dense(grads[i]),
+                      "detection_loss_rescale_: gradients must be dense [B, C, H, W] of one dtype");
       g.grad[i] = mutable_data<scalar_t>(grads[i]);
       g.count[i] = grads[i].numel();
     }

@@ -5,12 +5,8 @@
 
 namespace ef::focal_loss {
 namespace {
-// Contiguous, or channels_last: the kernels walk the memory in order.
-bool is_dense(const Tensor& logits) { return logits.is_contiguous() || (logits.dim() == 4 && ef::is_dense(logits, true)); }
-bool is_like(const Tensor& x, const Tensor& logits) {
-  return has_size_of(x, logits) && x.scalar_type() == logits.scalar_type() &&
-         (logits.is_contiguous() ? x.is_contiguous() : ef::is_dense(x, true));
-}
+// The kernels walk the memory in order, whichever it is.
+bool is_like(const Tensor& x, const Tensor& logits) { return is_dense_like(x, logits, !logits.is_contiguous()); }
 
 struct Arguments {
   const Tensor &logits, &targets;

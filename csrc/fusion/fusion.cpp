@@ -64,8 +64,7 @@ std::vector<Tensor> outputs(const Options& options, bool keeps) {
   const Tensor& first = options.inputs[0];
   const DeviceScope<Device> scope(first);
   const auto like_output = [&](ScalarType dtype) {
-    return allocate(first, {first.size(0), first.size(1), options.h, options.w}, dtype,
-                    options.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    return allocate(first, {first.size(0), first.size(1), options.h, options.w}, dtype, options.channels_last);
   };
   std::vector<Tensor> results = {like_output(first.scalar_type())};
   dispatch_floating(first.scalar_type(), "fusion", [&]<typename scalar_t>() {

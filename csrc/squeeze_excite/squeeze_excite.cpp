@@ -46,8 +46,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& reduce, const 
   check_dense(expand_bias, channels, x, "expand_bias");
   const ScalarType acc = acc_dtype(x.scalar_type());
   Tensor kept = allocate(x, {kept_size(images, channels, squeezed)}, acc);
-  Tensor y = allocate(x, {images, channels, x.size(2), x.size(3)}, x.scalar_type(),
-                      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor y = allocate(x, {images, channels, x.size(2), x.size(3)}, x.scalar_type(), channels_last);
   if (x.numel() == 0) return {y, torch::stable::zero_(kept)};
   const Tensor partials = allocate(x, {shape.rows, part_count(scope.device, shape), shape.channels}, acc);
   dispatch_floating(x.scalar_type(), "squeeze_excite", [&]<typename scalar_t>() {
