@@ -8,7 +8,7 @@
 // Bytes per anchor and image, float: 24 written; anchors and boxes (16 each, all images share the anchors) come from cache.
 // Operations: a bound per warp and box, an IoU per anchor only where the bound allows it. A matrix would be 4 bytes per pair instead.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "anchor_matching.h"
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/activation.h"
+#include "../common/math.h"
 #include "../common/platform.h"
 #include "batch_norm_act_math.h"
 

@@ -2,8 +2,8 @@
 // Where there are enough channels for the threads, NCHW goes block by block of channels: the second pass finds them in the cache.
 // The second pass over channels_last goes backwards, as the last segments are still there.
 // An exponential costs more than writing and reading a float: behind SiLU the backward's first pass leaves grad act'(z) in grad_x.
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "batch_norm_act_segments.h"
 
 namespace ef::batch_norm_act {

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "batch_norm_act.h"
 #include "batch_norm_act_kernel.cuh"
 

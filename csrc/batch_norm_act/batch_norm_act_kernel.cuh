@@ -9,7 +9,7 @@
 // batch gives a mean.
 // Sums are float per thread, then per block or warp in a fixed order, then double over the parts by one block per few channels.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "batch_norm_act.h"
 

@@ -6,7 +6,6 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/activation.h"
 #include "../common/math.h"
 
 namespace ef::batch_norm_act {

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <array>
 
-#include "../common/lanes.h"
-#include "../common/scratch.h"
+#include "../common/parallel.h"
+#include "../common/vector.h"
 #include "batch_norm_act.h"
 
 namespace ef::batch_norm_act {

@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "activation.h"
+#include "math.h"
 
 namespace ef {
 using torch::headeronly::ScalarType;

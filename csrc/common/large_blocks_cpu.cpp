@@ -1,3 +1,4 @@
+// The memory of large tensors on the host; large_blocks.h says why it is kept.
 #include "large_blocks.h"
 
 #include <pthread.h>
@@ -7,7 +8,9 @@
 #include <iterator>
 #include <new>
 
-#include "huge_pages.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace ef {
 namespace {
@@ -18,6 +21,22 @@ int64_t rounded_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / un
 int64_t block_size(int64_t bytes) {
   const int64_t huge = rounded_up(bytes, kHugePage);
   return huge <= bytes + bytes / 4 ? huge : rounded_up(bytes, kPage);
+}
+
+// Asks for huge pages behind a new, large allocation on the host. glibc maps what has 32 MiB or more anew for every tensor and gives
+// the free end of its heap back to the kernel, so that tensors of some MiB lie on new pages in many calls too: the first write to each
+// 4 KiB then traps, which can take several times as long as the kernel that writes. Where they cannot be had nothing changes.
+void prefer_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < kHugePage) return;
+  // Whole pages, so that neighbours in the heap join, and a huge page may lie across both.
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes) + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
 }
 }  // namespace
 

@@ -1,4 +1,5 @@
-// Starting a kernel and reaching its shared memory. All shared memory is dynamic, so that the emulation can poison and bound it.
+// Starting a kernel, its shared memory, and sums over a warp and a block. All shared memory is dynamic, so that the emulation can poison
+// and bound it; sums have a fixed order, so that every run gives the same bits.
 #pragma once
 #include "platform.h"
 
@@ -29,3 +30,27 @@ __device__ __forceinline__ T* shared_memory() {
 }
 }  // namespace ef
 #endif
+
+namespace ef {
+inline constexpr int kWarpSize = 32;
+
+template <typename T>
+__device__ T warp_sum(T value) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(0xffffffffu, value, mask);
+  return value;
+}
+
+// Sum over the block of one or two dimensions, valid in its first thread. `scratch` holds one T per warp; the number of threads is a
+// multiple of 32 and at most 1024.
+template <typename T>
+__device__ T block_sum(T value, T* scratch) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  value = warp_sum(value);
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  if (warp == 0) value = warp_sum(lane < threads / kWarpSize ? scratch[lane] : T(0));
+  return value;
+}
+}  // namespace ef

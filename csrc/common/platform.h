@@ -1,5 +1,9 @@
-// The one place that knows which compiler reads a kernel: nvcc, or a host compiler running it under emulation.
+// What every file starts from: which compiler reads it (nvcc, a host compiler, or one that runs kernels under emulation), the devices,
+// and the types that tensors store and kernels compute in.
 #pragma once
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -25,6 +29,14 @@
 #define EF_CPU_CLONES_TO_AVX2
 #define EF_CPU_AVX512
 #define EF_CPU_HAS_AVX512 false
+#endif
+
+// Expands EF_DEFINE(scalar_t) for each storage type: explicit instantiation of the launch functions. Tests that need float32 alone build
+// no more.
+#if defined(EF_ONLY_FLOAT32)
+#define EF_FOR_EACH_FLOATING(EF_DEFINE) EF_DEFINE(float)
+#else
+#define EF_FOR_EACH_FLOATING(EF_DEFINE) EF_DEFINE(double) EF_DEFINE(float) EF_DEFINE(c10::Half) EF_DEFINE(c10::BFloat16)
 #endif
 
 namespace ef {

@@ -1,4 +1,5 @@
-// What every Tensor boundary (`<op>.cpp`) shares: allocation, device scope, dtype dispatch, registration.
+// What the Tensor boundaries (`<op>.cpp`) share: allocation, the outputs of an op that detects, device scope, dtype dispatch,
+// registration.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -13,7 +14,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "dtypes.h"
+#include "detections.h"
 #include "platform.h"
 
 #if defined(EF_EMULATE_CUDA)
@@ -109,6 +110,28 @@ template <typename T>
 T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
+
+inline constexpr int64_t kMostDetections = 1 << 30;  // rows of an image are counted in 32 bits
+
+// The five outputs of an op that detects.
+struct DetectionTensors {
+  Tensor boxes, scores, labels, indices, counts;
+
+  // Of images with boxes [batch, n, 4], `most` rows each.
+  DetectionTensors(const Tensor& like, int64_t most)
+      : boxes(allocate(like, {like.size(0), most, 4}, like.scalar_type())),
+        scores(allocate(like, {like.size(0), most}, like.scalar_type())),
+        labels(allocate(like, {like.size(0), most}, ScalarType::Long)),
+        indices(allocate(like, {like.size(0), most}, ScalarType::Long)),
+        counts(allocate(like, {like.size(0)}, ScalarType::Long)) {}
+
+  template <typename scalar_t>
+  Detections<scalar_t> data() const {
+    return {mutable_data<scalar_t>(boxes), mutable_data<scalar_t>(scores), mutable_data<int64_t>(labels), mutable_data<int64_t>(indices),
+            mutable_data<int64_t>(counts)};
+  }
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const { return {boxes, scores, labels, indices, counts}; }
+};
 
 // Makes the device of a tensor the current one for as long as it lives, and knows the current stream.
 template <class Device>

@@ -1,9 +1,8 @@
-// Vector memory access: the only place where a pointer is reinterpreted.
+// Vector memory access of the CUDA kernels, to values and to boxes: the only place where a pointer is reinterpreted.
 #pragma once
-#include <torch/headeronly/util/BFloat16.h>
-
 #include <cstring>
 
+#include "box.h"
 #include "platform.h"
 
 namespace ef {
@@ -63,5 +62,20 @@ EF_HD void forget_origin(T*& p) {
 template <typename... T>
 bool is_vec_aligned(const T*... p) {
   return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
+
+// Box i of boxes [n, 4].
+template <bool kAligned, typename scalar_t>
+EF_HD Box<acc_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {
+  using A = acc_t<scalar_t>;
+  constexpr int kSize = !kAligned ? 1 : kVecSize<scalar_t> < 4 ? 2 : 4;
+  A corner[4];
+#pragma unroll
+  for (int k = 0; k < 4; k += kSize) {
+    const Vec<scalar_t, kSize> part = load_vec<kSize>(boxes + i * 4 + k);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) corner[k + j] = A(part.v[j]);
+  }
+  return box_of(corner[0], corner[1], corner[2], corner[3]);
 }
 }  // namespace ef

@@ -1,9 +1,10 @@
-// Vectors of 32 bytes for the CPU kernels, which GCC and clang map to what the instruction set has: eight floats or four doubles, read
-// from and written to every storage type. A single A is a vector of one lane.
+// How the CPU kernels use vectors: as types of 32 bytes, which GCC and clang map to what the instruction set has (eight floats or four
+// doubles, read from and written to every storage type; a single A is a vector of one lane); or by loops over lanes, each with the
+// constants and the sum of its channel beside it (a pointer), or with constants that are the same in all.
 #pragma once
+#include <algorithm>
 #include <cstring>
 
-#include "dtypes.h"
 #include "platform.h"
 
 #if defined(__GNUC__)
@@ -67,5 +68,29 @@ EF_HD void store(c10::Half* p, const Floats& v) {
   rounded = magnitude >= 0x477ff000 ? Words{} + 0x7c00 : rounded;
   rounded = magnitude > 0x7f800000 ? Words{} + 0x7e00 : rounded;
   store(p, __builtin_convertvector(rounded | bits >> 16 & 0x8000, Halves));
+}
+
+template <typename A>
+struct Same {
+  A value;
+  EF_HD A operator[](int64_t) const { return value; }
+};
+
+// The sum of each channel's lanes: neighbours in planes, else every `channels`-th.
+template <typename A>
+EF_CPU_CLONES void fold(const A* __restrict lanes, int64_t count, int64_t channels, bool planes, A* __restrict out) {
+  if (!planes) {
+    std::copy_n(lanes, channels, out);
+    for (int64_t i = channels; i < count; i += channels)
+      for (int64_t c = 0; c < channels; ++c) out[c] += lanes[i + c];
+    return;
+  }
+  const int64_t width = count / channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    A total = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t j = 0; j < width; ++j) total += lanes[c * width + j];
+    out[c] = total;
+  }
 }
 }  // namespace ef

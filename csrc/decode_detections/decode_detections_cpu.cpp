@@ -6,8 +6,8 @@
 #include <limits>
 #include <vector>
 
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "decode_detections.h"
 
 namespace ef::decode_detections {

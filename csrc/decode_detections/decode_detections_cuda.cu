@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "decode_detections.h"
 #include "decode_detections_kernel.cuh"
 

@@ -5,7 +5,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/activation.h"
+#include "../common/math.h"
 #include "../common/platform.h"
 
 namespace ef::depthwise_conv {

@@ -6,7 +6,7 @@
 // units; those of a block's threads are added in a fixed order, then those of the blocks by a second kernel: no atomics.
 // Bytes per element of size e: 2 e, and the partials.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "depthwise_conv_kernel.cuh"
 
 namespace ef::depthwise_conv {

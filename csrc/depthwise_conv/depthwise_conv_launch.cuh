@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "depthwise_conv.h"
 #include "depthwise_conv_grad_weight_kernel.cuh"
 #include "depthwise_conv_kernel.cuh"

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "../common/scratch.h"
+#include "../common/parallel.h"
 #include "../common/vector.h"
 #include "depthwise_conv.h"
 #include "depthwise_conv_tiles.h"

@@ -3,7 +3,7 @@
 // taps t = q, q + stride, ... reach it, from the outputs m, m - 1, ... where m = (i + pad - q) / stride. For stride 1 that is the
 // flipped filter; for stride 2 each parity q has a shorter filter of its own.
 #pragma once
-#include "../common/activation.h"
+#include "../common/math.h"
 #include "../common/platform.h"
 
 namespace ef::depthwise_conv {

@@ -6,8 +6,8 @@
 #include <atomic>
 #include <vector>
 
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "detection_loss.h"
 
 namespace ef::detection_loss {

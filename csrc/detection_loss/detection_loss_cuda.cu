@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "detection_loss.h"
 #include "detection_loss_kernel.cuh"
 

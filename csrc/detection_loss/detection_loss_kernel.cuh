@@ -10,7 +10,7 @@
 // innermost: 8 / kClasses, of which all but the first reading come from the cache).
 // Sums are per thread, per block in a fixed tree, then over the blocks' partials by one block: no atomics.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "../focal_loss/focal_loss_vector.cuh"
 #include "detection_loss.h"

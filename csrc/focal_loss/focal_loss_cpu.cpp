@@ -2,8 +2,8 @@
 // inner loop has no branch and vectorises. Sums are kept per chunk, then added in order: the result does not depend on the threads.
 #include <algorithm>
 
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "focal_loss.h"
 #include "focal_loss_math.h"
 

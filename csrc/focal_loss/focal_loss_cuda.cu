@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "focal_loss.h"
 #include "focal_loss_kernel.cuh"
 

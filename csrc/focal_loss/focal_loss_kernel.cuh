@@ -6,7 +6,7 @@
 // soft targets add s; labels add 8 / classes. Misaligned buffers, and 2^30 classes, take kVec = 1.
 // The sum is per thread, per block in a fixed tree, then over the blocks' partials by one block: no atomics.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "focal_loss.h"
 #include "focal_loss_math.h"

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/activation.h"
+#include "../common/math.h"
 #include "../common/platform.h"
 #include "fusion_math.h"
 

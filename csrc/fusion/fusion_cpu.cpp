@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "fusion_pool.h"
 #include "fusion_rows.h"
 

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "fusion.h"
 #include "fusion_kernel.cuh"
 

@@ -12,7 +12,7 @@
 // Weights: per thread, per block in a fixed tree, then over the blocks in order by one block: no atomics.
 #pragma once
 
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "fusion.h"
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../common/detection_tensors.h"
+#include "../common/tensor.h"
 
 namespace ef::nms {
 namespace {

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "nms.h"
 #include "nms_math.h"
 

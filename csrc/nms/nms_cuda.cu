@@ -1,4 +1,4 @@
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "nms.h"
 #include "nms_block_kernel.cuh"
 #include "nms_kernel.cuh"

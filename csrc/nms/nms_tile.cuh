@@ -1,8 +1,8 @@
 // What the kernels of non-maximum suppression share: a tile of 64 candidates in score order, one bit each of a 64-bit word. A warp per
 // row ballots which later candidates of the tile a candidate overlaps; then a warp walks the rows, best candidate first.
 #pragma once
-#include "../common/box.cuh"
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
+#include "../common/vec.cuh"
 #include "nms_math.h"
 
 namespace ef::nms {

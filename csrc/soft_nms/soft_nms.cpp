@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "../common/detection_tensors.h"
+#include "../common/tensor.h"
 
 namespace ef::soft_nms {
 namespace {

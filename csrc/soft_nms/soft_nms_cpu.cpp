@@ -7,8 +7,8 @@
 #include <queue>
 #include <vector>
 
-#include "../common/dtypes.h"
 #include "../common/parallel.h"
+#include "../common/platform.h"
 #include "soft_nms.h"
 #include "soft_nms_math.h"
 

@@ -1,4 +1,4 @@
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "soft_nms.h"
 #include "soft_nms_kernel.cuh"
 

@@ -3,8 +3,7 @@
 // decays its boxes of that class and meanwhile finds its own best for the next step. One barrier a step: the places where the warps
 // leave their best alternate. Bytes: the scores and labels once a step, and the boxes of the class; all from shared memory and L1 / L2.
 #pragma once
-#include "../common/box.cuh"
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "soft_nms.h"
 #include "soft_nms_math.h"

@@ -3,10 +3,9 @@
 // number of channels. The scaling goes backwards, as the last parts of what was summed are still in the cache.
 #include <algorithm>
 
-#include "../common/dtypes.h"
-#include "../common/lanes.h"
 #include "../common/parallel.h"
-#include "../common/scratch.h"
+#include "../common/platform.h"
+#include "../common/vector.h"
 #include "squeeze_excite_gates.h"
 
 namespace ef::squeeze_excite {

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "../common/dtypes.h"
+#include "../common/platform.h"
 #include "squeeze_excite.h"
 #include "squeeze_excite_gates_kernel.cuh"
 #include "squeeze_excite_kernel.cuh"

@@ -2,8 +2,8 @@
 #pragma once
 #include <algorithm>
 
-#include "../common/lanes.h"
 #include "../common/parallel.h"
+#include "../common/vector.h"
 #include "squeeze_excite.h"
 
 namespace ef::squeeze_excite {

@@ -1,7 +1,7 @@
 // The small matrix products of squeeze-and-excite: [images, channels] values through `squeezed` values an image and back. What they read
 // fits the L2 cache, so each kernel takes as many threads as it has sums; every sum has a fixed order.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "squeeze_excite.h"
 
 namespace ef::squeeze_excite {

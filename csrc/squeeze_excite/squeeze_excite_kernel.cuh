@@ -7,7 +7,7 @@
 // Bytes per element of size s: the means read x, s; the scaling 2 s; backward the sums read x and the gradient, 2 s, and the scaling
 // 2 s. Sums are float per thread, then per block or warp in a fixed order, then double over the parts of a row.
 #pragma once
-#include "../common/reduce.cuh"
+#include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "squeeze_excite.h"
 

@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str | None, int] = {
     "silu": 1,
     "relu": 2,
     "relu6": 3,
-}  # numbered as in csrc/common/activation.h
+}  # numbered as in csrc/common/math.h
 
 TOO_LARGE = 1 << 63  # for the integers of an op
 _dispatch_modes, _dispatch_mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode

@@ -17,7 +17,7 @@ from effdet_fast.ops._arguments import (
 )
 from effdet_fast.ops._layout import detached
 
-MOST_DETECTIONS = 1 << 30  # as in csrc/common/detection_tensors.h
+MOST_DETECTIONS = 1 << 30  # as in csrc/common/tensor.h
 _MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's
 _EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.emulation.build import ROOT, build
+from tests.emulation.build import INCLUDE, ROOT, build
 from tests.emulation.damage import assert_noticed, check
 
 # (op, self-test, file, the text to damage, what it becomes)
@@ -148,7 +148,7 @@ def test_launch_limits_and_deadlocks_are_noticed(tmp_path):
         """
     )
     program = tmp_path / "program"
-    includes = [f"-I{ROOT / 'csrc/common'}", f"-I{ROOT / 'tests/emulation'}"]
+    includes = [f"-I{ROOT / 'csrc/common'}", f"-I{ROOT / 'tests/emulation'}", f"-I{INCLUDE}"]
     subprocess.run(["g++", "-std=c++20", "-DEF_EMULATE_CUDA", *includes, str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
