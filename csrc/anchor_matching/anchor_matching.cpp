@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   STD_TORCH_CHECK(is_double || anchors.scalar_type() == ScalarType::Float, "match_anchors: dtype must be float32 or float64");
 
   STD_TORCH_CHECK(0 < negative && negative <= positive, "match_anchors: thresholds must be 0 < negative <= positive");
-  const auto force_rule = enum_of(force, Force::kTies, "match_anchors", "force");
-  const auto box_coder = enum_of(coder, Coder::kTorchvision, "match_anchors", "box_coder");
+  const auto force_rule = choice_of<ForcedMatch>(force, "match_anchors", "force");
+  const auto box_coder = choice_of<BoxCoder>(coder, "match_anchors", "box_coder");
 
   const DeviceScope<Device> scope(anchors);
   Tensor out_labels = allocate(anchors, {batch, count}, ScalarType::Long);

@@ -14,8 +14,8 @@ struct Problem {
   const int64_t* counts;  // [batch], rows that may be objects, or null for all
   int64_t count, batch, most;
   T positive, negative;  // IoU from which on an anchor is positive, or not background; 0 < negative <= positive
-  Force force;
-  Coder coder;
+  ForcedMatch force;
+  BoxCoder coder;
   bool any_box;  // whether a box without area is an object too
 
   EF_HD int64_t rows(int64_t image) const {

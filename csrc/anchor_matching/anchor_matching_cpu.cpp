@@ -189,16 +189,16 @@ void match_image(const Problem<T>& in, const Anchors<T>& anchors, const Image<T>
   bool all_tie = false;  // a box that overlaps no anchor ties with all of them
   for (int64_t i = 0; i < image.rows; ++i) {
     if (!image.objects[i]) {
-      if (in.force == Force::kFirst) found.forced.push_back(-1);
+      if (in.force == ForcedMatch::kFirst) found.forced.push_back(-1);
       continue;
     }
     const Box<T> box = load_box(image.boxes, i);
-    const Best<T> best = match_box(anchors, box, static_cast<int32_t>(i), in.negative, in.force != Force::kNone, found);
-    if (in.force == Force::kFirst) {
+    const Best<T> best = match_box(anchors, box, static_cast<int32_t>(i), in.negative, in.force != ForcedMatch::kNone, found);
+    if (in.force == ForcedMatch::kFirst) {
       const size_t before = found.forced.size();
       if (best.iou > T(0)) find_best(anchors, box, best.iou, best.group, false, found.bounds.data(), found.forced);
       if (found.forced.size() == before) found.forced.push_back(0);
-    } else if (in.force == Force::kTies) {
+    } else if (in.force == ForcedMatch::kTies) {
       if (best.iou > T(0)) {
         find_best(anchors, box, best.iou, best.group, true, found.bounds.data(), found.forced);
       } else {
@@ -213,8 +213,8 @@ void match_image(const Problem<T>& in, const Anchors<T>& anchors, const Image<T>
   // From the last to the first: the first box to claim an anchor is the last to write it.
   for (int64_t n = static_cast<int64_t>(found.forced.size()) - 1; n >= 0; --n) {
     const int64_t a = found.forced[n];
-    if (a < 0 || (in.force == Force::kTies && found.iou[a] == kInfinity)) continue;
-    found.match[a] = in.force == Force::kTies ? best_box(image, load_box(in.anchors, a)) : static_cast<int32_t>(n);
+    if (a < 0 || (in.force == ForcedMatch::kTies && found.iou[a] == kInfinity)) continue;
+    found.match[a] = in.force == ForcedMatch::kTies ? best_box(image, load_box(in.anchors, a)) : static_cast<int32_t>(n);
     found.iou[a] = kInfinity;
     found.touched[a / kGroup] = 1;
   }

@@ -16,14 +16,14 @@ void launch_match(Cuda device, const Problem<T>& problem, int64_t* workspace, co
   const dim3 grid(unsigned(ceil_div(problem.count, kThreads)), unsigned(std::min(problem.batch, kMostGridY)));
   Word* best = reinterpret_cast<Word*>(workspace);
   Word* first = best + problem.batch * problem.most;
-  const auto write = [&]<Force kForce>() {
+  const auto write = [&]<ForcedMatch kForce>() {
     launch("match_anchors_write", write_kernel<kForce, T>, grid, kThreads, 0, device, problem, best, first, out);
   };
-  if (problem.force == Force::kNone || problem.most == 0) return write.template operator()<Force::kNone>();
+  if (problem.force == ForcedMatch::kNone || problem.most == 0) return write.template operator()<ForcedMatch::kNone>();
   launch("match_anchors_best", best_kernel<T>, grid, kThreads, 0, device, problem, best);
-  if (problem.force == Force::kTies) return write.template operator()<Force::kTies>();
+  if (problem.force == ForcedMatch::kTies) return write.template operator()<ForcedMatch::kTies>();
   launch("match_anchors_first", first_kernel<T>, grid, kThreads, 0, device, problem, best, first);
-  write.template operator()<Force::kFirst>();
+  write.template operator()<ForcedMatch::kFirst>();
 }
 
 #define EF_DEFINE(T) template void launch_match<T>(Cuda, const Problem<T>&, int64_t*, const Targets<T>&);

@@ -127,13 +127,13 @@ struct Seen {
   bool tied = false;
 };
 
-template <Force kForce, typename T>
+template <ForcedMatch kForce, typename T>
 __device__ Seen<T> look(const Problem<T>& in, int64_t image, const Own<T>& own, const Word* best, const Word* first) {
   // The anchor a box forces; one that overlaps nothing forces the first.
   const auto forces = [&](int64_t row) { return first[row] ? in.count - int64_t(first[row]) : 0; };
   const auto wanted = [&](int64_t row, T bound) {
-    if constexpr (kForce == Force::kTies) return bound != T(0) || best[row] == 0;
-    if constexpr (kForce == Force::kFirst) {
+    if constexpr (kForce == ForcedMatch::kTies) return bound != T(0) || best[row] == 0;
+    if constexpr (kForce == ForcedMatch::kFirst) {
       const int64_t lane = forces(row) - own.warp_first;
       if (lane >= 0 && lane < kWarpSize) return true;
     }
@@ -146,19 +146,19 @@ __device__ Seen<T> look(const Problem<T>& in, int64_t image, const Own<T>& own, 
       seen.highest = overlap;
       seen.match = row;
     }
-    if constexpr (kForce == Force::kTies) seen.tied |= bits_of(overlap) == best[row];
-    if constexpr (kForce == Force::kFirst) {
+    if constexpr (kForce == ForcedMatch::kTies) seen.tied |= bits_of(overlap) == best[row];
+    if constexpr (kForce == ForcedMatch::kFirst) {
       if (seen.forced < 0 && forces(row) == own.index) seen.forced = row;
     }
   });
-  if (kForce == Force::kTies && seen.tied && seen.highest == T(0)) {  // of boxes that overlap nothing, some were not looked at
+  if (kForce == ForcedMatch::kTies && seen.tied && seen.highest == T(0)) {  // of boxes that overlap nothing, some were not looked at
     seen.match = 0;
     while (!in.is_object(image, seen.match)) ++seen.match;
   }
   return seen;
 }
 
-template <Force kForce, typename T>
+template <ForcedMatch kForce, typename T>
 __global__ void write_kernel(Problem<T> in,
                              const Word* __restrict__ best,   // [batch, most], for kTies
                              const Word* __restrict__ first,  // [batch, most], for kFirst

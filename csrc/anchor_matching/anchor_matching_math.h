@@ -2,13 +2,10 @@
 // IoU as in common/box.h, rounded operation by operation. All comparisons are of the form `iou > x`, which a NaN never passes.
 #pragma once
 #include "../common/box.h"
+#include "../common/choices.h"
 #include "../common/math.h"
 
 namespace ef::anchor_matching {
-// Which anchors a box gets whatever the IoU, and what the code of a box is. Numbered as in effdet_fast/ops/anchor_matching.py.
-enum class Force : int { kNone = 0, kFirst = 1, kTies = 2 };
-enum class Coder : int { kNone = 0, kEffdet = 1, kTorchvision = 2 };
-
 // A group of anchors: the box round them, whose `area` is the smallest area of an anchor, and the largest area.
 template <typename T>
 struct Group {
@@ -57,15 +54,15 @@ EF_HD bool may_reach(T bound, T limit) {
 }
 
 template <typename T>
-EF_HD void encode(Coder coder, const Box<T>& box, const Box<T>& anchor, T* code) {  // [4]
-  if (coder == Coder::kNone) {
+EF_HD void encode(BoxCoder coder, const Box<T>& box, const Box<T>& anchor, T* code) {  // [4]
+  if (coder == BoxCoder::kNone) {
     code[0] = box.x1;
     code[1] = box.y1;
     code[2] = box.x2;
     code[3] = box.y2;
     return;
   }
-  const bool effdet = coder == Coder::kEffdet;
+  const bool effdet = coder == BoxCoder::kEffdet;
   const T eps = effdet ? T(1e-7) : T(0);
   const T width = box.x2 - box.x1, height = box.y2 - box.y1;
   const T anchor_width = anchor.x2 - anchor.x1, anchor_height = anchor.y2 - anchor.y1;

@@ -9,7 +9,7 @@
 #include <optional>
 #include <vector>
 
-#include "math.h"
+#include "choices.h"
 
 namespace ef {
 using torch::headeronly::ScalarType;
@@ -107,11 +107,13 @@ inline void check_labels(const Tensor& labels, int64_t classes, const char* op) 
                                            : check(static_cast<const int32_t*>(labels.const_data_ptr()));
 }
 
-// An enumeration numbered from 0 to `last`, from its number in Python.
-template <class Enum>
-Enum enum_of(int64_t number, Enum last, const char* op, const char* name) {
-  STD_TORCH_CHECK(number >= 0 && number <= int64_t(last), op, ": ", name, " must be a number from 0 to ", int64_t(last), ", got ", number);
-  return static_cast<Enum>(number);
+// A choice (choices.h) from its number in Python; `least` where not all are to be had.
+template <class Choice>
+Choice choice_of(int64_t number, const char* op, const char* name, Choice least = Choice{}) {
+  constexpr int64_t kLast = count_of(Choice{}) - 1;
+  STD_TORCH_CHECK(number >= int64_t(least) && number <= kLast, op, ": ", name, " must be a number from ", int64_t(least), " to ", kLast,
+                  ", got ", number);
+  return static_cast<Choice>(number);
 }
-inline Activation activation_of(int64_t number, const char* op) { return enum_of(number, Activation::kRelu6, op, "activation"); }
+inline Activation activation_of(int64_t number, const char* op) { return choice_of<Activation>(number, op, "activation"); }
 }  // namespace ef

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "choices.h"
 #include "platform.h"
 
 namespace ef {
@@ -113,10 +114,7 @@ EF_HD T sigmoid(T x) {
   return quotient_of(T(1), T(1) + exp_of(-x));
 }
 
-// The pointwise activations. Numbered as in effdet_fast/ops/_arguments.py.
-enum class Activation : int { kNone = 0, kSilu = 1, kRelu = 2, kRelu6 = 3 };
-
-// NaN passes through, as in PyTorch: by how comparisons are written, and in SiLU as a factor.
+// The pointwise activations. NaN passes through, as in PyTorch: by how comparisons are written, and in SiLU as a factor.
 template <Activation kActivation, typename T>
 EF_HD T activate(T x) {
   if constexpr (kActivation == Activation::kSilu) return quotient_of(x, T(1) + exp_of_number(-x));

@@ -111,8 +111,6 @@ T* mutable_data(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-inline constexpr int64_t kMostDetections = 1 << 30;  // rows of an image are counted in 32 bits
-
 // The five outputs of an op that detects.
 struct DetectionTensors {
   Tensor boxes, scores, labels, indices, counts;

@@ -17,14 +17,14 @@ bool is_channels_last(const Tensor& x) {
 
 template <typename scalar_t>
 Problem<scalar_t> problem_of(const std::vector<Tensor>& cls_outputs, const std::vector<Tensor>& box_outputs, const Tensor& anchors,
-                             const std::optional<Tensor>& clip_sizes, int64_t classes, int64_t max_candidates, bool torchvision_coder) {
+                             const std::optional<Tensor>& clip_sizes, int64_t classes, int64_t max_candidates, int64_t box_coder) {
   const Tensor& first = cls_outputs[0];
   Problem<scalar_t> problem{};
   problem.level_count = int(cls_outputs.size());
   problem.batch = first.size(0);
   problem.anchors_per_cell = first.size(1) / classes;
   problem.classes = classes;
-  problem.torchvision_coder = torchvision_coder;
+  problem.coder = choice_of(box_coder, "decode_candidates", "box_coder", BoxCoder::kEffdet);
   for (int i = 0; i < problem.level_count; ++i) {
     const Tensor &logits = cls_outputs[i], &codes = box_outputs[i];
     STD_TORCH_CHECK(logits.dim() == 4 && codes.dim() == 4 && logits.size(0) == problem.batch && codes.size(0) == problem.batch &&
@@ -53,17 +53,16 @@ Problem<scalar_t> problem_of(const std::vector<Tensor>& cls_outputs, const std::
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> decode(const std::vector<Tensor>& cls_outputs, const std::vector<Tensor>& box_outputs,
                                                   const Tensor& anchors, const std::optional<Tensor>& clip_sizes, int64_t num_classes,
-                                                  int64_t max_candidates, bool torchvision_coder) {
-  STD_TORCH_CHECK(!cls_outputs.empty() && cls_outputs.size() <= kMostLevels && cls_outputs.size() == box_outputs.size(),
-                  "decode_candidates: 1 to 16 levels");
+                                                  int64_t max_candidates, int64_t box_coder) {
+  STD_TORCH_CHECK(!cls_outputs.empty() && cls_outputs.size() <= kMaxDecodedLevels && cls_outputs.size() == box_outputs.size(),
+                  "decode_candidates: 1 to ", kMaxDecodedLevels, " levels");
   STD_TORCH_CHECK(cls_outputs[0].dim() == 4 && num_classes >= 1 && cls_outputs[0].size(1) % num_classes == 0 && max_candidates >= 1,
                   "decode_candidates: num_classes must divide the channels, max_candidates be at least 1");
   const DeviceScope<Device> scope(anchors);
   std::tuple<Tensor, Tensor, Tensor, Tensor> out;
   dispatch_floating(cls_outputs[0].scalar_type(), "decode_candidates", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
-    const auto problem =
-        problem_of<scalar_t>(cls_outputs, box_outputs, anchors, clip_sizes, num_classes, max_candidates, torchvision_coder);
+    const auto problem = problem_of<scalar_t>(cls_outputs, box_outputs, anchors, clip_sizes, num_classes, max_candidates, box_coder);
     const int64_t batch = problem.batch, count = problem.candidates;
     Tensor boxes = allocate(anchors, {batch, count, 4}, anchors.scalar_type());
     Tensor scores = allocate(anchors, {batch, count}, anchors.scalar_type());

@@ -5,8 +5,6 @@
 #include "decode_detections_math.h"
 
 namespace ef::decode_detections {
-inline constexpr int kMostLevels = 16;
-
 template <typename scalar_t>
 struct Level {
   const scalar_t* logits;  // [batch, anchors * classes, cells], or [batch, cells, anchors * classes] in channels_last
@@ -18,13 +16,13 @@ struct Level {
 
 template <typename scalar_t>
 struct Problem {
-  Level<scalar_t> levels[kMostLevels];
+  Level<scalar_t> levels[kMaxDecodedLevels];
   int level_count;
   const acc_t<scalar_t>* anchors;     // [anchors of an image, 4]
   const acc_t<scalar_t>* clip_sizes;  // [batch, 2] (height, width), or null
   int64_t batch, cells, anchors_per_cell, classes;
   int64_t candidates;  // taken of each image; 1 .. cells * anchors_per_cell * classes
-  bool torchvision_coder;
+  BoxCoder coder;
 
   EF_HD int64_t channels() const { return anchors_per_cell * classes; }
 };
@@ -54,7 +52,7 @@ EF_HD void write_candidate(const Problem<scalar_t>& in, int64_t image, int64_t r
     code[k] = A(codes[level.codes_channels_last ? cell * values + a * 4 + k : (a * 4 + k) * level.cells + cell]);
     corners[k] = in.anchors[anchor * 4 + k];
   }
-  decode(code, corners, in.torchvision_coder);
+  decode(code, corners, in.coder);
   for (int k = 0; k < 4; ++k) {
     out.boxes[row * 4 + k] = in.clip_sizes ? clip(corners[k], in.clip_sizes[image * 2 + (k % 2 == 0)]) : corners[k];
   }

@@ -50,8 +50,8 @@ void check_maps(std::span<const Tensor> maps) {
 // As many numbers as maps, for each of the lists.
 template <class... Lists>
 void check_counts(std::span<const Tensor> xs, const Lists&... lists) {
-  STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMaxLevels && ((lists.size() == xs.size()) && ...),
-                  "depthwise_conv: 1 to 8 maps, and for each its numbers");
+  STD_TORCH_CHECK(!xs.empty() && xs.size() <= kMaxLevels && ((lists.size() == xs.size()) && ...), "depthwise_conv: 1 to ", kMaxLevels,
+                  " maps, and for each its numbers");
   check_maps(xs);
 }
 

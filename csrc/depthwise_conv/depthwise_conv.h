@@ -27,7 +27,6 @@ struct Level {
 };
 
 // The maps of a call, each with at least one element. All but n, sizes and padding is the same for all.
-inline constexpr int kMaxLevels = 8;
 template <typename scalar_t>
 struct Levels {
   int count;

@@ -51,7 +51,7 @@ Problem<scalar_t> problem_of(const Inputs& in) {
   using A = acc_t<scalar_t>;
   const ScalarType dtype = in.cls[0].scalar_type(), acc = acc_dtype(dtype);
   STD_TORCH_CHECK(in.cls.size() <= kMaxLevels && in.box.size() == in.cls.size() && in.channels_last.size() == 2 * in.cls.size(),
-                  "detection_loss: 1 to 8 levels of class and of box outputs, and the layout of each");
+                  "detection_loss: 1 to ", kMaxLevels, " levels of class and of box outputs, and the layout of each");
   Problem<scalar_t> p{};
   p.level_count = int(in.cls.size());
   p.images = in.cls[0].size(0);
@@ -75,14 +75,14 @@ Problem<scalar_t> problem_of(const Inputs& in) {
   check_labels(in.labels, p.classes, "detection_loss");
   p.labels = {wide ? const_data<int64_t>(in.labels) : nullptr, wide ? nullptr : const_data<int32_t>(in.labels)};
   p.box_targets = const_data<A>(in.box_targets);
-  p.box = {enum_of(in.box_loss, BoxLoss::kGiou, "detection_loss", "box_loss"),
-           enum_of(in.box_coder, BoxCoder::kXywh, "detection_loss", "box_coder"), A(in.delta)};
+  p.box = {choice_of<BoxLoss>(in.box_loss, "detection_loss", "box_loss"),
+           choice_of(in.box_coder, "detection_loss", "box_coder", BoxCoder::kEffdet), A(in.delta)};
   STD_TORCH_CHECK(in.anchors ? is_plain(*in.anchors, {p.anchors, 4}, acc) : p.box.loss != BoxLoss::kGiou,
                   "detection_loss: anchors must be contiguous [N, 4] of the loss's dtype");
   p.anchor_boxes = const_data<A>(in.anchors);
-  p.normalizer = enum_of(in.normalizer, Normalizer::kPerImage, "detection_loss", "normalizer");
+  p.normalizer = choice_of<LossNormalizer>(in.normalizer, "detection_loss", "normalizer");
   STD_TORCH_CHECK(in.num_positives.scalar_type() == acc && in.num_positives.is_contiguous() &&
-                      (p.normalizer == Normalizer::kBatch || in.num_positives.numel() == p.images),
+                      (p.normalizer == LossNormalizer::kBatch || in.num_positives.numel() == p.images),
                   "detection_loss: num_positives must be contiguous, of the loss's dtype, one per image");
   p.positives = const_data<A>(in.num_positives);
   p.positive_count = in.num_positives.numel();
@@ -169,8 +169,8 @@ Tensors backward(const std::optional<Tensor>& grad_total, const std::optional<Te
 template <class Device>
 void rescale(const Tensors& grads, double box_loss_weight, const std::optional<Tensor>& grad_total, const std::optional<Tensor>& grad_cls,
              const std::optional<Tensor>& grad_box) {
-  STD_TORCH_CHECK(!grads.empty() && grads.size() <= 2 * kMaxLevels && grads.size() % 2 == 0,
-                  "detection_loss_rescale_: gradients of 1 to 8 levels");
+  STD_TORCH_CHECK(!grads.empty() && grads.size() <= 2 * kMaxLevels && grads.size() % 2 == 0, "detection_loss_rescale_: gradients of 1 to ",
+                  kMaxLevels, " levels");
   const Tensor& first = grads[0];
   const DeviceScope<Device> scope(first);
   const ScalarType acc = acc_dtype(first.scalar_type());

@@ -10,7 +10,6 @@
 namespace ef::detection_loss {
 using focal_loss::class_weight_at;
 using focal_loss::Modulator;
-inline constexpr int kMaxLevels = 8;
 
 // One head output [images, channels, pixels]; the channels are those of anchor 0, then of anchor 1, and so on. `grad` is dense, with
 // the channels or the pixels innermost as in `x`.
@@ -50,9 +49,9 @@ struct Problem {
   Labels labels;                               // [images, anchors]
   const A* box_targets;                        // [images, anchors, 4]
   const A* anchor_boxes;                       // [anchors, 4] xyxy, or null
-  const A* positives;                          // [positive_count]; per image with Normalizer::kPerImage
+  const A* positives;                          // [positive_count]; per image with LossNormalizer::kPerImage
   int64_t positive_count;
-  Normalizer normalizer;
+  LossNormalizer normalizer;
   double gamma;
   focal_loss::Parameters<A> focal;
   const A* class_weight;  // [classes], or null for 1

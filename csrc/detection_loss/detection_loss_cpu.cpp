@@ -220,7 +220,7 @@ template <typename scalar_t>
 std::vector<acc_t<scalar_t>> factors_of(const Problem<scalar_t>& p) {
   using A = acc_t<scalar_t>;
   std::vector<A> factors(p.images);
-  if (p.normalizer == Normalizer::kPerImage) {
+  if (p.normalizer == LossNormalizer::kPerImage) {
     for (int64_t i = 0; i < p.images; ++i) factors[i] = image_factor(p.positives[i], p.images);
   } else {
     A all = 0;

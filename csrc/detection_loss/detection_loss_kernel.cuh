@@ -176,7 +176,7 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
   constexpr int kVec = kVecSize<scalar_t>;
   A* scratch = shared_memory<A>();
   A factor = 0;
-  if (p.normalizer == Normalizer::kBatch) {
+  if (p.normalizer == LossNormalizer::kBatch) {
     for (int64_t i = threadIdx.x; i < p.positive_count; i += kThreads) factor += p.positives[i];
     factor = block_sum(factor, scratch);
     if (threadIdx.x == 0) scratch[kWarpSize] = factor;
@@ -193,7 +193,7 @@ __global__ void detection_loss_kernel(Problem<scalar_t> p, Tiles tiles,
     const Level<scalar_t>& level = p.levels[of_boxes ? part - p.level_count : part];
     const int64_t local = tile - (part ? tiles.end[part - 1] : 0), image = quotient(local, tiles.per_image[part]);
     const int64_t of_image = local - image * tiles.per_image[part];
-    if (p.normalizer == Normalizer::kPerImage) factor = image_factor(p.positives[image], p.images);
+    if (p.normalizer == LossNormalizer::kPerImage) factor = image_factor(p.positives[image], p.images);
     if (of_boxes) {
       box += factor * boxes_tile(p, level, image, of_image, factor * box_upstream);
       continue;

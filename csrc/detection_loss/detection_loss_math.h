@@ -5,14 +5,11 @@
 //   smooth_l1  0.5 e^2 / delta where |e| < delta, else |e| - delta / 2; likewise
 //   giou       1 - GIoU of the boxes that codes and targets stand for, of a positive anchor (Rezatofighi et al., 2019)
 #pragma once
+#include "../common/choices.h"
 #include "../common/math.h"
 #include "../focal_loss/focal_loss_math.h"
 
 namespace ef::detection_loss {
-enum class BoxLoss : int { kHuber = 0, kL1 = 1, kSmoothL1 = 2, kGiou = 3 };  // numbered as in effdet_fast/ops/detection_loss.py
-enum class BoxCoder : int { kYxhw = 0, kXywh = 1 };                          // effdet's (ty, tx, th, tw), torchvision's (dx, dy, dw, dh)
-enum class Normalizer : int { kBatch = 0, kPerImage = 1 };
-
 // What a sum is multiplied by: 1 / (all positives + 1), or for image i of n 1 / (n max(1, its positives)).
 template <typename A>
 EF_HD A batch_factor(A all_positives) {
@@ -75,7 +72,7 @@ struct Decoder {
   bool y_first;
   A limit, anchor_x, anchor_y, anchor_w, anchor_h;
   EF_HD Decoder(const A* anchor, BoxCoder coder, bool limited) {
-    y_first = coder == BoxCoder::kYxhw;
+    y_first = coder == BoxCoder::kEffdet;
     limit = limited && !y_first ? kMaxLogScale<A> : A(INFINITY);
     anchor_w = anchor[2] - anchor[0], anchor_h = anchor[3] - anchor[1];
     anchor_x = anchor[0] + A(0.5) * anchor_w, anchor_y = anchor[1] + A(0.5) * anchor_h;

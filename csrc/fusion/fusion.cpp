@@ -15,10 +15,10 @@ struct Options {
   bool channels_last;
 };
 
-bool fits(const Tensor& x, int64_t resample, int64_t h, int64_t w) {
-  if (resample == int64_t(Resample::kNone)) return x.size(2) == h && x.size(3) == w;
-  if (resample == int64_t(Resample::kMaxPool)) return (x.size(2) + 1) / 2 == h && (x.size(3) + 1) / 2 == w;
-  return resample == int64_t(Resample::kNearest) && (x.size(2) > 0 || h == 0) && (x.size(3) > 0 || w == 0);
+bool fits(const Tensor& x, Resample resample, int64_t h, int64_t w) {
+  if (resample == Resample::kNone) return x.size(2) == h && x.size(3) == w;
+  if (resample == Resample::kMaxPool) return (x.size(2) + 1) / 2 == h && (x.size(3) + 1) / 2 == w;
+  return (x.size(2) > 0 || h == 0) && (x.size(3) > 0 || w == 0);
 }
 
 bool is_kept(const Tensor& x, const Tensor& grad, ScalarType dtype, bool channels_last) {
@@ -28,25 +28,25 @@ bool is_kept(const Tensor& x, const Tensor& grad, ScalarType dtype, bool channel
 template <typename scalar_t>
 Problem<scalar_t> problem_of(const Options& options) {
   const std::vector<Tensor>& inputs = options.inputs;
-  STD_TORCH_CHECK(inputs.size() >= 1 && inputs.size() <= kMaxInputs && options.resample.size() == inputs.size(),
-                  "fusion: 1 to 4 inputs, with a resampling for each");
+  STD_TORCH_CHECK(inputs.size() >= 1 && inputs.size() <= kMaxFusionInputs && options.resample.size() == inputs.size(), "fusion: 1 to ",
+                  kMaxFusionInputs, " inputs, with a resampling for each");
   Problem<scalar_t> problem{};
   problem.count = int(inputs.size());
   for (int i = 0; i < problem.count; ++i) {
     const Tensor& x = inputs[i];
+    const auto resample = choice_of<Resample>(options.resample[i], "fusion", "resample");
     STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == inputs[0].scalar_type() && x.size(0) == inputs[0].size(0) &&
-                        x.size(1) == inputs[0].size(1) && is_dense(x, options.channels_last) &&
-                        fits(x, options.resample[i], options.h, options.w),
+                        x.size(1) == inputs[0].size(1) && is_dense(x, options.channels_last) && fits(x, resample, options.h, options.w),
                     "fusion: inputs must be dense [N, C, H, W] of one dtype and layout that fit the output");
-    problem.inputs[i] = {const_data<scalar_t>(x), x.size(2), x.size(3), static_cast<Resample>(options.resample[i])};
+    problem.inputs[i] = {const_data<scalar_t>(x), x.size(2), x.size(3), resample};
   }
   const int64_t n = inputs[0].size(0), c = inputs[0].size(1);
   problem.n = options.channels_last ? n : n * c;
   problem.c = options.channels_last ? c : 1;
   problem.h = options.h;
   problem.w = options.w;
-  problem.method = enum_of(options.method, Method::kSum, "fusion", "method");
-  STD_TORCH_CHECK(options.weights.has_value() == (problem.method != Method::kSum), "fusion: weights are for all methods but the sum");
+  problem.method = choice_of<FusionMethod>(options.method, "fusion", "method");
+  STD_TORCH_CHECK(options.weights.has_value() == (problem.method != FusionMethod::kSum), "fusion: weights are for all methods but the sum");
   if (options.weights) {
     STD_TORCH_CHECK(is_plain(*options.weights, {problem.count}, acc_dtype(inputs[0].scalar_type())),
                     "fusion: weights must be contiguous float32 (float64 for float64 inputs), one per input");
@@ -60,7 +60,8 @@ Problem<scalar_t> problem_of(const Options& options) {
 // The output; after it, where they are kept, the maxima of each max_pool input and their taps.
 template <class Device>
 std::vector<Tensor> outputs(const Options& options, bool keeps) {
-  STD_TORCH_CHECK(!options.inputs.empty() && options.inputs[0].dim() == 4, "fusion: inputs must be 1 to 4 tensors [N, C, H, W]");
+  STD_TORCH_CHECK(!options.inputs.empty() && options.inputs[0].dim() == 4, "fusion: inputs must be 1 to ", kMaxFusionInputs,
+                  " tensors [N, C, H, W]");
   const Tensor& first = options.inputs[0];
   const DeviceScope<Device> scope(first);
   const auto like_output = [&](ScalarType dtype) {

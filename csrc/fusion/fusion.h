@@ -17,11 +17,11 @@ struct Input {
 
 template <typename scalar_t>
 struct Problem {
-  Input<scalar_t> inputs[kMaxInputs];
+  Input<scalar_t> inputs[kMaxFusionInputs];
   int count;
   int64_t n, h, w, c;              // of the output
-  const acc_t<scalar_t>* weights;  // [count], or null with Method::kSum
-  Method method;
+  const acc_t<scalar_t>* weights;  // [count], or null with FusionMethod::kSum
+  FusionMethod method;
   acc_t<scalar_t> eps;
   Activation activation;
 };
@@ -29,8 +29,8 @@ struct Problem {
 // What a forward keeps of its max_pool inputs, each [n, h, w, c]; null for the others and where nothing is kept.
 template <typename scalar_t>
 struct Pooled {
-  scalar_t* maxima[kMaxInputs];
-  uint8_t* taps[kMaxInputs];  // which tap of its window each maximum is
+  scalar_t* maxima[kMaxFusionInputs];
+  uint8_t* taps[kMaxFusionInputs];  // which tap of its window each maximum is
 };
 
 // out: [n, h, w, c]
@@ -67,9 +67,9 @@ struct Unpool {
 // The problem's max_pool inputs are replaced by their maxima, as inputs without resampling.
 template <typename scalar_t>
 struct Backward {
-  const scalar_t* grad;               // [n, h, w, c]
-  scalar_t* grad_inputs[kMaxInputs];  // like the inputs, null where not wanted and for maxima
-  Unpool<scalar_t> unpools[kMaxInputs];
+  const scalar_t* grad;                     // [n, h, w, c]
+  scalar_t* grad_inputs[kMaxFusionInputs];  // like the inputs, null where not wanted and for maxima
+  Unpool<scalar_t> unpools[kMaxFusionInputs];
   acc_t<scalar_t>* grad_weights;  // [count], or null
   scalar_t* grad_sum;             // workspace [n, h, w, c]: gradient of the sum before the activation; null where not needed
   acc_t<scalar_t>* partials;      // workspace [partial_count, count], null without grad_weights

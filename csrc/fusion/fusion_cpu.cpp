@@ -57,7 +57,7 @@ class Walker {
 
   // Buffers of one thread.
   struct Buffers {
-    std::vector<A> inputs[kMaxInputs], grad;
+    std::vector<A> inputs[kMaxFusionInputs], grad;
     explicit Buffers(const Walker& walker) : grad(walker.segment_size()) {
       for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
     }
@@ -118,7 +118,7 @@ class Walker {
 
   const Problem<scalar_t>& p_;
   const NormalizedWeights<A> weights_;
-  Columns columns_[kMaxInputs];
+  Columns columns_[kMaxFusionInputs];
 };
 
 template <typename scalar_t>
@@ -269,7 +269,7 @@ void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scal
       backward_nearest(p, grad_sum, walker, i, work.grad_inputs[i]);
   }
   if (!work.grad_weights) return;
-  acc_t<scalar_t> totals[kMaxInputs];
+  acc_t<scalar_t> totals[kMaxFusionInputs];
   for (int i = 0; i < p.count; ++i) {
     double total = 0;
     for (int64_t unit = 0; unit < partial_count(device, p); ++unit) total += work.partials[unit * p.count + i];

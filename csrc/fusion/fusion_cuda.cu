@@ -72,7 +72,7 @@ void launch_backward(Cuda device, const Problem<scalar_t>& p, const Backward<sca
   using A = acc_t<scalar_t>;
   const Cells cells = Cells::of(p);
   const scalar_t* grad_sum = work.grad_sum ? work.grad_sum : work.grad;
-  const size_t sum_bytes = kMaxInputs * kWarpSize * sizeof(A);
+  const size_t sum_bytes = kMaxFusionInputs * kWarpSize * sizeof(A);
   dispatch_vec(p, Pooled<scalar_t>{}, work, nullptr, [&]<int kVec>() {
     const Grid grid = cell_grid(p, kVec);
     dispatch_count(p.count, [&]<int kCount>() {

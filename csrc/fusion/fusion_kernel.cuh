@@ -196,10 +196,10 @@ __global__ void fusion_backward_kernel(Problem<scalar_t> p, Cells cells, Backwar
 // One block adds the partials [blocks, count] in an order that depends on their number only, then applies the chain rule.
 template <typename A>
 __global__ void fusion_weights_kernel(const A* __restrict__ partials, int64_t blocks, const A* __restrict__ weights, int count,
-                                      Method method, A eps, A* __restrict__ grad_weights) {  // [count]
-  A totals[kMaxInputs] = {};
+                                      FusionMethod method, A eps, A* __restrict__ grad_weights) {  // [count]
+  A totals[kMaxFusionInputs] = {};
 #pragma unroll
-  for (int i = 0; i < kMaxInputs; ++i) {
+  for (int i = 0; i < kMaxFusionInputs; ++i) {
     if (i >= count) continue;
     A mine = 0;
     for (int64_t b = threadIdx.x; b < blocks; b += blockDim.x) mine += partials[b * count + i];
@@ -208,7 +208,7 @@ __global__ void fusion_weights_kernel(const A* __restrict__ partials, int64_t bl
   if (threadIdx.x != 0) return;
   weight_gradients(weights, count, method, eps, totals);
 #pragma unroll
-  for (int i = 0; i < kMaxInputs; ++i)
+  for (int i = 0; i < kMaxFusionInputs; ++i)
     if (i < count) grad_weights[i] = totals[i];
 }
 

@@ -4,57 +4,54 @@
 //   softmax  v_i = exp(w_i) / sum_j exp(w_j)               dL/dw_i = v_i (d_i - sum_j d_j v_j)         with d_i = dL/dv_i
 //   sum      v_i = 1
 #pragma once
+#include "../common/choices.h"
 #include "../common/math.h"
 
 namespace ef::fusion {
-inline constexpr int kMaxInputs = 4;
-enum class Method : int { kFast = 0, kSoftmax = 1, kSum = 2 };  // numbered as in effdet_fast/ops/fusion.py
-enum class Resample : int { kNone = 0, kNearest = 1, kMaxPool = 2 };
-
 // What the weights are normalised by: v_i = weight(w, i).
 template <typename A>
 struct Normalizer {
-  Method method;
+  FusionMethod method;
   A highest = 0, divisor = 1;
 
-  EF_HD Normalizer(const A* w, int count, Method method_, A eps) : method(method_) {
-    if (method == Method::kSum) return;
+  EF_HD Normalizer(const A* w, int count, FusionMethod method_, A eps) : method(method_) {
+    if (method == FusionMethod::kSum) return;
     highest = w[0];
     for (int i = 1; i < count; ++i) highest = w[i] > highest ? w[i] : highest;
     A sum = 0;
     for (int i = 0; i < count; ++i) sum += raw(w[i]);
-    divisor = method == Method::kSoftmax ? sum : sum + eps;
+    divisor = method == FusionMethod::kSoftmax ? sum : sum + eps;
   }
-  EF_HD A weight(const A* w, int i) const { return method == Method::kSum ? A(1) : raw(w[i]) / divisor; }
+  EF_HD A weight(const A* w, int i) const { return method == FusionMethod::kSum ? A(1) : raw(w[i]) / divisor; }
 
  private:
-  EF_HD A raw(A w) const { return method == Method::kSoftmax ? exp_of(w - highest) : (w < A(0) ? A(0) : w); }
+  EF_HD A raw(A w) const { return method == FusionMethod::kSoftmax ? exp_of(w - highest) : (w < A(0) ? A(0) : w); }
 };
 
 template <typename A>
 struct NormalizedWeights {
-  A v[kMaxInputs];
+  A v[kMaxFusionInputs];
 };
 
 template <typename A>
-EF_HD NormalizedWeights<A> normalized_weights(const A* w, int count, Method method, A eps) {
+EF_HD NormalizedWeights<A> normalized_weights(const A* w, int count, FusionMethod method, A eps) {
   const Normalizer<A> normalizer(w, count, method, eps);
   NormalizedWeights<A> result;
-  for (int i = 0; i < kMaxInputs; ++i) result.v[i] = i < count ? normalizer.weight(w, i) : A(0);
+  for (int i = 0; i < kMaxFusionInputs; ++i) result.v[i] = i < count ? normalizer.weight(w, i) : A(0);
   return result;
 }
 
-// grad_w[i] from grad_v[i], in place of it; grad has kMaxInputs elements, `count` of them in use.
+// grad_w[i] from grad_v[i], in place of it; grad has kMaxFusionInputs elements, `count` of them in use.
 template <typename A>
-EF_HD void weight_gradients(const A* w, int count, Method method, A eps, A* grad) {
-  if (method == Method::kSum) return;
+EF_HD void weight_gradients(const A* w, int count, FusionMethod method, A eps, A* grad) {
+  if (method == FusionMethod::kSum) return;
   const Normalizer<A> normalizer(w, count, method, eps);
   A mean = 0;
-  for (int i = 0; i < kMaxInputs; ++i) mean += i < count ? grad[i] * normalizer.weight(w, i) : A(0);
-  for (int i = 0; i < kMaxInputs; ++i) {
+  for (int i = 0; i < kMaxFusionInputs; ++i) mean += i < count ? grad[i] * normalizer.weight(w, i) : A(0);
+  for (int i = 0; i < kMaxFusionInputs; ++i) {
     if (i >= count) continue;
     const A centred = grad[i] - mean;
-    grad[i] = method == Method::kSoftmax ? normalizer.weight(w, i) * centred : (w[i] <= A(0) ? A(0) : centred / normalizer.divisor);
+    grad[i] = method == FusionMethod::kSoftmax ? normalizer.weight(w, i) * centred : (w[i] <= A(0) ? A(0) : centred / normalizer.divisor);
   }
 }
 

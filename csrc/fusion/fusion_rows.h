@@ -28,7 +28,7 @@ EF_CPU_CLONES void doubled_row(const scalar_t* __restrict x, int64_t m, acc_t<sc
 }
 
 template <int kCount, typename A>
-EF_HD A weighted_sum(const A* const (&rows)[kMaxInputs], const NormalizedWeights<A>& weights, int64_t j) {
+EF_HD A weighted_sum(const A* const (&rows)[kMaxFusionInputs], const NormalizedWeights<A>& weights, int64_t j) {
   A total = weights.v[0] * rows[0][j];
 #pragma GCC unroll 4
   for (int i = 1; i < kCount; ++i) total += weights.v[i] * rows[i][j];
@@ -36,7 +36,7 @@ EF_HD A weighted_sum(const A* const (&rows)[kMaxInputs], const NormalizedWeights
 }
 template <typename A>
 struct Rows {
-  const A* of[kMaxInputs];  // the inputs in use, as large as the output
+  const A* of[kMaxFusionInputs];  // the inputs in use, as large as the output
 };
 
 template <Activation kActivation, int kCount, typename scalar_t>

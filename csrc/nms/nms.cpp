@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, c
                   "nms_padded: scores must be contiguous [batch, n], of the boxes' dtype");
   STD_TORCH_CHECK(is_plain(order, {batch, n}, ScalarType::Long) && is_plain(labels, {batch, n}, ScalarType::Long),
                   "nms_padded: order and labels must be contiguous int64 [batch, n]");
-  STD_TORCH_CHECK(max_detections >= 1 && max_detections <= kMostDetections, "nms_padded: max_detections must be in [1, 2^30]");
+  STD_TORCH_CHECK(max_detections >= 1 && max_detections <= kMaxDetections, "nms_padded: max_detections must be in [1, 2^30]");
   check_order(Device{}, order, n);
   const DeviceScope<Device> scope(boxes);
   STD_TORCH_CHECK(std::min(n, max_detections) <= most_padded(scope.device), "nms_padded: an image can keep more than ",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from effdet_fast._choices import MAX_DECODED_LEVELS
 from effdet_fast.acceleration.swap import Swap, departure
 from effdet_fast.ops.anchor_matching import match_anchors
 from effdet_fast.ops.decode_detections import decode_detections
@@ -18,7 +19,6 @@ from effdet_fast.ops.focal_loss import sigmoid_focal_loss
 
 Targets = Sequence[Mapping[str, Tensor]]
 BOX_LOSSES = ("l1", "smooth_l1", "giou")
-MAX_LEVELS = 16  # of decode_detections
 
 
 def as_level(outputs: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class RetinaNetDetections(Swap):
         logits, codes = head_outputs["cls_logits"], head_outputs["bbox_regression"]
         outputs = (*logits, *codes)
         wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in outputs)
-        known = len({each.dtype for each in outputs}) == 1 and len(logits) <= MAX_LEVELS and image_shapes
+        known = len({each.dtype for each in outputs}) == 1 and len(logits) <= MAX_DECODED_LEVELS and image_shapes
         if wants_gradient or not known or RetinaNetDetections.reason_against(self):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)  # type: ignore[misc]
         found = decode_detections(

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from effdet_fast._choices import ACTIVATION_MODULES
 from effdet_fast.acceleration.stand_in import stand_in
 
-ACTIVATIONS: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu", nn.ReLU6: "relu6"}
+_NAMES_OF_ACTIVATIONS: dict[type, str | None] = {module: name for name, module in ACTIVATION_MODULES.items()}
 
 
 class Swap:
@@ -128,4 +129,4 @@ def has_hooks(module: nn.Module) -> bool:
 
 def activation_name(module: nn.Module) -> str | None:
     """ "silu", "relu" or "relu6" of an activation that the ops can take over; None of anything else."""
-    return None if has_hooks(module) else ACTIVATIONS.get(type(module))
+    return None if has_hooks(module) else _NAMES_OF_ACTIVATIONS.get(type(module))

@@ -9,18 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effdet_fast._choices import ACTIVATION_MODULES
 from effdet_fast.detector import Detector
 from effdet_fast.models import DetectionModel
 from effdet_fast.models.detection_model import Outputs
 from effdet_fast.nn import BatchNormAct2d, FrozenBatchNormAct2d
 from effdet_fast.ops._boxes import decode_boxes, detections_of, is_empty
-
-_ACTIVATIONS: dict[str | None, type[nn.Module]] = {
-    None: nn.Identity,
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-}
 
 
 class Operators(Protocol):
@@ -160,7 +154,7 @@ def _with_plain_batch_norms(module: nn.Module) -> nn.Module:
     if isinstance(module, BatchNormAct2d | FrozenBatchNormAct2d):
         plain = nn.BatchNorm2d(module.num_features, module.eps)
         plain.load_state_dict(module.state_dict(), strict=False)  # a missing weight or bias is the new one's 1 or 0
-        return nn.Sequential(plain, _ACTIVATIONS[module.activation]())
+        return nn.Sequential(plain, ACTIVATION_MODULES[module.activation]())
     for name, child in module.named_children():
         setattr(module, name, _with_plain_batch_norms(child))
     return module

@@ -8,21 +8,31 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from effdet_fast._choices import (
+    ACTIVATION_NAMES,
+    BOX_CODERS,
+    BOX_LOSSES,
+    FUSION_METHODS,
+    LOSS_NORMALIZERS,
+    MAX_DETECTIONS,
+    MAX_LEVELS,
+)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Backbone and neck are checked where they are built.
 CHOICES: dict[str, tuple[str | None, ...]] = {
-    "fusion": ("fast", "softmax", "sum"),
-    "activation": ("silu", "relu", "relu6"),
+    "fusion": tuple(FUSION_METHODS),
+    "activation": ACTIVATION_NAMES,
     "extra_levels": ("efficientdet", "c5", "p5", "pool"),
     "head": ("separable", "conv"),
     "head_norm": ("batch", "group", None),
     "padding": ("same", "symmetric"),
     "anchor_style": ("efficientdet", "retinanet"),
-    "box_coder": ("effdet", "torchvision"),
-    "box_loss": ("huber", "l1", "smooth_l1", "giou"),
-    "loss_normalizer": ("batch", "per_image"),
+    "box_coder": tuple(BOX_CODERS),
+    "box_loss": tuple(BOX_LOSSES),
+    "loss_normalizer": tuple(LOSS_NORMALIZERS),
 }
 # The most that each count may be: far beyond any model, and little enough that a broken file is refused and not built for hours.
 COUNTS = {
@@ -32,9 +42,9 @@ COUNTS = {
     "head_repeats": 64,
     "num_scales": 64,
     "max_candidates": 1 << 30,
-    "max_detections": 1 << 30,
+    "max_detections": MAX_DETECTIONS,
 }
-MAX_LEVEL = 10  # eight levels, which the detection loss takes
+MAX_LEVEL = 3 + MAX_LEVELS - 1  # as many levels as the detection loss takes
 MAX_SIDE = 1 << 15
 MAX_ASPECT_RATIOS = 64
 SWITCHES = (

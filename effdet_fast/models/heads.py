@@ -6,9 +6,9 @@ import math
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from effdet_fast._choices import ACTIVATION_FUNCTIONS
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.models.necks.extra_levels import batch_norm
 from effdet_fast.nn import SeparableConv2d
@@ -18,7 +18,6 @@ from effdet_fast.nn import SeparableConv2d
 PRIOR_PROBABILITY = 0.01
 GROUPS = 32  # of GroupNorm, as in RetinaNet's later forms
 CONV_STD = 0.01  # of the initial weights of 3x3 heads (section 4.1 as well)
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 
 
 class LevelsConv2d(nn.Conv2d):
@@ -95,4 +94,4 @@ class Head(nn.Module):
             return [norm(x) for norm, x in zip(self.bn_rep[repeat], levels, strict=True)]  # type: ignore[call-overload]
         if self.norm == "group":
             levels = [self.norm_rep[repeat](x) for x in levels]
-        return [ACTIVATIONS[self.activation](x) for x in levels]
+        return [ACTIVATION_FUNCTIONS[self.activation](x) for x in levels]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from effdet_fast.ops._arguments import ACTIVATIONS, check_choice
+from effdet_fast._choices import ACTIVATIONS
+from effdet_fast.ops._arguments import check_choice
 from effdet_fast.ops.batch_norm_act import batch_norm_act
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from effdet_fast.ops._arguments import ACTIVATIONS, check_choice
-from effdet_fast.ops.fusion import METHODS, RESAMPLES, weighted_fusion
+from effdet_fast._choices import ACTIVATIONS, FUSION_METHODS, MAX_FUSION_INPUTS, RESAMPLES
+from effdet_fast.ops._arguments import check_choice
+from effdet_fast.ops.fusion import weighted_fusion
 
 
 class WeightedFusion(nn.Module):
@@ -38,9 +39,9 @@ class WeightedFusion(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        if not 2 <= num_inputs <= 4:
-            raise ValueError(f"{name}: num_inputs must be 2 to 4, got {num_inputs}")
-        check_choice(name, "method", method, METHODS)
+        if not 2 <= num_inputs <= MAX_FUSION_INPUTS:
+            raise ValueError(f"{name}: num_inputs must be 2 to {MAX_FUSION_INPUTS}, got {num_inputs}")
+        check_choice(name, "method", method, FUSION_METHODS)
         check_choice(name, "activation", activation, ACTIVATIONS)
         resample = ("none",) * num_inputs if resample is None else tuple(resample)
         if len(resample) != num_inputs:

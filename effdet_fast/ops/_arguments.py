@@ -14,12 +14,6 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Labels that are no class.
 BACKGROUND = -1
 IGNORED = -2
-ACTIVATIONS: dict[str | None, int] = {
-    None: 0,
-    "silu": 1,
-    "relu": 2,
-    "relu6": 3,
-}  # numbered as in csrc/common/math.h
 
 TOO_LARGE = 1 << 63  # for the integers of an op
 _dispatch_modes, _dispatch_mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode

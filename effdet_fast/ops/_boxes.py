@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import MAX_DETECTIONS
 from effdet_fast.ops._arguments import (
     autocast_dtype,
     check_floating,
@@ -17,7 +18,6 @@ from effdet_fast.ops._arguments import (
 )
 from effdet_fast.ops._layout import detached
 
-MOST_DETECTIONS = 1 << 30  # as in csrc/common/tensor.h
 _MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's
 _EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
 
@@ -158,6 +158,6 @@ def check_threshold(op: str, name: str, threshold: Any) -> float:
 
 def check_most_detections(op: str, max_detections: Any) -> int:
     most = integer(op, "max_detections", max_detections)
-    if not 1 <= most <= MOST_DETECTIONS:
-        raise ValueError(f"{op}: max_detections must be in [1, {MOST_DETECTIONS}], got {most}")
+    if not 1 <= most <= MAX_DETECTIONS:
+        raise ValueError(f"{op}: max_detections must be in [1, {MAX_DETECTIONS}], got {most}")
     return most

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import BOX_CODERS, BOX_LOSSES, LOSS_NORMALIZERS, MAX_LEVELS
 from effdet_fast.ops._arguments import (
     INTEGERS,
     autocast_dtype,
@@ -18,12 +19,6 @@ from effdet_fast.ops._arguments import (
     is_like,
     number,
 )
-
-# Numbered as in csrc/detection_loss/detection_loss_math.h.
-BOX_LOSSES = {"huber": 0, "l1": 1, "smooth_l1": 2, "giou": 3}
-BOX_CODERS = {"effdet": 0, "torchvision": 1}
-NORMALIZERS = {"batch": 0, "per_image": 1}
-MAX_LEVELS = 8
 
 
 def joined_labels(labels: Tensor | Sequence[Tensor]) -> Tensor:
@@ -45,7 +40,7 @@ def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -
     if not 0 <= box_loss_weight < math.inf:
         raise ValueError(f"{op}: box_loss_weight must be >= 0, got {box_loss_weight}")
     check_choice(op, "box_loss", box_loss, BOX_LOSSES)
-    check_choice(op, "normalizer", normalizer, NORMALIZERS)
+    check_choice(op, "normalizer", normalizer, LOSS_NORMALIZERS)
     check_choice(op, "box_coder", box_coder, BOX_CODERS)
     return delta, box_loss_weight
 

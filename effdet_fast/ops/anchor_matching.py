@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import BOX_CODERS_OR_NONE, FORCED_MATCHES
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     BACKGROUND,
@@ -21,10 +22,6 @@ from effdet_fast.ops._arguments import (
 )
 from effdet_fast.ops._boxes import encode_boxes, iou_with
 from effdet_fast.ops._layout import dense, detached
-
-# Numbered as in csrc/anchor_matching/anchor_matching_math.h.
-_CODERS: dict[str | None, int] = {None: 0, "effdet": 1, "torchvision": 2}
-_FORCE_NONE, _FORCE_FIRST, _FORCE_TIES = range(3)
 
 
 class AnchorTargets(NamedTuple):
@@ -89,25 +86,25 @@ def _there(gt_labels: Tensor, gt_counts: Tensor | None) -> Tensor:
     return there
 
 
-def _match_image(iou: Tensor, there: Tensor, pos_iou: float, neg_iou: float, force: int) -> Tensor:
+def _match_image(iou: Tensor, there: Tensor, pos_iou: float, neg_iou: float, force: str) -> Tensor:
     """Row of `iou` [M, A] each anchor answers for, int64 [A], -1 for none, -2 for ignored. Rows not `there` take no part."""
     most = len(there)
     iou = torch.where(there.unsqueeze(1), iou, -1)
     best, row = iou.max(dim=0)  # of equal maxima `max` gives the first
     matches = torch.where(best >= pos_iou, row, torch.where(best >= neg_iou, IGNORED, BACKGROUND))
-    if force == _FORCE_FIRST:
+    if force == "first":
         # The lowest row claiming an anchor gets it; rows that are not there claim with a number nobody wants.
         claims = torch.where(there, torch.arange(most, device=iou.device), most)
         forced = torch.full_like(matches, most).scatter_reduce_(0, iou.argmax(dim=1), claims, "amin")
         matches = torch.where(forced < most, forced, matches)
-    elif force == _FORCE_TIES:
+    elif force == "ties":
         tied = ((iou == iou.amax(dim=1, keepdim=True)) & there.unsqueeze(1)).any(dim=0)
         matches = torch.where(tied, row, matches)
     return matches
 
 
-def _force_rule(force_match: bool, allow_low_quality_matches: bool) -> int:
-    return _FORCE_FIRST if force_match else _FORCE_TIES if allow_low_quality_matches else _FORCE_NONE
+def _force_rule(force_match: bool, allow_low_quality_matches: bool) -> str:
+    return "first" if force_match else "ties" if allow_low_quality_matches else "none"
 
 
 _match_anchors = _library.define(
@@ -182,7 +179,7 @@ def match_anchors(
         raise ValueError(f"{op}: thresholds must be 0 < neg_iou <= pos_iou, got neg_iou={neg_iou}, pos_iou={pos_iou}")
     if force_match and allow_low_quality_matches:
         raise ValueError(f"{op}: force_match and allow_low_quality_matches exclude each other, got both")
-    check_choice(op, "box_coder", box_coder, _CODERS)
+    check_choice(op, "box_coder", box_coder, BOX_CODERS_OR_NONE)
     if not _library.is_native(anchors):
         return match_anchors_reference(
             anchors,
@@ -204,8 +201,8 @@ def match_anchors(
         None if gt_counts is None else dense(gt_counts, torch.int64),
         pos_iou,
         neg_iou,
-        _force_rule(force_match, allow_low_quality_matches),
-        _CODERS[box_coder],
+        FORCED_MATCHES[_force_rule(force_match, allow_low_quality_matches)],
+        BOX_CODERS_OR_NONE[box_coder],
         bool(any_box),
     )
     if any_box:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast._choices import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
-    ACTIVATIONS,
     arithmetic_dtype,
     check_choice,
     check_floating,
@@ -21,7 +20,6 @@ from effdet_fast.ops._arguments import (
 )
 from effdet_fast.ops._layout import dense, dense_like, in_layout, is_channels_last
 
-_PYTORCH_ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 _ACTIVATION_NAMES = {number: name for name, number in ACTIVATIONS.items()}
 _OP = "batch_norm_act"
 
@@ -81,7 +79,7 @@ def _from_statistics(x, mean, var, weight, bias, eps: float, activation: str | N
     z = (x.to(mean.dtype) - _per_channel(mean)) * _per_channel(scale)
     if bias is not None:
         z = z + _per_channel(bias)
-    return _PYTORCH_ACTIVATIONS[activation](z).to(x.dtype)
+    return ACTIVATION_FUNCTIONS[activation](z).to(x.dtype)
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import BOX_CODERS, MAX_DECODED_LEVELS, NMS_METHODS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
     arithmetic_dtype,
@@ -17,11 +18,9 @@ from effdet_fast.ops._arguments import (
 )
 from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes, is_empty, with_rows
 from effdet_fast.ops._layout import dense
-from effdet_fast.ops.nms import METHODS, batched_nms_padded_reference, ranked_nms_padded
+from effdet_fast.ops.nms import batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
 
-_BOX_CODERS = ("effdet", "torchvision")
-_MOST_LEVELS = 16  # as in csrc/decode_detections/decode_detections.h
 _Candidates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -43,7 +42,7 @@ def decode_detections_reference(
     drop_empty: bool = False,
 ) -> Detections:
     """:func:`decode_detections` in plain PyTorch; in float64 where the inputs are."""
-    options = (clip_sizes, num_classes, max_candidates, box_coder == "torchvision")
+    options = (clip_sizes, num_classes, max_candidates, box_coder)
     boxes, scores, labels, anchor_indices = _candidates(
         decode_candidates_reference, cls_outputs, box_outputs, anchors, options, candidates_per_level
     )
@@ -91,7 +90,7 @@ def decode_candidates_reference(
     clip_sizes: Tensor | None,
     num_classes: int,
     max_candidates: int,
-    torchvision_coder: bool,
+    box_coder: str,
 ) -> _Candidates:
     """Boxes ``[B, K, 4]``, scores, labels and anchor indices ``[B, K]`` of the best K logits, best first."""
     batch = cls_outputs[0].shape[0]
@@ -104,9 +103,7 @@ def decode_candidates_reference(
     ranked, order = ranked[:, :max_candidates], order[:, :max_candidates]
     anchor_indices = torch.div(order, num_classes, rounding_mode="floor")
     codes = codes.gather(1, anchor_indices.unsqueeze(-1).expand(-1, -1, 4)).to(arithmetic_dtype(codes))
-    boxes = decode_boxes(
-        codes, anchors.to(codes.dtype)[anchor_indices], "torchvision" if torchvision_coder else "effdet"
-    )
+    boxes = decode_boxes(codes, anchors.to(codes.dtype)[anchor_indices], box_coder)
     if clip_sizes is not None:
         limits = clip_sizes.to(boxes).flip(1).repeat(1, 2).unsqueeze(1)
         boxes = torch.minimum(boxes.clamp(min=0), limits)
@@ -120,7 +117,7 @@ def _fake_candidates(
     clip_sizes: Tensor | None,
     num_classes: int,
     max_candidates: int,
-    torchvision_coder: bool,
+    box_coder: int,
 ) -> _Candidates:
     batch, count = cls_outputs[0].shape[0], min(max_candidates, anchors.shape[0] * num_classes)
     return (
@@ -133,7 +130,7 @@ def _fake_candidates(
 
 _decode_candidates = _library.define(
     "decode_candidates(Tensor[] cls_outputs, Tensor[] box_outputs, Tensor anchors, Tensor? clip_sizes, int num_classes, "
-    "int max_candidates, bool torchvision_coder) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int max_candidates, int box_coder) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_candidates,
 )
 
@@ -194,8 +191,8 @@ def decode_detections(
     if score_threshold is not None:
         score_threshold = check_threshold(op, "score_threshold", score_threshold)
     max_detections = check_most_detections(op, max_detections)
-    check_choice(op, "box_coder", box_coder, _BOX_CODERS)
-    check_choice(op, "method", method, METHODS)
+    check_choice(op, "box_coder", box_coder, BOX_CODERS)
+    check_choice(op, "method", method, NMS_METHODS)
     sigma = check_sigma(op, sigma)
     if not _library.is_native(anchors):
         return decode_detections_reference(
@@ -224,7 +221,7 @@ def decode_detections(
             None if clip_sizes is None else dense(clip_sizes.detach(), dtype),
             num_classes,
             max_candidates,
-            box_coder == "torchvision",
+            BOX_CODERS[box_coder],
         ),
         candidates_per_level,
     )
@@ -292,9 +289,9 @@ def _check(
     clip_sizes: Tensor | None,
 ) -> None:
     check_floating(op, "anchors", anchors)
-    if not 1 <= len(cls_outputs) <= _MOST_LEVELS or len(box_outputs) != len(cls_outputs):
+    if not 1 <= len(cls_outputs) <= MAX_DECODED_LEVELS or len(box_outputs) != len(cls_outputs):
         raise ValueError(
-            f"{op}: cls_outputs and box_outputs must have 1 to {_MOST_LEVELS} levels each, and as many, "
+            f"{op}: cls_outputs and box_outputs must have 1 to {MAX_DECODED_LEVELS} levels each, and as many, "
             f"got {len(cls_outputs)} and {len(box_outputs)}"
         )
     for name, outputs in (("cls_outputs", cls_outputs), ("box_outputs", box_outputs)):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast._choices import ACTIVATION_FUNCTIONS, ACTIVATIONS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
-    ACTIVATIONS,
     TOO_LARGE,
     autocast_dtype,
     check_choice,
@@ -22,7 +22,6 @@ from effdet_fast.ops._arguments import (
 from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last, with_strides_of
 
 Padding = int | str | tuple[int, int] | tuple[int, int, int, int]
-PointwiseFunction = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 
 
 class Geometry(NamedTuple):
@@ -52,7 +51,7 @@ def depthwise_conv2d_reference(
 
 def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, prologue: str | None) -> Tensor:
     left, right, top, bottom = geometry.sides
-    x = PointwiseFunction[prologue](x)
+    x = ACTIVATION_FUNCTIONS[prologue](x)
     if x.shape[1] == 0:  # PyTorch knows no convolution without channels
         nothing = x.sum() + weight.sum() + (0 if bias is None else bias.sum())
         return nothing * x.new_zeros(x.shape[0], 0, *geometry.size)
@@ -198,7 +197,7 @@ def depthwise_separable_conv2d_reference(
 ) -> Tensor:
     """The same in plain PyTorch."""
     y = depthwise_conv2d_reference(x, depthwise_weight, None, stride, padding, dilation, prologue=prologue)
-    return PointwiseFunction[activation](F.conv2d(y, pointwise_weight, bias))
+    return ACTIVATION_FUNCTIONS[activation](F.conv2d(y, pointwise_weight, bias))
 
 
 def depthwise_separable_conv2d(
@@ -240,7 +239,7 @@ def depthwise_separable_conv2d(
         _check_operand(op, "bias", bias, x)
         if bias.shape != pointwise_weight.shape[:1]:
             raise ValueError(f"{op}: bias must have shape {list(pointwise_weight.shape[:1])}, got {list(bias.shape)}")
-    return PointwiseFunction[activation](F.conv2d(y, pointwise_weight, bias))
+    return ACTIVATION_FUNCTIONS[activation](F.conv2d(y, pointwise_weight, bias))
 
 
 def _check_operand(op: str, name: str, operand: Tensor, x: Tensor, x_name: str = "x") -> None:

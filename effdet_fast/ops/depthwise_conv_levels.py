@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import ACTIVATIONS, MAX_LEVELS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
-    ACTIVATIONS,
     autocast_dtype,
     check_choice,
     check_floating,
@@ -24,8 +24,6 @@ from effdet_fast.ops.depthwise_conv import (
     _pytorch,
     depthwise_conv2d_reference,
 )
-
-MAX_LEVELS = 8  # as in csrc/depthwise_conv/depthwise_conv.h
 
 
 def depthwise_conv2d_levels_reference(

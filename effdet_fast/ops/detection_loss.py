@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast._choices import BOX_CODERS, BOX_LOSSES, LOSS_NORMALIZERS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import arithmetic_dtype, may_read_values
 from effdet_fast.ops._boxes import decode_boxes
 from effdet_fast.ops._detection_loss_arguments import (
-    BOX_CODERS,
-    BOX_LOSSES,
-    NORMALIZERS,
     check_anchors,
     check_num_classes,
     check_options,
@@ -334,7 +332,7 @@ def _native(
         BOX_CODERS[arguments["box_coder"]],
         arguments["delta"],
         arguments["box_loss_weight"],
-        NORMALIZERS[arguments["normalizer"]],
+        LOSS_NORMALIZERS[arguments["normalizer"]],
         channels_last,
     )
     given = (labels, codes, anchors, positives, class_weight)

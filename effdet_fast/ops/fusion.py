@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast._choices import ACTIVATION_FUNCTIONS, ACTIVATIONS, FUSION_METHODS, MAX_FUSION_INPUTS, RESAMPLES
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
-    ACTIVATIONS,
     arithmetic_dtype,
     autocast_dtype,
     check_choice,
@@ -20,9 +20,6 @@ from effdet_fast.ops._arguments import (
     remembered,
 )
 from effdet_fast.ops._layout import dense, empty_in_layout, in_layout, is_channels_last
-
-METHODS = {"fast": 0, "softmax": 1, "sum": 2}  # numbered as in csrc/fusion/fusion_math.h
-RESAMPLES = {"none": 0, "nearest": 1, "max_pool": 2}
 
 
 def weighted_fusion_reference(
@@ -48,7 +45,7 @@ def weighted_fusion_reference(
             term = term * normalized[i]
         total = term if total is None else total + term
     assert total is not None
-    total = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[activation](total)
+    total = ACTIVATION_FUNCTIONS[activation](total)
     return in_layout(total.to(inputs[0].dtype), is_channels_last(inputs[0]))
 
 
@@ -208,7 +205,7 @@ def fast_normalized_fusion(
 
 
 def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Tensor:
-    check_choice(op, "method", method, METHODS)
+    check_choice(op, "method", method, FUSION_METHODS)
     check_choice(op, "activation", activation, ACTIVATIONS)
     eps = number(op, "eps", eps)
     if not eps >= 0:
@@ -227,7 +224,7 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     if weights is not None:
         weights = dense(weights, arithmetic_dtype(first))
     codes = [RESAMPLES[how] for how in resample]
-    options = (METHODS[method], eps, codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
+    options = (FUSION_METHODS[method], eps, codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
     needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)
     if needs_gradient and torch.is_grad_enabled():
         if torch.compiler.is_compiling():  # which wants each tensor once
@@ -239,8 +236,8 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
 def _check_inputs(op: str, inputs: Sequence[Tensor]) -> list[Tensor]:
     if not isinstance(inputs, (list, tuple)):
         raise TypeError(f"{op}: inputs must be a list or tuple of tensors, got {type(inputs).__name__}")
-    if not 2 <= len(inputs) <= 4:
-        raise ValueError(f"{op}: inputs must be 2 to 4 tensors, got {len(inputs)}")
+    if not 2 <= len(inputs) <= MAX_FUSION_INPUTS:
+        raise ValueError(f"{op}: inputs must be 2 to {MAX_FUSION_INPUTS} tensors, got {len(inputs)}")
     first, is_mixed = inputs[0], False
     for i, x in enumerate(inputs):
         check_floating(op, f"inputs[{i}]", x)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import NMS_METHODS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import arithmetic_dtype, check_choice
 from effdet_fast.ops._boxes import (
@@ -17,7 +18,6 @@ from effdet_fast.ops._boxes import (
 )
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
 
-METHODS = ("hard", "gaussian", "linear")
 _MOST_IN_ORDER = (
     1024  # detections of an image that one block finds one after the other; kMostInShared in csrc/nms/nms_cuda.cu
 )
@@ -54,7 +54,7 @@ def batched_nms_padded_reference(
     sigma: float = 0.5,
 ) -> Detections:
     """:func:`batched_nms_padded` in plain PyTorch: the best box left of every image at once, ``max_detections`` times."""
-    check_choice("batched_nms_padded_reference", "method", method, METHODS)
+    check_choice("batched_nms_padded_reference", "method", method, NMS_METHODS)
     boxes, scores, labels = boxes.detach(), scores.detach(), labels.to(boxes.device).long()
     if method != "hard":
         return soft_nms_padded_reference(
@@ -207,7 +207,7 @@ def batched_nms_padded(
     if score_threshold is not None:
         score_threshold = check_threshold(op, "score_threshold", score_threshold)
     max_detections = check_most_detections(op, max_detections)
-    check_choice(op, "method", method, METHODS)
+    check_choice(op, "method", method, NMS_METHODS)
     sigma = check_sigma(op, sigma)
     if method != "hard":
         return soft_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)

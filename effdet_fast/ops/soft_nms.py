@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from effdet_fast._choices import SOFT_NMS_METHODS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import arithmetic_dtype, check_choice
 from effdet_fast.ops._boxes import (
@@ -16,7 +17,6 @@ from effdet_fast.ops._boxes import (
     padded_to,
 )
 
-_METHODS = ("gaussian", "linear")
 _NEVER = float("-inf")  # score of a box that is out: picked, or at or below the threshold
 
 
@@ -32,7 +32,7 @@ def soft_nms_reference(
     max_detections: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`soft_nms` in plain PyTorch, one box after the other; in float64 where the boxes are."""
-    check_choice("soft_nms_reference", "method", method, _METHODS)
+    check_choice("soft_nms_reference", "method", method, SOFT_NMS_METHODS)
     labels = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs.to(boxes.device).long()
     most = max(1, len(scores)) if max_detections is None else max_detections
     found = soft_nms_padded_reference(
@@ -75,9 +75,9 @@ def soft_nms_padded_reference(
 
 
 _soft_nms = _library.define(
-    "soft_nms(Tensor boxes, Tensor scores, Tensor labels, bool gaussian, float sigma, float iou_threshold, "
+    "soft_nms(Tensor boxes, Tensor scores, Tensor labels, int method, float sigma, float iou_threshold, "
     "float score_threshold, int max_detections) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda boxes, scores, labels, gaussian, sigma, iou_threshold, score_threshold, max_detections: (
+    lambda boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections: (
         boxes.new_empty(boxes.shape[0], max_detections, 4),
         boxes.new_empty(boxes.shape[0], max_detections),
         labels.new_empty(boxes.shape[0], max_detections),
@@ -107,7 +107,7 @@ def soft_nms_padded(
         boxes.contiguous(),
         scores.contiguous(),
         labels.contiguous(),
-        method == "gaussian",
+        SOFT_NMS_METHODS[method],
         sigma,
         iou_threshold,
         lowest,
@@ -160,7 +160,7 @@ def soft_nms(
     op = "soft_nms"
     boxes, scores = check_boxes(op, boxes, scores, batched=False)
     labels = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else check_classes(op, "idxs", idxs, scores)
-    check_choice(op, "method", method, _METHODS)
+    check_choice(op, "method", method, SOFT_NMS_METHODS)
     sigma = check_sigma(op, sigma)
     iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
     score_threshold = check_threshold(op, "score_threshold", score_threshold)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effdet_fast._choices import ACTIVATION_FUNCTIONS, ACTIVATION_NAMES, ACTIVATIONS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import (
-    ACTIVATIONS,
     arithmetic_dtype,
     autocast_dtype,
     check_choice,
@@ -26,7 +26,6 @@ from effdet_fast.ops._layout import dense_like, in_layout, is_channels_last
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 _OP = "squeeze_excite"
-_ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 
 
 def squeeze_excite_reference(
@@ -46,7 +45,7 @@ def squeeze_excite_reference(
     wide = x.to(dtype)
     with _outside_autocast(x):
         reduced = F.linear(wide.mean((2, 3)), _matrix(reduce_weight), reduce_bias)
-        gate = F.linear(_ACTIVATIONS[activation](reduced), _matrix(expand_weight), expand_bias)
+        gate = F.linear(ACTIVATION_FUNCTIONS[activation](reduced), _matrix(expand_weight), expand_bias)
     return (wide * gate.sigmoid()[:, :, None, None]).to(x.dtype)
 
 
@@ -153,7 +152,7 @@ def squeeze_excite(
     check_floating(_OP, "x", x)
     if x.dim() != 4 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{_OP}: x must have shape [N, C, H, W] with at least one pixel, got {list(x.shape)}")
-    check_choice(_OP, "activation", activation, _ACTIVATIONS)
+    check_choice(_OP, "activation", activation, ACTIVATION_NAMES)
     weights = (reduce_weight, reduce_bias, expand_weight, expand_bias)
     dtype = autocast_dtype(x)
     _check_weights(x, *weights, any_dtype=dtype is not None)

@@ -7,6 +7,7 @@ import torch
 import torchvision
 
 from effdet_fast import ops
+from effdet_fast._choices import BOX_CODERS
 from effdet_fast.ops.decode_detections import decode_candidates_reference
 from tests.conftest import enter
 from tests.emulation.backend import emulated
@@ -31,20 +32,20 @@ def heads(
     return cls_outputs, box_outputs, anchors.to(device)
 
 
-def candidates(cls_outputs, box_outputs, anchors, classes, count, clip_sizes=None, torchvision_coder=False):
+def candidates(cls_outputs, box_outputs, anchors, classes, count, clip_sizes=None, box_coder="effdet"):
     """What the raw op finds."""
     dtype = torch.float64 if cls_outputs[0].dtype == torch.float64 else torch.float32
     clip_sizes = None if clip_sizes is None else clip_sizes.to(dtype)
-    arguments = (cls_outputs, box_outputs, anchors.to(dtype), clip_sizes, classes, count, torchvision_coder)
+    arguments = (cls_outputs, box_outputs, anchors.to(dtype), clip_sizes, classes, count, BOX_CODERS[box_coder])
     return torch.ops.effdet_fast.decode_candidates(*arguments)
 
 
-def assert_same_candidates(cls_outputs, box_outputs, anchors, classes, count, clip_sizes=None, torchvision_coder=False):
+def assert_same_candidates(cls_outputs, box_outputs, anchors, classes, count, clip_sizes=None, box_coder="effdet"):
     """Selection to the bit; boxes and scores against the float64 oracle."""
-    arguments = (anchors, classes, count, clip_sizes, torchvision_coder)
+    arguments = (anchors, classes, count, clip_sizes, box_coder)
     boxes, scores, labels, indices = candidates(cls_outputs, box_outputs, *arguments)
     wide = [[x.double() for x in outputs] for outputs in (cls_outputs, box_outputs)]
-    expected = decode_candidates_reference(*wide, anchors.double(), clip_sizes, classes, count, torchvision_coder)
+    expected = decode_candidates_reference(*wide, anchors.double(), clip_sizes, classes, count, box_coder)
     assert torch.equal(labels, expected[2]) and torch.equal(indices, expected[3])
     rtol = 1e-12 if boxes.dtype == torch.float64 else 2e-6
     torch.testing.assert_close(scores.double(), expected[1], rtol=rtol, atol=0, equal_nan=True)
@@ -104,8 +105,8 @@ def test_special_logits(native_backend, layout):
         ]
 
 
-@pytest.mark.parametrize("torchvision_coder", [False, True])
-def test_boxes_are_decoded_and_clipped(native_backend, torchvision_coder):
+@pytest.mark.parametrize("box_coder", ["effdet", "torchvision"])
+def test_boxes_are_decoded_and_clipped(native_backend, box_coder):
     cls_outputs, box_outputs, anchors = heads(device=native_backend.device)
     for x in box_outputs:
         x.view(-1)[::7] = (
@@ -113,10 +114,8 @@ def test_boxes_are_decoded_and_clipped(native_backend, torchvision_coder):
         )
     sizes = torch.tensor([[50.0, 80.0], [33.5, 120.0]], device=native_backend.device)
     for clip_sizes in (None, sizes):
-        boxes = candidates(cls_outputs, box_outputs, anchors, 3, 60, clip_sizes, torchvision_coder)[0]
-        expected = decode_candidates_reference(cls_outputs, box_outputs, anchors, clip_sizes, 3, 60, torchvision_coder)[
-            0
-        ]
+        boxes = candidates(cls_outputs, box_outputs, anchors, 3, 60, clip_sizes, box_coder)[0]
+        expected = decode_candidates_reference(cls_outputs, box_outputs, anchors, clip_sizes, 3, 60, box_coder)[0]
         torch.testing.assert_close(boxes, expected, rtol=1e-5, atol=1e-3, equal_nan=True)
         assert boxes.isnan().any()
 
@@ -175,7 +174,7 @@ def test_the_rest_is_batched_nms(backend, method, score_threshold):
     )
     with ops.use_reference():
         boxes, scores, labels, indices = decode_candidates_reference(
-            cls_outputs, box_outputs, anchors, None, 3, 80, False
+            cls_outputs, box_outputs, anchors, None, 3, 80, "effdet"
         )
         expected = ops.batched_nms_padded(boxes, scores, labels, 0.35, **options)
     assert torch.equal(got.counts, expected.counts) and torch.equal(got.labels, expected.labels)
@@ -288,7 +287,7 @@ def test_raw_op(device):
     op = torch.ops.effdet_fast.decode_candidates.default
     for layout, clip_sizes in itertools.product(LAYOUTS, (None, torch.full((2, 2), 50.0, device=device))):
         in_layout = [[x.to(memory_format=layout) for x in outputs] for outputs in (cls_outputs, box_outputs)]
-        torch.library.opcheck(op, (*in_layout, anchors, clip_sizes, 3, 40, False))
+        torch.library.opcheck(op, (*in_layout, anchors, clip_sizes, 3, 40, BOX_CODERS["effdet"]))
     for changed, message in [
         (
             ([cls_outputs[0].transpose(2, 3).contiguous().transpose(2, 3)], box_outputs[:1], anchors[:70]),
@@ -299,9 +298,11 @@ def test_raw_op(device):
         ((cls_outputs, box_outputs, anchors[:-1]), "a row per anchor"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            op(*changed, None, 3, 40, False)
+            op(*changed, None, 3, 40, BOX_CODERS["effdet"])
     with pytest.raises(RuntimeError, match="num_classes must divide"):
-        op(cls_outputs, box_outputs, anchors, None, 4, 40, False)
+        op(cls_outputs, box_outputs, anchors, None, 4, 40, BOX_CODERS["effdet"])
+    with pytest.raises(RuntimeError, match="box_coder must be a number from 1 to 2, got 0"):
+        op(cls_outputs, box_outputs, anchors, None, 3, 40, 0)
 
 
 @pytest.mark.compiles

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from effdet_fast import ops
+from effdet_fast._choices import NMS_METHODS
 from tests.conftest import enter
 from tests.emulation.backend import emulated
 from tests.ops.test_nms import DTYPES, INF, NAN, grid_boxes, random_boxes
@@ -278,18 +279,20 @@ def test_random_grids_equal_the_formula(name, data, n, classes, iou_threshold):
 def test_raw_op(device):
     boxes, scores, labels = (x.to(device) for x in (grid_boxes(2, 40), torch.rand(2, 40), torch.randint(0, 3, (2, 40))))
     op = torch.ops.effdet_fast.soft_nms.default
-    for gaussian in (True, False):
-        torch.library.opcheck(op, (boxes, scores, labels, gaussian, 0.5, 0.3, 0.1, 20))
-    torch.library.opcheck(op, (boxes[:, :0], scores[:, :0], labels[:, :0], True, 0.5, 0.3, 0.1, 20))
+    for method in NMS_METHODS["gaussian"], NMS_METHODS["linear"]:
+        torch.library.opcheck(op, (boxes, scores, labels, method, 0.5, 0.3, 0.1, 20))
+    torch.library.opcheck(op, (boxes[:, :0], scores[:, :0], labels[:, :0], method, 0.5, 0.3, 0.1, 20))
     for changed, message in [
         ((boxes[0], scores, labels), "boxes must be contiguous"),
         ((boxes, scores.double(), labels), "scores must be contiguous"),
         ((boxes, scores, labels.int()), "labels must be contiguous int64"),
     ]:
         with pytest.raises(RuntimeError, match=message):
-            op(*changed, True, 0.5, 0.3, 0.1, 20)
+            op(*changed, method, 0.5, 0.3, 0.1, 20)
     with pytest.raises(RuntimeError, match="max_detections"):
-        op(boxes, scores, labels, True, 0.5, 0.3, 0.1, 0)
+        op(boxes, scores, labels, method, 0.5, 0.3, 0.1, 0)
+    with pytest.raises(RuntimeError, match="method must be a number from 1 to 2, got 0"):
+        op(boxes, scores, labels, NMS_METHODS["hard"], 0.5, 0.3, 0.1, 20)
 
 
 @pytest.mark.compiles
