@@ -123,7 +123,8 @@ def native_extensions() -> tuple[list[Extension], dict]:
             self.build_temp = str(Path(folder).resolve() / name)
             if name in infos:
                 header = Path(self.build_temp) / "build_info.h"
-                text = f"#define EF_BUILD_INFO {json.dumps(json.dumps(infos[name]))}\n"
+                members = json.dumps(infos[name])[1:-1]
+                text = f"#define EF_BUILD_INFO {json.dumps(members)}\n"
                 header.parent.mkdir(parents=True, exist_ok=True)
                 if not header.exists() or header.read_text() != text:
                     header.write_text(text)

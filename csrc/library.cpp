@@ -3,7 +3,8 @@
 
 #include <string>
 
-#include "build_info.h"  // written by setup.py: EF_BUILD_INFO, a JSON object as a string literal
+#include "build_info.h"  // written by setup.py: EF_BUILD_INFO, members of a JSON object as a string literal
+#include "common/choices.h"
 
 #if !defined(EF_WITH_CUDA)
 #include "common/large_blocks.h"
@@ -12,7 +13,10 @@
 namespace {
 // effdet_fast/_build_info.py looks for the words before the object.
 constexpr char kMark[] = "effdet_fast build info: ";
-[[gnu::used]] constexpr char kMarkedInfo[] = "effdet_fast build info: " EF_BUILD_INFO;
+#define EF_TELL(name, ...) #name "(" #__VA_ARGS__ ") "
+[[gnu::used]] constexpr char kMarkedInfo[] =
+    "effdet_fast build info: {" EF_BUILD_INFO ", \"choices\": \"" EF_CHOICES(EF_TELL) EF_LIMITS(EF_TELL) "\"}";
+#undef EF_TELL
 
 std::string build_info() { return kMarkedInfo + sizeof(kMark) - 1; }
 

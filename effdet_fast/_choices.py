@@ -1,9 +1,10 @@
 """The choices that the kernels know by numbers, and the limits that both sides check: the twin of csrc/common/choices.h.
 
-The ops look numbers up by the names that they take as arguments, in
+`_libraries.py` loads no library that was built with others. The ops look numbers up by the names that they take as arguments, in
 the tables below the enumerations. Those hold plain ints, as torch.compile would not take a member of an enumeration for one.
 """
 
+import re
 from collections.abc import Callable
 from enum import IntEnum
 
@@ -95,3 +96,34 @@ LOSS_NORMALIZERS = _numbers(LossNormalizer)
 NMS_METHODS = _numbers(NmsMethod)
 SOFT_NMS_METHODS = {name: number for name, number in NMS_METHODS.items() if name != "hard"}
 RESAMPLES = _numbers(Resample)
+
+
+def told() -> list[str]:
+    """As a library tells them: `Name(values)`, `kLimit(value)`."""
+
+    def in_cpp(name: str) -> str:
+        return "k" + "".join(word.capitalize() for word in name.split("_"))
+
+    choices = (Activation, BoxCoder, BoxLoss, ForcedMatch, FusionMethod, LossNormalizer, NmsMethod, Resample)
+    for each in choices:
+        assert [member.value for member in each] == list(range(len(each))), f"{each.__name__} must be numbered from 0"
+    limits = {
+        "kMaxLevels": MAX_LEVELS,
+        "kMaxDecodedLevels": MAX_DECODED_LEVELS,
+        "kMaxFusionInputs": MAX_FUSION_INPUTS,
+        "kMaxDetections": MAX_DETECTIONS,
+    }
+    texts = [f"{each.__name__}({', '.join(in_cpp(member.name) for member in each)})" for each in choices]
+    return texts + [f"{name}({value})" for name, value in limits.items()]
+
+
+def difference(theirs: str) -> str | None:
+    """How the choices and limits that a library tells are not these, in words; None where they are."""
+    ours, others = told(), re.findall(r"\w+\([^)]*\)", theirs)
+    if not others:
+        return "it does not say what its numbers mean"
+    foreign = [each for each in others if each not in ours]
+    lacking = [each for each in ours if each not in others]
+    if not foreign and not lacking:
+        return None
+    return f"it has {', '.join(foreign) or 'nothing'} where the package has {', '.join(lacking) or 'nothing'}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from effdet_fast import _choices
 from effdet_fast._build_info import read_build_info
 
 missing: dict[str, str] = {}  # device type -> why its kernels are not loaded
@@ -26,7 +27,7 @@ def _load(device_type: str) -> None:
     path = path_of(device_type)
     if not path.exists():
         missing[device_type] = "not built"
-    elif device_type == "cuda" and (reason := _why_not_for_this_torch(path)):
+    elif reason := _why_not_here(path):
         missing[device_type] = reason
     else:
         try:
@@ -35,9 +36,21 @@ def _load(device_type: str) -> None:
             missing[device_type] = str(error)
 
 
-def _why_not_for_this_torch(path: Path) -> str | None:
+def _why_not_here(path: Path) -> str | None:
+    """Why a library must not be loaded in this package and this torch; None where it fits, or says nothing about itself."""
+    info = read_build_info(path)
+    return None if info is None else _why_not_for_this_package(info) or _why_not_for_this_torch(info)
+
+
+def _why_not_for_this_package(info: dict[str, Any]) -> str | None:
+    """Numbers that mean something else to the kernels would give wrong results without a word."""
+    difference = _choices.difference(info.get("choices", ""))
+    return None if difference is None else f"built from sources that do not fit this package: {difference}"
+
+
+def _why_not_for_this_torch(info: dict[str, Any]) -> str | None:
     """CUDA's libraries are one set for each major version; with another one's, loading fails in words that help nobody."""
-    built = (read_build_info(path) or {}).get("cuda")
+    built = info.get("cuda")
     if built is None or (torch.version.cuda or "").split(".")[0] == built.split(".")[0]:
         return None
     here = f"CUDA {torch.version.cuda}" if torch.version.cuda else "none"
@@ -86,10 +99,15 @@ def build_info() -> dict[str, dict[str, Any] | None]:
     info: dict[str, dict[str, Any] | None] = {"cpu": None, "cuda": None}
     if "cpu" not in missing:
         level = torch.ops.effdet_fast.cpu_level()
-        info["cpu"] = {**json.loads(torch.ops.effdet_fast.cpu_build_info()), "cpu_level": level}
+        info["cpu"] = {**_without_choices(torch.ops.effdet_fast.cpu_build_info()), "cpu_level": level}
     if "cuda" not in missing:
-        info["cuda"] = json.loads(torch.ops.effdet_fast.cuda_build_info())
+        info["cuda"] = _without_choices(torch.ops.effdet_fast.cuda_build_info())
     return info
+
+
+def _without_choices(text: str) -> dict[str, Any]:
+    """Those are the package's own, or the library would not have been loaded."""
+    return {key: value for key, value in json.loads(text).items() if key != "choices"}
 
 
 def helpers() -> ModuleType | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from effdet_fast import _libraries
+from effdet_fast import _choices, _libraries
 from effdet_fast._build_info import read_build_info, sources_hash
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +70,7 @@ def test_only_one_library_keeps_memory():
 def test_what_it_was_built_from_can_be_read_without_loading_it(device_type):
     read = read_build_info(path_of(device_type))
     told = _libraries.build_info()[device_type]
+    assert _choices.difference(read.pop("choices")) is None
     assert read.items() <= told.items() and read["sources"] == sources_hash(ROOT)
     assert {"compiler", "torch"} <= read.keys()
 
@@ -129,18 +130,83 @@ def test_the_python_module_is_optional(tmp_path):
     assert with_it[1:] == without_it[1:]
 
 
+CHOICES = " ".join(_choices.told())
+
+
+def library_telling(folder: Path, **info: str) -> Path:
+    file = folder / "kernels_cuda.so"
+    file.write_bytes(b"\0effdet_fast build info: %s\0" % json.dumps(info).encode())
+    return file
+
+
+@pytest.mark.parametrize(
+    "told, expected",
+    [
+        (CHOICES, None),
+        ("", "it does not say what its numbers mean"),
+        (
+            CHOICES.replace("kRelu, kRelu6", "kRelu6, kRelu"),
+            r"has Activation\(kNone, kSilu, kRelu6, kRelu\) where .* has Act",
+        ),
+        (
+            CHOICES.replace("kMaxLevels(8)", "kMaxLevels(4)"),
+            r"it has kMaxLevels\(4\) where the package has kMaxLevels\(8\)",
+        ),
+        (CHOICES.replace("BoxCoder(", "Coder("), r"it has Coder\(.*\) where the package has BoxCoder\("),
+        (CHOICES + " Padding(kSame)", r"it has Padding\(kSame\) where the package has nothing"),
+    ],
+)
+def test_kernels_with_other_numbers_do_not_load(tmp_path, told, expected):
+    reason = _libraries._why_not_here(library_telling(tmp_path, choices=told))
+    assert reason is None if expected is None else re.search(f"do not fit this package: .*{expected}", reason)
+
+
+OTHER_NUMBERS = """
+import sys, warnings
+sys.meta_path[:] = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
+import torch
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    from effdet_fast import ops
+x = torch.tensor([[[[-1.0, 2.0]]]])
+assert ops.batch_norm_act(x, torch.zeros(1), torch.ones(1), eps=0.0, activation="relu").tolist() == [[[[0.0, 2.0]]]]
+assert not torch._C._dispatch_has_kernel_for_dispatch_key("effdet_fast::batch_norm_act", "CPU")
+print(seen[0].message)
+"""
+
+
+def test_a_build_with_other_numbers_is_told_and_not_used(tmp_path):
+    """Of the CPU's own library, with two activations the other way round; the references run in its place."""
+    ignored = shutil.ignore_patterns("__pycache__", "kernels_cuda.so")
+    shutil.copytree(ROOT / "effdet_fast", tmp_path / "effdet_fast", ignore=ignored)
+    file = tmp_path / "effdet_fast" / path_of("cpu").name
+    content = file.read_bytes()
+    assert content.count(b"kSilu, kRelu,") >= 1
+    file.write_bytes(content.replace(b"kSilu, kRelu,", b"kRelu, kSilu,"))
+    said = output_of(sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{OTHER_NUMBERS}")
+    assert "Activation(kNone, kRelu, kSilu, kRelu6) where the package has Activation(kNone, kSilu," in said
+    assert "effdet-fast doctor" in said
+
+
+def test_the_names_are_those_of_the_functions():
+    """One table of activations; each name's function is what its module does."""
+    x = torch.linspace(-9, 9, 37)
+    for name, module in _choices.ACTIVATION_MODULES.items():
+        torch.testing.assert_close(_choices.ACTIVATION_FUNCTIONS[name](x), module()(x))
+        assert _choices.Activation(_choices.ACTIVATIONS[name]).name == str(name).lower()
+
+
 @pytest.mark.parametrize("built, here, loads", [("13.0", "13.2", True), ("13.0", "12.8", False), ("13.0", None, False)])
 def test_cuda_kernels_load_where_torch_has_the_same_major(monkeypatch, tmp_path, built, here, loads):
-    file = tmp_path / "kernels_cuda.so"
-    file.write_bytes(b'\0effdet_fast build info: {"cuda": "%s"}\0' % built.encode())
+    file = library_telling(tmp_path, cuda=built, choices=CHOICES)
     monkeypatch.setattr(torch.version, "cuda", here)
-    reason = _libraries._why_not_for_this_torch(file)
+    reason = _libraries._why_not_here(file)
     assert (reason is None) == loads and (loads or f"built with CUDA {built}" in reason)
 
 
 def test_a_cpu_library_loads_in_every_torch(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert _libraries._why_not_for_this_torch(path_of("cpu")) is None
+    assert _libraries._why_not_here(path_of("cpu")) is None
 
 
 ON_A_GPU = """

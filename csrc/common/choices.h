@@ -1,4 +1,5 @@
-// The choices that come from Python as numbers, and the limits that both sides check: the twin of effdet_fast/_choices.py.
+// The choices that come from Python as numbers, and the limits that both sides check: the twin of effdet_fast/_choices.py. Each library
+// tells its own in its build information (csrc/library.cpp) and is not loaded where Python's are others.
 #pragma once
 #include <cstdint>
 
