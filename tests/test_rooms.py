@@ -36,7 +36,7 @@ LAYERS = [
     ["ops"],
     ["cpu_tuning"],
     ["_libraries"],
-    ["_build_info", "device", "files", "version", "checkpoints"],
+    ["_build_info", "_choices", "device", "files", "version", "checkpoints"],
 ]
 
 
