@@ -15,6 +15,7 @@ from torch import nn
 
 import effdet_fast
 from tests.acceleration.effdet_benches import CLASSES, targets
+from tests.checks import all_equal
 
 SIZE = (96, 160)
 
@@ -178,7 +179,7 @@ def test_other_thresholds_are_the_labelers_own():
         each.anchor_labeler.target_assigner._matcher._matched_threshold = 0.7
         each.anchor_labeler.target_assigner._matcher._unmatched_threshold = 0.3
     found, expected = (b.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"]) for b in (bench, plain))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], expected[0], strict=True))
+    assert all_equal(found[0], expected[0])
     assert torch.equal(found[2], expected[2])
 
 

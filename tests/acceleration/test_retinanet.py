@@ -13,6 +13,7 @@ from torchvision.models.detection.retinanet import RetinaNet, RetinaNetClassific
 
 import effdet_fast
 from effdet_fast.acceleration import retinanet
+from tests.checks import distance
 from tests.models.torchvision_models import peer_model, randomise
 
 SIZE, CLASSES = (32, 64), 7
@@ -64,12 +65,6 @@ def train(model, dtype=torch.float32):
     sum(losses.values()).backward()
     gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
     return {key: loss.detach() for key, loss in losses.items()}, gradients, dict(model.named_buffers())
-
-
-def distance(values, exact):
-    """Of all together, relative."""
-    pairs = [torch.cat([each[key].double().flatten() for key in exact]) for each in (values, exact)]
-    return float((pairs[0] - pairs[1]).norm() / pairs[1].norm())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import timm
 import torch
 
 import effdet_fast
+from tests.checks import distance
 
 QUICK = ["efficientnet_b0", "tf_efficientnet_lite0", "mobilenetv3_small_100"]
 NAMES = [
@@ -68,13 +69,6 @@ def rounded(model, seed):
         for parameter in model.parameters() if seed else ():
             parameter.mul_(1 + 2**-24 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
-
-
-def distance(values, exact):
-    """Of all together, relative."""
-    assert values.keys() == exact.keys()
-    pairs = [torch.cat([each[key].double().flatten() for key in exact]) for each in (values, exact)]
-    return float((pairs[0] - pairs[1]).norm() / pairs[1].norm())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,6 +13,7 @@ from effdet_fast import Detector
 from effdet_fast.checkpoints.files import read_content
 from effdet_fast.checkpoints.format import read_checkpoint
 from effdet_fast.models import create_model, load_checkpoint
+from tests.checks import all_equal
 
 NUMBERS = [
     np.float64(0.375),
@@ -61,7 +62,7 @@ def test_what_effdets_training_writes(tmp_path):
     }
     torch.save(content, tmp_path / "model_best.pth.tar")
     assert not load_checkpoint(model, tmp_path / "model_best.pth.tar")
-    assert all(map(torch.equal, model.state_dict().values(), source.state_dict().values()))
+    assert all_equal(model.state_dict().values(), source.state_dict().values())
 
 
 class Planted:

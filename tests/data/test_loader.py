@@ -12,6 +12,7 @@ from PIL import Image
 
 from effdet_fast.data import CocoDetection, create_loader, normalize
 from effdet_fast.data.sampler import EvaluationBatches, TrainingBatches
+from tests.checks import all_equal
 from tests.generated_data import make_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,12 +26,6 @@ def dataset(tmp_path_factory):
 def loader_of(dataset, **options):
     options = {"image_size": (48, 64), "batch_size": 4, "training": True, "workers": 0, "seed": 3, **options}
     return create_loader(dataset, mean=MEAN, std=STD, **options)
-
-
-def equal(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
 
 
 def test_batches(dataset):
@@ -74,9 +69,9 @@ def test_workers_change_nothing_and_epochs_and_seeds_do(dataset):
         alone.set_epoch(epoch)
         together.set_epoch(epoch)
         epochs.append(list(alone))
-        assert equal(epochs[-1], list(together))
-    assert equal(epochs[1], epochs[2]) and not equal(epochs[0], epochs[1])
-    assert not equal(epochs[0], list(loader_of(dataset, seed=4)))
+        assert all_equal(epochs[-1], list(together))
+    assert all_equal(epochs[1], epochs[2]) and not all_equal(epochs[0], epochs[1])
+    assert not all_equal(epochs[0], list(loader_of(dataset, seed=4)))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -86,13 +81,13 @@ def test_resume_in_the_middle_of_an_epoch(dataset, workers):
     whole = list(loader)
     assert len(whole) == len(loader) == 6
     loader.set_epoch(5, start_batch=4)
-    assert len(loader) == 6 and equal(list(loader), whole[4:])
-    assert equal(list(loader), whole), "only the next iteration starts later"
+    assert len(loader) == 6 and all_equal(list(loader), whole[4:])
+    assert all_equal(list(loader), whole), "only the next iteration starts later"
     # One left in the middle does not leak into the next.
     for _ in loader:
         break
     loader.set_epoch(5)
-    assert equal(list(loader), whole)
+    assert all_equal(list(loader), whole)
     loader.set_epoch(5, start_batch=6)
     assert list(loader) == []
 

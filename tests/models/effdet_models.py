@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,9 +78,3 @@ def model_pair(name: str, image_size: tuple[int, int], num_classes: int = 90) ->
     ours = create_model(name, num_classes, image_size=image_size)
     ours.load_state_dict(peer.state_dict())
     return Pair(peer.eval(), ours.eval())
-
-
-def distance(gradients: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
-    """Of all gradients together, relative."""
-    pair = [torch.cat([gradient.flatten().double() for gradient in each]) for each in (gradients, expected)]
-    return float((pair[0] - pair[1]).norm() / pair[1].norm())

@@ -12,6 +12,7 @@ from effdet_fast.data import CocoDetection, create_loader
 from effdet_fast.evaluation import detect_all
 from effdet_fast.evaluation.trained_model import TrainedModel
 from effdet_fast.models import create_model
+from tests.checks import all_equal
 from tests.generated_data import make_dataset
 
 NAMES = ["efficientdet_lite0", "retinanet_resnet18_fpn", "retinanet_resnet18_fpn_v2"]
@@ -34,7 +35,7 @@ def test_an_object_without_area_takes_no_part(name, box):
     boxes = torch.tensor([[list(box), sound], [list(box), list(box)]])
     loss = model.loss(leaves, boxes, labels)
     there = torch.tensor([[-1, 1], [-1, -1]])
-    assert all(map(torch.equal, loss, model.loss(leaves, boxes, there)))
+    assert all_equal(loss, model.loss(leaves, boxes, there))
     loss.total.backward()
     assert loss.total.isfinite() and all(x.grad.isfinite().all() for levels in leaves for x in levels)
     assert model.assign(boxes, labels).num_positives[1] == 0

@@ -12,8 +12,9 @@ from effdet.bench import DetBenchPredict, _batch_detection, _post_process
 from effdet.loss import DetectionLoss
 
 from effdet_fast.models import list_models, model_config
+from tests.checks import distance
 from tests.generated_data import random_objects
-from tests.models.effdet_models import Pair, distance, model_pair, peer_name
+from tests.models.effdet_models import Pair, model_pair, peer_name
 
 NAMES = [name for name in list_models() if name.startswith("efficientdet")]
 QUICK = ("efficientdet_d0", "efficientdet_lite0", "efficientdet_d0_symmetric")

@@ -14,6 +14,7 @@ from effdet_fast.models.necks.extra_levels import max_pool
 from effdet_fast.nn import BatchNormAct2d, BlockSequence, SeparableConv2d
 from effdet_fast.ops.anchor_matching import pairwise_iou
 from effdet_fast.ops.detection_loss import per_anchor_view
+from tests.checks import all_equal
 from tests.generated_data import random_objects
 
 NAMES = ["efficientdet_d0", "efficientdet_lite0"]
@@ -184,7 +185,7 @@ def test_repeats_are_bitwise_equal():
         loss.total.backward()
         results.append([loss.total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     for repeat in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(repeat, results[0], strict=True))
+        assert all_equal(repeat, results[0])
 
 
 def test_drop_path_drops_whole_samples():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from effdet_fast.models import create_model, list_models
+from tests.checks import distance
 from tests.generated_data import random_objects
-from tests.models.effdet_models import distance
 from tests.models.torchvision_models import model_pair, peer_key, peer_model
 
 SIZE = (96, 128)

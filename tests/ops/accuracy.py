@@ -33,3 +33,26 @@ def guarded(x: Tensor, offset: int = 3) -> Tensor:
     fill = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max
     buffer = torch.full((x.numel() + 2 * offset + 64,), fill, dtype=x.dtype, device=x.device)
     return buffer.as_strided(x.shape, x.stride(), offset).copy_(x)
+
+
+def assert_layer_accurate(results, expected, peer, x: Tensor, grad: Tensor, scale: float) -> None:
+    """A layer's result of the size `scale`, and the gradients of x and of its parameters. Terms of the gradients cancel: their
+    scale is that of the terms."""
+    peer = peer or (None, None)
+    values = x.numel() / max(x.shape[1], 1)
+    assert_accurate(results[0], expected[0], peer[0], scale=scale)
+    assert_accurate(results[1], expected[1], peer[1], scale=4 * max(float(grad.abs().max()), 1.0))
+    for mine, wanted in zip(results[2:], expected[2:], strict=True):
+        assert_accurate(mine, wanted, scale=4 * values**0.5)
+
+
+def assert_convolved(results, expected, peer) -> None:
+    """The errors against the largest value of each; in half precision at most twice the peer's, and one rounding is allowed."""
+    for i, (mine, exact, other) in enumerate(zip(results, expected, peer, strict=True)):
+        assert mine.shape == exact.shape
+        scale = exact.abs().max().item() + 1e-6
+        tolerance = {torch.float64: 1e-13, torch.float32: 3e-6}.get(mine.dtype)
+        if tolerance is None:
+            tolerance = max(2 * (other.double() - exact).abs().max().item() / scale, torch.finfo(mine.dtype).eps)
+        error = (mine.double() - exact).abs().max().item() / scale
+        assert error <= tolerance, f"result {i}: {error:.3g} > {tolerance:.3g}"

@@ -15,6 +15,7 @@ from effdet_fast import ops
 from effdet_fast.models import model_config
 from effdet_fast.models.anchors import generate_anchors
 from effdet_fast.ops import AnchorTargets, match_anchors, match_anchors_reference
+from tests.checks import all_equal, assert_same_in_every_run, captured
 from tests.conftest import enter
 from tests.emulation.backend import emulated
 from tests.ops.accuracy import guarded
@@ -297,7 +298,9 @@ def test_views(backend):
     turned = boxes.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert_targets(match_anchors(wide, turned, labels.T.contiguous().T), expected)
     first = match_anchors(anchors, boxes[:1].expand(3, -1, -1), labels[:1].expand(3, -1))
-    assert all(torch.equal(x[0], x[2]) for x in first) and torch.equal(first.labels[1].cpu(), expected.labels[0])
+    assert all_equal([x[0] for x in first], [x[2] for x in first]) and torch.equal(
+        first.labels[1].cpu(), expected.labels[0]
+    )
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -315,15 +318,7 @@ def test_the_same_in_every_run_and_for_any_thread_count(native_backend, rule):
     anchors = grid_of_anchors(64 if emulates else 512).to(native_backend.device)
     shape, size = ((2, 20), 64) if emulates else ((5, 30), 512)
     boxes, labels = random_objects(*shape, native_backend.device, size=size)
-    first = match_anchors(anchors, boxes, labels, **rule)
-    before = torch.get_num_threads()
-    try:
-        for run in range(3 if emulates else 20):
-            torch.set_num_threads(1 + run % 3)
-            again = match_anchors(anchors, boxes, labels, **rule)
-            assert all(torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in zip(again, first, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    assert_same_in_every_run(lambda: match_anchors(anchors, boxes, labels, **rule), 3 if emulates else 20)
 
 
 @pytest.mark.parametrize("force", [0, 1, 2])
@@ -418,18 +413,10 @@ def test_errors(changed, error, message):
 @each_rule
 def test_never_waits_and_can_be_captured(rule):
     anchors, (boxes, labels) = grid_of_anchors(512).cuda(), random_objects(4, 50, "cuda", size=512)
-    match_anchors(anchors, boxes, labels, **rule)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = match_anchors(anchors, boxes, labels, **rule)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: match_anchors(anchors, boxes, labels, **rule))
     boxes.copy_(random_boxes(4, 50, size=512))
     graph.replay()
-    assert_targets(captured, match_anchors_reference(anchors, boxes, labels, **rule))
+    assert_targets(found, match_anchors_reference(anchors, boxes, labels, **rule))
 
 
 @pytest.mark.cuda

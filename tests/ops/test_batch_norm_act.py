@@ -5,34 +5,38 @@ import torch
 import torch.nn.functional as F
 
 from effdet_fast.ops import batch_norm_act, batch_norm_act_reference
-from tests.emulation.backend import emulated
-from tests.ops.accuracy import assert_accurate, guarded
+from tests.checks import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    assert_same_in_any_order,
+    assert_same_in_every_run,
+    random_map,
+    with_gradients,
+)
+from tests.ops.accuracy import assert_layer_accurate, guarded
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-ACTIVATIONS = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 # One pixel, fewer channels than lanes, channels that fill vectors or not, planes in several pieces.
 SHAPES = [(7, 3, 1, 1), (2, 1, 5, 7), (1, 16, 2, 2), (2, 24, 13, 5), (3, 40, 4, 4), (2, 130, 3, 5)]
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def make(shape, dtype, device, layout="nchw", mean=0.5, deviation=2.0):
-    x = torch.randn(shape, dtype=torch.float64) * deviation + mean
-    grad = torch.randn(shape, dtype=torch.float64)
+    x = random_map(shape, dtype, device, layout == "nhwc", mean, deviation)
+    grad = random_map(shape, dtype, device, layout == "nhwc")
     weight, bias = torch.rand(shape[1], dtype=torch.float64) + 0.5, torch.randn(shape[1], dtype=torch.float64)
-    x, grad = (t.to(dtype).contiguous(memory_format=LAYOUTS[layout]).to(device) for t in (x, grad))
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
     return x, grad, weight.to(parameters).to(device), bias.to(parameters).to(device)
 
 
-def with_gradients(function, x, grad, weight, bias, **options):
-    """Output, and gradients of x, weight and bias."""
-    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
-    y = function(leaves[0], weight=leaves[1], bias=leaves[2], **options)
-    return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))
+def normalized(x, weight, bias, **options):
+    return batch_norm_act(x, weight=weight, bias=bias, **options)
 
 
 def exact(x, grad, weight, bias, **options):
-    return with_gradients(batch_norm_act_reference, x.double(), grad, weight.double(), bias.double(), **options)
+    def reference(x, weight, bias, **options):
+        return batch_norm_act_reference(x, weight=weight, bias=bias, **options)
+
+    return with_gradients(reference, (x.double(), weight.double(), bias.double()), grad=grad, **options)
 
 
 def pytorch(x, weight, bias, training, activation=None, eps=1e-5, running_mean=None, running_var=None):
@@ -42,17 +46,6 @@ def pytorch(x, weight, bias, training, activation=None, eps=1e-5, running_mean=N
     return ACTIVATIONS[activation](F.batch_norm(x, *running, weight, bias, training, 0.1, eps))
 
 
-def check(results, expected, peer, x, grad):
-    """The gradients' terms cancel: their scale is that of the terms."""
-    y, grad_x, grad_weight, grad_bias = results
-    peer = peer or (None, None)
-    values = x.numel() / max(x.shape[1], 1)
-    assert_accurate(y, expected[0], peer[0], scale=2.0)
-    assert_accurate(grad_x, expected[1], peer[1], scale=4 * max(float(grad.abs().max()), 1.0))
-    for mine, wanted in ((grad_weight, expected[2]), (grad_bias, expected[3])):
-        assert_accurate(mine, wanted, scale=4 * values**0.5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,9 +53,9 @@ def test_training_against_float64(backend, dtype, shape, layout):
     for activation in ACTIVATIONS if shape == (2, 24, 13, 5) else ("silu",):
         x, grad, weight, bias = make(shape, dtype, backend.device, layout)
         options = dict(training=True, activation=activation, eps=1e-3)
-        results = with_gradients(batch_norm_act, guarded(x), guarded(grad), weight, bias, **options)
-        peer = with_gradients(pytorch, x, grad, weight, bias, **options)
-        check(results, exact(x, grad, weight, bias, **options), peer, x, grad)
+        results = with_gradients(normalized, (guarded(x), weight, bias), grad=guarded(grad), **options)
+        peer = with_gradients(pytorch, (x, weight, bias), grad=grad, **options)
+        assert_layer_accurate(results, exact(x, grad, weight, bias, **options), peer, x, grad, scale=2.0)
         assert results[0].dtype == results[1].dtype == dtype
         if backend.name != "reference":
             assert results[0].stride() == results[1].stride() == x.stride()
@@ -75,19 +68,20 @@ def test_running_statistics_against_float64(backend, dtype, shape, layout):
     x, grad, weight, bias = make(shape, dtype, backend.device, layout)
     running = dict(running_mean=bias / 3, running_var=weight * 3)
     for activation in ACTIVATIONS if shape[2] == 13 else ("relu6",):
-        results = with_gradients(batch_norm_act, x, grad, weight, bias, **running, activation=activation)
+        results = with_gradients(normalized, (x, weight, bias), grad=grad, **running, activation=activation)
         running64 = {name: values.double() for name, values in running.items()}
         expected = exact(x, grad, weight, bias, **running64, activation=activation)
-        peer = with_gradients(pytorch, x, grad, weight, bias, training=False, **running, activation=activation)
-        check(results, expected, peer, x, grad)
+        peer = with_gradients(pytorch, (x, weight, bias), grad=grad, training=False, **running, activation=activation)
+        assert_layer_accurate(results, expected, peer, x, grad, scale=2.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_planes_of_several_pieces_and_many_pixels(native_backend, layout):
     shape = (2, 3, 40, 50) if native_backend.name == "emulated" else (2, 20, 190, 200)
     x, grad, weight, bias = make(shape, torch.float32, native_backend.device, layout)
-    results = with_gradients(batch_norm_act, x, grad, weight, bias, training=True, activation="silu")
-    check(results, exact(x, grad, weight, bias, training=True, activation="silu"), None, x, grad)
+    results = with_gradients(normalized, (x, weight, bias), grad=grad, training=True, activation="silu")
+    expected = exact(x, grad, weight, bias, training=True, activation="silu")
+    assert_layer_accurate(results, expected, None, x, grad, scale=2.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -137,11 +131,10 @@ def test_equals_pytorch(backend, activation, layout):
     x, grad, weight, bias = make((3, 10, 6, 7), torch.float32, backend.device, layout)
     for training in (True, False):
         running = [(bias.clone(), weight.clone()) for _ in range(2)]
+        given, options = (x, weight, bias), dict(training=training, activation=activation)
         ours, theirs = (
-            with_gradients(
-                function, x, grad, weight, bias, training=training, activation=activation, running_mean=m, running_var=v
-            )
-            for function, (m, v) in zip((batch_norm_act, pytorch), running, strict=True)
+            with_gradients(function, given, grad=grad, **options, running_mean=m, running_var=v)
+            for function, (m, v) in zip((normalized, pytorch), running, strict=True)
         )
         for mine, other in zip((*ours, *running[0]), (*theirs, *running[1]), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
@@ -152,7 +145,9 @@ def test_empty(backend, training):
     for shape in ((0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)):
         x, grad, weight, bias = make(shape, torch.float32, backend.device)
         running = dict(running_mean=bias.clone(), running_var=weight.clone())
-        results = with_gradients(batch_norm_act, x, grad, weight, bias, training=training, activation="silu", **running)
+        results = with_gradients(
+            normalized, (x, weight, bias), grad=grad, training=training, activation="silu", **running
+        )
         assert results[0].shape == results[1].shape == x.shape
         assert not results[2].any() and not results[3].any() and torch.equal(running["running_mean"], bias)
 
@@ -196,7 +191,7 @@ def test_second_derivative(native_backend, training):
 def test_only_the_gradients_wanted(native_backend, needed, training):
     x, grad, weight, bias = make((2, 3, 4, 5), torch.float32, native_backend.device)
     options = dict(training=training, running_mean=bias.clone(), running_var=weight.clone(), activation="silu")
-    whole = with_gradients(batch_norm_act, x, grad, weight, bias, **options)[1:]
+    whole = with_gradients(normalized, (x, weight, bias), grad=grad, **options)[1:]
     leaves = [t.detach().requires_grad_(need) for t, need in zip((x, weight, bias), needed, strict=True)]
     options |= dict(running_mean=bias.clone(), running_var=weight.clone())
     batch_norm_act(leaves[0], weight=leaves[1], bias=leaves[2], **options).backward(grad)
@@ -218,25 +213,17 @@ def test_same_bits_every_time(native_backend, layout):
     """Whatever the number of threads; it decides whether NCHW goes channel by channel."""
     shape = (2, 3, 12, 11) if native_backend.name == "emulated" else (2, 3, 200, 190)
     x, grad, weight, bias = make(shape, torch.float32, native_backend.device, layout)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for i in range(3 if native_backend.name == "emulated" else 20):
-            torch.set_num_threads(1 + i % 2)
-            results.append(with_gradients(batch_norm_act, x, grad, weight, bias, training=True, activation="silu"))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(first, other) for result in results for first, other in zip(results[0], result, strict=True))
+    repeats = 3 if native_backend.name == "emulated" else 20
+    options = dict(grad=grad, training=True, activation="silu")
+    assert_same_in_every_run(lambda: with_gradients(normalized, (x, weight, bias), **options), repeats)
 
 
 @pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_order_of_the_threads_does_not_matter(seed, layout):
     x, grad, weight, bias = make((2, 40, 6, 5), torch.float32, "cpu", layout)
-    results = []
-    for order in (1, seed):
-        with emulated(thread_order_seed=order):
-            results.append(with_gradients(batch_norm_act, x, grad, weight, bias, training=True, activation="silu"))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    options = dict(grad=grad, training=True, activation="silu")
+    assert_same_in_any_order(lambda: with_gradients(normalized, (x, weight, bias), **options), (1, seed))
 
 
 def test_strided_input_gives_the_same(backend):
@@ -248,12 +235,16 @@ def test_strided_input_gives_the_same(backend):
         lambda t: t.transpose(2, 3)[:, :6],
         lambda t: t[:, 6:].flip(3),
     ):
-        mine = with_gradients(batch_norm_act, view(x), view(grad), weight[:6], bias[:6], **options)
-        expected = with_gradients(batch_norm_act, view(x).clone(), view(grad).clone(), weight[:6], bias[:6], **options)
+        mine, expected = (
+            with_gradients(normalized, (copy(view(x)), weight[:6], bias[:6]), grad=copy(view(grad)), **options)
+            for copy in (lambda t: t, torch.clone)
+        )
         for a, b in zip(mine, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    ours = with_gradients(batch_norm_act, x, grad[:1, :1, :1, :1].expand_as(x), weight, bias, **options)
-    theirs = with_gradients(pytorch, x, grad[:1, :1, :1, :1].expand_as(x), weight, bias, **options)
+    ours, theirs = (
+        with_gradients(f, (x, weight, bias), grad=grad[:1, :1, :1, :1].expand_as(x), **options)
+        for f in (normalized, pytorch)
+    )
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)
 
 
@@ -278,12 +269,13 @@ def test_half_precision_takes_parameters_of_either_dtype(backend, dtype, paramet
     if parameters == "half":
         weight, bias = weight.to(dtype), bias.to(dtype)
     mean, var = torch.zeros_like(weight), torch.ones_like(weight)
+    options = dict(training=True, activation="silu")
     with torch.autocast(backend.device.type, dtype):
         results = with_gradients(
-            batch_norm_act, x, grad, weight, bias, training=True, activation="silu", running_mean=mean, running_var=var
+            normalized, (x, weight, bias), grad=grad, running_mean=mean, running_var=var, **options
         )
     assert [r.dtype for r in results] == [dtype, dtype, weight.dtype, weight.dtype]
-    expected = exact(x, grad, weight, bias, training=True, activation="silu")
+    expected = exact(x, grad, weight, bias, **options)
     eps = torch.finfo(dtype).eps
     for mine, wanted in zip(results, expected, strict=True):
         torch.testing.assert_close(mine.double(), wanted, rtol=eps, atol=eps)

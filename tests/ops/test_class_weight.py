@@ -6,11 +6,11 @@ import torch.nn.functional as F
 
 from effdet_fast.nn import FocalLoss
 from effdet_fast.ops import detection_loss, sigmoid_focal_loss, sigmoid_focal_loss_reference
+from tests.checks import DTYPES, with_gradients
 from tests.ops.accuracy import RTOL
 from tests.ops.detection_problem import CHANNELS_LAST, CONTIGUOUS, assert_right, problem
-from tests.ops.test_focal_loss import make, with_gradient
+from tests.ops.test_focal_loss import make, opcheck_all
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Vectors that straddle rows, rows of one class, more rows than a chunk.
 SHAPES = [(5, 1), (2, 3, 7), (1, 129), (400, 30)]
 
@@ -29,11 +29,13 @@ def test_against_float64(backend, dtype, shape, kind, gamma, label_smoothing, re
     class_weight = weights(shape[-1], backend.device, dtype if dtype == torch.float64 else torch.float32)
     grad = torch.randn(shape if reduction == "none" else (), device=backend.device, dtype=torch.float64).to(dtype)
     options = dict(gamma=gamma, reduction=reduction, label_smoothing=label_smoothing)
-    loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, grad=grad, class_weight=class_weight, **options)
+    loss, grad_x = with_gradients(
+        sigmoid_focal_loss, [inputs], targets, grad=grad, class_weight=class_weight, **options
+    )
     wide = targets.double() if targets.is_floating_point() else targets
-    loss64, grad64 = with_gradient(
+    loss64, grad64 = with_gradients(
         sigmoid_focal_loss_reference,
-        inputs.double(),
+        [inputs.double()],
         wide,
         grad=grad.double(),
         class_weight=class_weight.double(),
@@ -53,8 +55,8 @@ def test_is_the_weight_of_pytorchs_cross_entropy(backend, kind):
     if kind == "labels":
         targets = targets.clamp(min=-1)
         one_hot = F.one_hot(targets + 1, 6)[:, 1:].double()
-    ours = with_gradient(sigmoid_focal_loss, inputs, targets, -1, 0, "sum", class_weight=class_weight)
-    theirs = with_gradient(F.binary_cross_entropy_with_logits, inputs, one_hot, class_weight, reduction="sum")
+    ours = with_gradients(sigmoid_focal_loss, [inputs], targets, -1, 0, "sum", class_weight=class_weight)
+    theirs = with_gradients(F.binary_cross_entropy_with_logits, [inputs], one_hot, class_weight, reduction="sum")
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -94,10 +96,7 @@ def test_gradcheck(backend, kind):
 
 def test_raw_ops_with_weights(device):
     inputs, targets = make((2, 3, 4), torch.float32, device, "labels")
-    raw, options = torch.ops.effdet_fast, (0.25, 2.0, 0.1, weights(4, device))
-    torch.library.opcheck(raw.focal_loss.default, (inputs, targets, *options))
-    torch.library.opcheck(raw.focal_loss_sum.default, (inputs, targets, *options))
-    torch.library.opcheck(raw.focal_loss_backward.default, (inputs, inputs, targets, *options))
+    opcheck_all(inputs, targets, 0.25, 2.0, 0.1, weights(4, device))
 
 
 @pytest.mark.compiles
@@ -108,8 +107,8 @@ def test_compiles_without_a_break(device):
     def loss(x, t):
         return sigmoid_focal_loss(x, t, reduction="sum", class_weight=class_weight)
 
-    ours = with_gradient(torch.compile(loss, fullgraph=True), inputs, targets)
-    torch.testing.assert_close(ours, with_gradient(loss, inputs, targets), rtol=0, atol=0)
+    ours = with_gradients(torch.compile(loss, fullgraph=True), [inputs], targets)
+    torch.testing.assert_close(ours, with_gradients(loss, [inputs], targets), rtol=0, atol=0)
 
 
 def test_the_module_keeps_it_as_a_buffer():

@@ -9,6 +9,7 @@ import torchvision
 from effdet_fast import ops
 from effdet_fast._choices import BOX_CODERS
 from effdet_fast.ops.decode_detections import decode_candidates_reference
+from tests.checks import all_equal, assert_same_in_every_run, captured
 from tests.conftest import enter
 from tests.emulation.backend import emulated
 from tests.ops.test_nms import DTYPES, INF, NAN
@@ -215,7 +216,7 @@ def test_views(native_backend, dtype):
         got = ops.decode_detections(
             [view(x) for x in cls_outputs], [view(x) for x in box_outputs], anchors, num_classes=3, max_candidates=60
         )
-        assert all(map(torch.equal, got, expected))
+        assert all_equal(got, expected)
 
 
 def test_layouts_may_differ_between_tensors(native_backend):
@@ -223,7 +224,7 @@ def test_layouts_may_differ_between_tensors(native_backend):
     expected = ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=3)
     box_outputs[1] = box_outputs[1].to(memory_format=torch.channels_last)
     cls_outputs[0] = cls_outputs[0].to(memory_format=torch.channels_last)
-    assert all(map(torch.equal, ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=3), expected))
+    assert all_equal(ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=3), expected)
 
 
 @pytest.mark.parametrize("sizes", [[(0, 3)], [(3, 4)]])
@@ -272,14 +273,7 @@ def test_the_same_in_every_run_and_for_any_thread_count(native_backend):
         inputs, classes = large_heads(2, torch.channels_last, "cpu", True), 30
     else:
         inputs, classes = heads(device=native_backend.device), 3
-    first = ops.decode_detections(*inputs, num_classes=classes, max_candidates=70)
-    before = torch.get_num_threads()
-    try:
-        for run in range(20):
-            torch.set_num_threads(1 + run % 3)
-            assert all(map(torch.equal, ops.decode_detections(*inputs, num_classes=classes, max_candidates=70), first))
-    finally:
-        torch.set_num_threads(before)
+    assert_same_in_every_run(lambda: ops.decode_detections(*inputs, num_classes=classes, max_candidates=70))
 
 
 def test_raw_op(device):
@@ -311,7 +305,7 @@ def test_compiled(device, method):
     inputs = heads(device=device)
     options = {"num_classes": 3, "max_candidates": 60, "score_threshold": 0.5, "method": method}
     detect = torch.compile(ops.decode_detections, fullgraph=True, backend="aot_eager")
-    assert all(map(torch.equal, detect(*inputs, **options), ops.decode_detections(*inputs, **options)))
+    assert all_equal(detect(*inputs, **options), ops.decode_detections(*inputs, **options))
 
 
 def test_inputs_that_require_a_gradient(backend):
@@ -388,16 +382,8 @@ def test_errors(changed, error, message):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_never_waits_and_can_be_captured():
     cls_outputs, box_outputs, anchors = large_heads(4, torch.channels_last, "cuda", True)
-    ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=30)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=30)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=30))
     for x in cls_outputs:
         x.copy_(torch.randn_like(x))
     graph.replay()
-    assert all(map(torch.equal, captured, ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=30)))
+    assert all_equal(found, ops.decode_detections(cls_outputs, box_outputs, anchors, num_classes=30))

@@ -5,6 +5,7 @@ import torch
 
 from effdet_fast import ops
 from effdet_fast.ops import _arguments, detection_loss, match_anchors, match_anchors_reference
+from tests.checks import all_equal
 from tests.ops.detection_problem import problem
 from tests.ops.test_anchor_matching import RETINANET, each_rule, grid_of_anchors, random_boxes
 
@@ -28,10 +29,6 @@ def objects(device="cpu", dtype=torch.float32):
     return grid_of_anchors().to(device, dtype), boxes, labels
 
 
-def assert_equal(actual, expected):
-    assert all(map(torch.equal, actual, expected))
-
-
 @each_rule
 @pytest.mark.parametrize("box", EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -42,10 +39,12 @@ def test_a_box_without_area_is_as_a_padding_row(backend, rule, box, dtype):
     there[0, 1] = there[1, 3] = -1
     for function in (match_anchors, match_anchors_reference):
         targets = function(anchors, boxes, labels, **rule)
-        assert_equal(targets, function(anchors, boxes, there, **rule))
+        assert all_equal(targets, function(anchors, boxes, there, **rule))
         assert targets.boxes.isfinite().all()
     counts = torch.tensor([4, 4], device=backend.device)
-    assert_equal(match_anchors(anchors, boxes, labels.to(torch.uint8), counts), match_anchors(anchors, boxes, there))
+    assert all_equal(
+        match_anchors(anchors, boxes, labels.to(torch.uint8), counts), match_anchors(anchors, boxes, there)
+    )
 
 
 @each_rule
@@ -87,7 +86,7 @@ def test_padding_may_hold_anything(backend):
     expected = match_anchors(anchors, boxes, labels)
     for value in (NAN, INF, -1.0):
         boxes[:, 4] = value
-        assert_equal(match_anchors(anchors, boxes, labels), expected)
+        assert all_equal(match_anchors(anchors, boxes, labels), expected)
 
 
 @each_rule
@@ -110,7 +109,7 @@ def test_values_that_may_not_be_read_raise_nothing(monkeypatch, backend):
     boxes[0, 0] = torch.tensor(EMPTY["a point"])
     expected = match_anchors(anchors, boxes, labels)
     monkeypatch.setattr(ops.anchor_matching, "may_read_values", lambda x: False)
-    assert_equal(match_anchors(anchors, boxes, labels), expected)
+    assert all_equal(match_anchors(anchors, boxes, labels), expected)
     boxes[1, 0] = torch.tensor(BROKEN["xywh"])
     if backend.name == "reference":
         assert match_anchors(anchors, boxes, labels).boxes[1].isnan().any()
@@ -124,7 +123,7 @@ def test_compiled(device):
     anchors, boxes, labels = objects(device)
     boxes[0, 0] = torch.tensor(EMPTY["no height"])
     compiled = torch.compile(match_anchors, fullgraph=True, backend="aot_eager")
-    assert_equal(compiled(anchors, boxes, labels, **RETINANET), match_anchors(anchors, boxes, labels, **RETINANET))
+    assert all_equal(compiled(anchors, boxes, labels, **RETINANET), match_anchors(anchors, boxes, labels, **RETINANET))
 
 
 def loss(given, **options):

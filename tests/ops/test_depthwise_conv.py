@@ -9,16 +9,17 @@ import torch.nn.functional as F
 from timm.layers.padding import pad_same
 
 from effdet_fast import ops
+from tests.checks import ACTIVATIONS, all_equal, random_map, with_gradients
+from tests.ops.accuracy import assert_convolved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ACTIVATION = {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}
 HALF = (torch.float16, torch.bfloat16)
 
 
 def formula(x, weight, bias, stride, padding, prologue):
     """Written with PyTorch and timm's padding only."""
-    x = ACTIVATION[prologue](x)
+    x = ACTIVATIONS[prologue](x)
     if padding == "same":
         x, padding = pad_same(x, list(weight.shape[2:]), [stride, stride]), 0
     elif isinstance(padding, tuple):
@@ -26,40 +27,26 @@ def formula(x, weight, bias, stride, padding, prologue):
     return F.conv2d(x, weight, bias, stride, padding, groups=x.shape[1])
 
 
-def with_gradients(function, inputs, grad=None):
-    inputs = [t.detach().requires_grad_() for t in inputs]
-    y = function(*inputs)
-    grad = torch.ones_like(y) if grad is None else grad.to(y)
-    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+def convolved(x, weight, bias, stride, padding, prologue):
+    return ops.depthwise_conv2d(x, weight, bias, stride, padding, prologue=prologue)
 
 
 def make(size, kernel, dtype, device, channels_last):
-    x = torch.randn(size, device=device) * 3
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    return [
-        t.to(dtype)
-        for t in (x, torch.randn(size[1], 1, kernel, kernel, device=device), torch.randn(size[1], device=device))
-    ]
+    x = random_map(size, dtype, device, channels_last, deviation=3.0)
+    filters = torch.randn(size[1], 1, kernel, kernel, device=device), torch.randn(size[1], device=device)
+    return [x, *(t.to(dtype) for t in filters)]
 
 
 def check(backend, size, kernel, stride, padding, prologue=None, dtype=torch.float32, channels_last=True, inputs=None):
     inputs = inputs or make(size, kernel, dtype, backend.device, channels_last)
     call = (stride, padding, prologue)
-    expected = with_gradients(lambda *t: formula(*t, *call), [t.double() for t in inputs])
-    grad = torch.randn_like(expected[0]).to(dtype).double()
-    expected = with_gradients(lambda *t: formula(*t, *call), [t.double() for t in inputs], grad)
-    actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, padding, prologue=prologue), inputs, grad)
-    in_half = with_gradients(lambda *t: formula(*t, *call), inputs, grad) if dtype in HALF else expected
-    for name, a, e, half in zip(("y", "x", "weight", "bias"), actual, expected, in_half, strict=True):
-        assert a.dtype == dtype
-        assert a.shape == e.shape
-        scale = e.abs().max().item() + 1e-6
-        error = (a.double() - e).abs().max().item() / scale
-        tolerance = {torch.float64: 1e-13, torch.float32: 3e-6}.get(dtype)
-        if tolerance is None:  # at most twice the error of PyTorch in this precision; one rounding is always allowed
-            tolerance = max(2 * (half.double() - e).abs().max().item() / scale, torch.finfo(dtype).eps)
-        assert error <= tolerance, f"{name}: {error:.3g} > {tolerance:.3g}"
+    wide = [t.double() for t in inputs]
+    grad = torch.randn_like(formula(*wide, *call)).to(dtype).double()
+    expected = with_gradients(formula, wide, *call, grad=grad)
+    actual = with_gradients(convolved, inputs, *call, grad=grad)
+    in_half = with_gradients(formula, inputs, *call, grad=grad) if dtype in HALF else expected
+    assert all(t.dtype == dtype for t in actual)
+    assert_convolved(actual, expected, in_half)
     return actual
 
 
@@ -95,7 +82,7 @@ def test_dtypes_and_prologues(backend, prologue, channels_last, dtype):
 def test_every_kind_of_padding(backend, padding, kernel, stride, channels_last):
     pair = padding if padding != (2, 0) else (0, 0, 2, 2)
     inputs = make((1, 6, 6, 8), kernel, torch.float32, backend.device, channels_last)
-    call = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, padding), inputs)
+    call = with_gradients(ops.depthwise_conv2d, inputs, stride, padding)
     for a, e in zip(call, check(backend, (1, 6, 6, 8), kernel, stride, pair, inputs=inputs), strict=True):
         assert a.shape == e.shape
     assert torch.equal(call[0], ops.depthwise_conv2d(*inputs, stride, pair))
@@ -161,8 +148,7 @@ def test_rows_of_whole_vectors_have_the_same_bits_at_any_address(native_backend,
         check(native_backend, None, kernel, 1, padding, prologue, dtype, inputs=[x, weight, bias])
         convolve = partial(ops.depthwise_conv2d, stride=1, padding=padding, prologue=prologue)
         misaligned = torch.full((x.numel() + 9,), float("nan"), dtype=dtype, device=device)[3:-6].view_as(x).copy_(x)
-        for a, e in zip(*(with_gradients(convolve, [data, weight, bias]) for data in (misaligned, x)), strict=True):
-            assert torch.equal(a, e)
+        assert all_equal(*(with_gradients(convolve, [data, weight, bias]) for data in (misaligned, x)))
     for left in (0, kernel - 1):  # rows as long as the output's, but not under them
         padding = (left, kernel - 1 - left, 1, 1)
         check(native_backend, (1, 2, 5, 8), kernel, 1, padding, dtype=dtype, channels_last=False)
@@ -237,7 +223,7 @@ def test_memory_format_is_kept(backend, dtype):
         for channels_last in (False, True):
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
             x, weight, bias = make(size, 3, dtype, backend.device, channels_last)
-            y, grad_x, *_ = with_gradients(lambda *t: ops.depthwise_conv2d(*t, 1, 1), [x, weight, bias])
+            y, grad_x, *_ = with_gradients(ops.depthwise_conv2d, [x, weight, bias], 1, 1)
             assert y.is_contiguous(memory_format=memory_format) and grad_x.is_contiguous(memory_format=memory_format)
             if size[1] > 1 and backend.name != "reference":
                 assert y.stride() == x.contiguous(memory_format=memory_format).stride() == x.stride()
@@ -247,9 +233,7 @@ def test_memory_format_is_kept(backend, dtype):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_empty(backend, size, channels_last):
     x, weight, bias = make(size, 3, torch.float32, backend.device, channels_last)
-    y, grad_x, grad_weight, grad_bias = with_gradients(
-        lambda *t: ops.depthwise_conv2d(*t, 2, "same"), [x, weight, bias]
-    )
+    y, grad_x, grad_weight, grad_bias = with_gradients(ops.depthwise_conv2d, [x, weight, bias], 2, "same")
     assert y.shape == (size[0], size[1], 3, 3) and grad_x.shape == size
     assert torch.equal(grad_weight, torch.zeros_like(weight)) and torch.equal(grad_bias, torch.zeros_like(bias))
 
@@ -261,8 +245,8 @@ def test_not_finite_input_stays_where_the_filter_reaches(native_backend, kernel,
     x, weight, bias = make((1, 8, 12, 21), kernel, torch.float32, native_backend.device, channels_last)
     x[:, :, 5, -1] = float("inf")
     x[:, :, 7, 0] = float("nan")
-    expected = with_gradients(lambda *t: formula(*t, stride, 0, None), [x, weight, bias])
-    actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, 0), [x, weight, bias])
+    expected = with_gradients(formula, [x, weight, bias], stride, 0, None)
+    actual = with_gradients(ops.depthwise_conv2d, [x, weight, bias], stride, 0)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -275,8 +259,8 @@ def test_not_finite_input_beside_outputs_that_are_not_there(native_backend, kern
         x, weight, bias = make((1, 4, height, width), kernel, torch.float32, native_backend.device, channels_last)
         for channel, (row, column) in enumerate(((0, 1), (-1, 2), (1, -1), (height // 2, 0))):
             x[:, channel, row, column] = float("inf")
-        expected = with_gradients(lambda *t: formula(*t, stride, "same", None), [x, weight, bias])
-        actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, stride, "same"), [x, weight, bias])
+        expected = with_gradients(formula, [x, weight, bias], stride, "same", None)
+        actual = with_gradients(ops.depthwise_conv2d, [x, weight, bias], stride, "same")
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -301,7 +285,7 @@ def test_weight_gradient_of_a_large_bf16_batch(native_backend):
         grad = (torch.randn_like(x, dtype=torch.float32) + 1).bfloat16()
         weight = torch.randn(4, 1, kernel, kernel, device=native_backend.device).bfloat16()
         bias = torch.zeros(4, device=native_backend.device).bfloat16()
-        actual = with_gradients(lambda *t: ops.depthwise_conv2d(*t, 1, "same"), [x, weight, bias], grad)
+        actual = with_gradients(ops.depthwise_conv2d, [x, weight, bias], 1, "same", grad=grad)
         expected = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=kernel // 2, groups=4)
         for a, e in ((actual[2], expected), (actual[3], grad.double().sum((0, 2, 3)))):
             assert ((a.double() - e).abs() / e.abs()).max() < 2**-8  # one rounding to bfloat16

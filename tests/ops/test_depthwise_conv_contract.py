@@ -11,15 +11,13 @@ from torch import nn
 
 from effdet_fast import nn as effdet_nn
 from effdet_fast import ops
-from tests.emulation.backend import emulated
+from tests.checks import all_equal, assert_same_in_any_order, assert_same_in_every_run, random_map, with_gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(size=(2, 6, 7, 8), kernel=3, channels_last=True, **options):
-    x = torch.randn(size, **options)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
+    x = random_map(size, channels_last=channels_last, **options)
     inputs = [x, torch.randn(size[1], 1, kernel, kernel, **options), torch.randn(size[1], **options)]
     return [t.requires_grad_() for t in inputs]
 
@@ -58,7 +56,7 @@ def test_second_backward_and_mutation(native_backend):
     y = ops.depthwise_conv2d(x, weight, bias, 2, "same", prologue="silu")
     first = torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True)
     second = torch.autograd.grad(y.sum(), (x, weight, bias), retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all_equal(first, second)
     with torch.no_grad():
         weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -75,42 +73,27 @@ def test_upstream_gradient_of_any_strides(native_backend):
         expected = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
         for same in (grad.to(memory_format=torch.channels_last), grad.mT.contiguous().mT):
             actual = torch.autograd.grad(y, (x, weight), same, retain_graph=True)
-            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+            assert all_equal(actual, expected)
         assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()  # an expanded scalar
 
 
-def all_of(size, kernel, stride, channels_last, dtype, device):
+def run_of(size, kernel, channels_last, dtype, device):
     inputs = make(size, kernel, channels_last, dtype=dtype, device=device)
-    y = ops.depthwise_conv2d(*inputs, stride, "same", prologue="silu")
-    grad = torch.linspace(-1, 2, y.numel(), device=device).view_as(y).to(dtype)
-    return [y.detach(), *torch.autograd.grad(y, inputs, grad)]
+    grad = torch.linspace(-1, 2, inputs[0].numel(), device=device).view(size)
+    return lambda: with_gradients(ops.depthwise_conv2d, inputs, 1, "same", prologue="silu", grad=grad)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_every_time_and_for_any_number_of_threads(native_backend, channels_last, dtype):
     size = (2, 10, 9, 9) if native_backend.name == "emulated" else (3, 40, 45, 47)
-    runs = []
-    threads = torch.get_num_threads()
-    try:
-        for run in range(4 if native_backend.name == "emulated" else 20):
-            torch.set_num_threads(1 + run % 2)
-            torch.manual_seed(0)
-            runs.append(all_of(size, 5, 1, channels_last, dtype, native_backend.device))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    run = run_of(size, 5, channels_last, dtype, native_backend.device)
+    assert_same_in_every_run(run, 4 if native_backend.name == "emulated" else 20)
 
 
 def test_every_order_of_threads_gives_the_same_bits():
-    runs = []
-    for seed in (1, 2, 3):
-        with emulated(thread_order_seed=seed):
-            torch.manual_seed(0)
-            runs.append([t for cl in (False, True) for t in all_of((2, 6, 9, 9), 3, 1, cl, torch.float32, "cpu")])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    runs = [run_of((2, 6, 9, 9), 3, channels_last, torch.float32, "cpu") for channels_last in (False, True)]
+    assert_same_in_any_order(lambda: [run() for run in runs])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

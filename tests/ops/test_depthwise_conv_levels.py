@@ -8,7 +8,15 @@ import torch.nn.functional as F
 
 from effdet_fast import nn as effdet_nn
 from effdet_fast import ops
-from tests.emulation.backend import emulated
+from tests.checks import (
+    ACTIVATIONS,
+    all_equal,
+    assert_same_in_any_order,
+    assert_same_in_every_run,
+    random_map,
+    with_gradients,
+)
+from tests.ops.accuracy import assert_convolved
 
 HALF = (torch.float16, torch.bfloat16)
 # (N, H, W): a pyramid with odd sizes, down to one pixel, and a batch of its own
@@ -19,10 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(channels=6, kernel=3, channels_last=True, sizes=SIZES, dtype=torch.float32, device="cpu"):
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    xs = [torch.randn(n, channels, h, w, device=device).to(memory_format=memory_format) * 2 for n, h, w in sizes]
+    xs = [random_map((n, channels, h, w), dtype, device, channels_last, deviation=2.0) for n, h, w in sizes]
     filters = torch.randn(channels, 1, kernel, kernel, device=device), torch.randn(channels, device=device)
-    return [t.to(dtype).requires_grad_() for t in (*xs, *filters)]
+    return [t.requires_grad_() for t in (*xs, *(f.to(dtype) for f in filters))]
 
 
 def separately(*inputs, **options):
@@ -40,14 +47,7 @@ def by_pytorch(*inputs, stride, prologue):
     """Filters of three, padded as "same" pads them for stride 1 and, with odd sizes, for stride 2."""
     *xs, weight, bias = inputs
     pad = weight.shape[2] // 2
-    activate = {None: lambda x: x, "silu": F.silu}[prologue]
-    return [F.conv2d(activate(x), weight, bias, stride, pad, groups=x.shape[1]) for x in xs]
-
-
-def with_gradients(function, inputs, grads=None, **options):
-    ys = function(*inputs, **options)
-    grads = [torch.ones_like(y) for y in ys] if grads is None else [g.to(y) for g, y in zip(grads, ys, strict=True)]
-    return [*(y.detach() for y in ys), *torch.autograd.grad(ys, inputs, grads)]
+    return [F.conv2d(ACTIVATIONS[prologue](x), weight, bias, stride, pad, groups=x.shape[1]) for x in xs]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -59,16 +59,11 @@ def test_values_and_gradients(backend, kernel, stride, prologue, channels_last, 
     options = dict(stride=stride, prologue=prologue)
     exact = [t.detach().double().requires_grad_() for t in inputs]
     grads = [torch.randn_like(y).to(dtype) for y in by_pytorch(*exact, **options)]
-    expected = with_gradients(by_pytorch, exact, grads, **options)
-    actual = with_gradients(together, inputs, grads, padding="same", **options)
-    in_half = with_gradients(by_pytorch, inputs, grads, **options) if dtype in HALF else expected
-    for a, e, half in zip(actual, expected, in_half, strict=True):
-        assert a.dtype == dtype and a.shape == e.shape
-        scale = e.abs().max().item() + 1e-6
-        tolerance = {torch.float64: 1e-13, torch.float32: 3e-6}.get(dtype)
-        if tolerance is None:  # at most twice the error of PyTorch in this precision; one rounding is always allowed
-            tolerance = max(2 * (half.double() - e).abs().max().item() / scale, torch.finfo(dtype).eps)
-        assert (a.double() - e).abs().max().item() / scale <= tolerance
+    expected = with_gradients(by_pytorch, exact, grad=grads, **options)
+    actual = with_gradients(together, inputs, grad=grads, padding="same", **options)
+    in_half = with_gradients(by_pytorch, inputs, grad=grads, **options) if dtype in HALF else expected
+    assert all(t.dtype == dtype for t in actual)
+    assert_convolved(actual, expected, in_half)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for a in actual[: len(sizes)]:
         assert a.is_contiguous(memory_format=memory_format)
@@ -80,8 +75,7 @@ def test_each_map_has_the_bits_it_has_alone(native_backend, channels, channels_l
     inputs = make(channels, 5, channels_last, device=native_backend.device)
     options = dict(stride=2, padding="same", prologue="silu")
     actual, expected = (with_gradients(f, inputs, **options) for f in (together, separately))
-    for a, e in zip(actual[:-2], expected[:-2], strict=True):
-        assert torch.equal(a, e)
+    assert all_equal(actual[:-2], expected[:-2])
     for a, e in zip(actual[-2:], expected[-2:], strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
@@ -172,7 +166,7 @@ def test_second_backward_and_mutation(native_backend):
     loss = sum(y.square().sum() for y in together(*inputs, padding=1, prologue="silu"))
     first = torch.autograd.grad(loss, inputs, retain_graph=True)
     second = torch.autograd.grad(loss, inputs, retain_graph=True)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all_equal(first, second)
     with torch.no_grad():
         inputs[-2].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -184,22 +178,13 @@ def test_same_bits_every_time_and_for_any_number_of_threads(native_backend, chan
     large = ((2, 33, 31), (2, 17, 16), (2, 5, 5))
     sizes = SIZES if native_backend.name == "emulated" else large
     inputs = make(24, 3, channels_last, sizes, torch.bfloat16, native_backend.device)
-    runs = []
-    for run in range(3 if native_backend.name == "emulated" else 20):
-        torch.set_num_threads(1 + run % 2)
-        runs.append(with_gradients(together, inputs, padding="same"))
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    repeats = 3 if native_backend.name == "emulated" else 20
+    assert_same_in_every_run(lambda: with_gradients(together, inputs, padding="same"), repeats)
 
 
 def test_every_order_of_threads_gives_the_same_bits():
-    runs = []
-    for seed in (1, 2, 3):
-        with emulated(thread_order_seed=seed):
-            torch.manual_seed(0)
-            runs.append([t for cl in (False, True) for t in with_gradients(together, make(10, 3, cl), padding="same")])
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    problems = [make(10, 3, channels_last) for channels_last in (False, True)]
+    assert_same_in_any_order(lambda: [with_gradients(together, inputs, padding="same") for inputs in problems])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -248,8 +233,7 @@ def test_autocast(backend, dtype):
 def test_what_has_no_kernel_runs_through_pytorch(backend, kernel, stride):
     inputs = make(6, kernel, device=backend.device)
     options = dict(stride=stride, padding="same", prologue="relu")
-    for a, e in zip(together(*inputs, **options), separately(*inputs, **options), strict=True):
-        assert torch.equal(a, e)
+    assert all_equal(together(*inputs, **options), separately(*inputs, **options))
     *xs, weight, bias = inputs
     for a, e in zip(
         together(*inputs, **options), ops.depthwise_conv2d_levels_reference(xs, weight, bias, **options), strict=True

@@ -7,9 +7,9 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import generalized_box_iou_loss
 
 from effdet_fast.ops import detection_loss
+from tests.checks import DTYPES
 from tests.ops.detection_problem import CHANNELS_LAST, CONTIGUOUS, assert_right, evaluate, problem
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Few cells of many, odd and single classes; 16 x 4 pixels and 2 x 8 classes are whole vectors, the rest are not.
 SHAPES = [
     ([(16, 4), (3, 5), (1, 1)], 2, 8),

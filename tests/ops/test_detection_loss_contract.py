@@ -1,9 +1,12 @@
 """What the detection loss promises besides its numbers: graphs, strides, compilation, determinism, errors."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from effdet_fast.ops import detection_loss, detection_loss_reference
+from tests.checks import all_equal, assert_same_in_every_run
 from tests.ops.accuracy import guarded
 from tests.ops.detection_problem import CHANNELS_LAST, CONTIGUOUS, assert_right, evaluate, problem
 
@@ -159,16 +162,7 @@ def test_same_bits_every_time(native_backend):
     sizes = [(8, 8), (3, 3)] if native_backend.name == "emulated" else [(64, 64), (32, 32), (7, 5)]
     for layout in (CONTIGUOUS, CHANNELS_LAST):
         given = problem(sizes, 3, 20, torch.float32, native_backend.device, layout)
-        results = []
-        threads = torch.get_num_threads()
-        try:
-            for i in range(repeats):
-                torch.set_num_threads(1 + i % 2)
-                losses, grads = evaluate(detection_loss, *given, num_classes=20)
-                results.append([*losses, *grads])
-        finally:
-            torch.set_num_threads(threads)
-        assert all(all(map(torch.equal, results[0], other)) for other in results)
+        assert_same_in_every_run(partial(evaluate, detection_loss, *given, num_classes=20), repeats)
 
 
 def test_label_types_and_one_normaliser_for_all(native_backend):
@@ -177,7 +171,7 @@ def test_label_types_and_one_normaliser_for_all(native_backend):
     for dtype in (torch.int32, torch.int16, torch.int8):
         for normaliser in (positives, positives.long(), positives.sum()):
             loss = detection_loss(outputs[:1], outputs[1:], labels.to(dtype), codes.double(), normaliser, num_classes=3)
-            assert all(map(torch.equal, loss, expected))
+            assert all_equal(loss, expected)
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)

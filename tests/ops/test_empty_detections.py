@@ -5,6 +5,7 @@ import torch
 
 from effdet_fast import ops
 from effdet_fast.ops.decode_detections import decode_candidates_reference
+from tests.checks import all_equal, captured
 from tests.ops.test_decode_detections import heads
 
 NAN = float("nan")
@@ -40,7 +41,7 @@ def test_others_take_their_places(backend, method, score_threshold, per_level):
         for image, expected in enumerate(without_empty(every, most)):
             count = int(found.counts[image])
             assert count == len(expected[0]) > 0
-            assert all(torch.equal(x[image, :count], y) for x, y in zip(found[:4], expected, strict=True))
+            assert all_equal([x[image, :count] for x in found[:4]], expected)
             assert not found.boxes[image, count:].any() and not found.scores[image, count:].any()
             assert (found.labels[image, count:] == -1).all() and (found.indices[image, count:] == -1).all()
     assert not torch.equal(every.counts, found.counts)  # some were dropped
@@ -56,7 +57,7 @@ def test_more_detections_than_one_block_finds(backend):
     (expected,) = without_empty(every, 1100)
     count = int(found.counts[0])
     assert count == len(expected[0])
-    assert all(torch.equal(x[0, :count], y) for x, y in zip(found[:4], expected, strict=True))
+    assert all_equal([x[0, :count] for x in found[:4]], expected)
 
 
 def test_nothing_is_left(backend):
@@ -72,7 +73,7 @@ def test_without_an_empty_box_nothing_changes(backend):
     for options in ({}, {"score_threshold": 0.4}, {"method": "gaussian"}):
         before = ops.decode_detections(*inputs, num_classes=3, **options)
         after = ops.decode_detections(*inputs, num_classes=3, drop_empty=True, **options)
-        assert all(map(torch.equal, after, before))
+        assert all_equal(after, before)
 
 
 def test_nan_scores_and_boxes_are_as_before(backend):
@@ -102,7 +103,7 @@ def test_compiled(device, options):
     inputs = heads(device=device)
     compiled = torch.compile(detect, fullgraph=True, backend="aot_eager")
     options = {**options, "drop_empty": True}
-    assert all(map(torch.equal, compiled(inputs, **options), detect(inputs, **options)))
+    assert all_equal(compiled(inputs, **options), detect(inputs, **options))
 
 
 def test_the_case_is_one():
@@ -116,15 +117,7 @@ def test_the_case_is_one():
 def test_never_waits_and_can_be_captured():
     inputs = heads(device="cuda")
     clip = CLIP.cuda()
-    detect(inputs, clip, drop_empty=True)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = detect(inputs, clip, drop_empty=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: detect(inputs, clip, drop_empty=True))
     clip.copy_(clip.flip(0))
     graph.replay()
-    assert all(map(torch.equal, captured, detect(inputs, clip, drop_empty=True)))
+    assert all_equal(found, detect(inputs, clip, drop_empty=True))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import effdet_fast
@@ -19,16 +20,12 @@ from tests.acceleration.effdet_benches import images, tiny
 ROOT = Path(__file__).parents[2]
 
 
-def tensors_of(outputs):
-    return [outputs] if isinstance(outputs, torch.Tensor) else [x for each in outputs for x in tensors_of(each)]
-
-
 def flops(function, *inputs, backward):
     """The total, and the names of our ops that were counted."""
     with FlopCounterMode(display=False) as counter:
         outputs = function(*inputs)
         if backward:
-            sum(x.sum() for x in tensors_of(outputs)).backward()
+            sum(x.sum() for x in tree_leaves(outputs)).backward()
     counted = {str(op) for op in counter.get_flop_counts()["Global"]}
     return counter.get_total_flops(), {op.removeprefix("effdet_fast.") for op in counted if "effdet_fast" in op}
 
@@ -72,7 +69,7 @@ def test_gradients_that_nobody_needs_do_not_count(frozen, several, kind):
         parameter.requires_grad_(name.partition(".")[0] not in frozen)
     x = torch.randn(2, 8, 9, 7, requires_grad="x" not in frozen)
     inputs = [x, torch.randn(3, 8, 4, 4, requires_grad=True)] if several and kind == "depthwise" else x
-    backward = any(x.requires_grad for x in (*tensors_of(inputs), *module.parameters()))
+    backward = any(x.requires_grad for x in (*tree_leaves(inputs), *module.parameters()))
     total, names = flops(module, inputs, backward=backward)
     assert names
     with ops.use_reference():

@@ -7,9 +7,9 @@ from torchvision.ops import sigmoid_focal_loss as torchvision_focal_loss
 from effdet_fast import ops
 from effdet_fast.nn import FocalLoss
 from effdet_fast.ops import sigmoid_focal_loss, sigmoid_focal_loss_reference
+from tests.checks import DTYPES, assert_same_in_every_run, with_gradients
 from tests.ops.accuracy import assert_accurate, guarded
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(0, 3), (1, 1), (5, 1), (3, 7), (1, 129), (4, 3, 13), (2, 37, 90)]
 OPTIONS = [(0.25, 2.0, 0.0), (0.25, 1.5, 0.1), (-1.0, 0.7, 0.0), (0.6, 0.0, 0.3)]
 
@@ -25,16 +25,9 @@ def make(shape, dtype, device, kind, spread=6.0):
     return inputs.to(device), targets.to(device)
 
 
-def with_gradient(function, inputs, *args, grad=None, **options):
-    x = inputs.detach().requires_grad_()
-    loss = function(x, *args, **options)
-    (grad_x,) = torch.autograd.grad(loss, x, torch.ones_like(loss) if grad is None else grad.to(loss.dtype))
-    return loss.detach(), grad_x
-
-
 def exact(inputs, targets, *args, grad=None, **options):
     targets = targets.double() if targets.is_floating_point() else targets
-    return with_gradient(sigmoid_focal_loss_reference, inputs.double(), targets, *args, grad=grad, **options)
+    return with_gradients(sigmoid_focal_loss_reference, [inputs.double()], targets, *args, grad=grad, **options)
 
 
 def eager(inputs, targets, alpha, gamma, reduction, label_smoothing=0.0):
@@ -59,9 +52,9 @@ def test_labels_against_float64(backend, dtype, shape, alpha, gamma, label_smoot
     inputs, targets = guarded(inputs), guarded(targets)
     grad = torch.randn(shape if reduction == "none" else (), device=backend.device, dtype=torch.float64).to(dtype)
     options = dict(label_smoothing=label_smoothing)
-    loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, alpha, gamma, reduction, grad=grad, **options)
+    loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], targets, alpha, gamma, reduction, grad=grad, **options)
     loss64, grad64 = exact(inputs, targets, alpha, gamma, reduction, grad=grad.double(), **options)
-    peer_loss, peer_grad = with_gradient(eager, inputs, targets, alpha, gamma, reduction, grad=grad, **options)
+    peer_loss, peer_grad = with_gradients(eager, [inputs], targets, alpha, gamma, reduction, grad=grad, **options)
     assert loss.dtype == (dtype if reduction == "none" or dtype == torch.float64 else torch.float32)
     if reduction == "sum":
         # Terms have both signs with smoothing: the scale is the sum of magnitudes.
@@ -83,9 +76,9 @@ def test_one_row_that_is_not_background(backend, dtype, label, classes):
         targets = torch.full((12,), -1, device=backend.device)
         targets[row] = {"first": 0, "last": classes - 1}.get(label, label)
         for reduction in ("none", "sum"):
-            loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, 0.25, 1.5, reduction)
+            loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], targets, 0.25, 1.5, reduction)
             loss64, grad64 = exact(inputs, targets, 0.25, 1.5, reduction)
-            peer_loss, peer_grad = with_gradient(eager, inputs, targets, 0.25, 1.5, reduction)
+            peer_loss, peer_grad = with_gradients(eager, [inputs], targets, 0.25, 1.5, reduction)
             assert_accurate(loss, loss64, peer_loss, scale=1e-2)
             assert_accurate(grad_x, grad64, peer_grad, scale=1)
 
@@ -94,7 +87,7 @@ def test_more_logits_than_threads(native_backend):
     """So many that each thread of the largest grid takes a second vector, at a place it steps to."""
     inputs, targets = make((24300, 90), torch.float32, native_backend.device, "labels")
     targets[::2] = -1
-    loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, 0.25, 2.0, "sum")
+    loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], targets, 0.25, 2.0, "sum")
     loss64, grad64 = exact(inputs, targets, 0.25, 2.0, "sum")
     assert_accurate(loss, loss64)
     assert_accurate(grad_x, grad64, scale=1)
@@ -109,7 +102,7 @@ def test_floating_targets_against_float64(backend, dtype, kind, gamma, channels_
     if channels_last:
         inputs = inputs.to(memory_format=torch.channels_last)
     for reduction in ("none", "sum", "mean"):
-        loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, 0.25, gamma, reduction)
+        loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], targets, 0.25, gamma, reduction)
         loss64, grad64 = exact(inputs, targets, 0.25, gamma, reduction)
         assert_accurate(loss, loss64, scale=1e-2)
         assert_accurate(grad_x, grad64, scale=1e-2)
@@ -123,8 +116,8 @@ def test_floating_targets_against_float64(backend, dtype, kind, gamma, channels_
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_equals_torchvision(backend, dtype, alpha, reduction):
     inputs, targets = make((6, 31), dtype, backend.device, "hard", spread=4.0)
-    ours = with_gradient(sigmoid_focal_loss, inputs, targets, alpha, 2.0, reduction)
-    theirs = with_gradient(torchvision_focal_loss, inputs, targets, alpha, 2.0, reduction)
+    ours = with_gradients(sigmoid_focal_loss, [inputs], targets, alpha, 2.0, reduction)
+    theirs = with_gradients(torchvision_focal_loss, [inputs], targets, alpha, 2.0, reduction)
     rtol = 1e-5 if dtype == torch.float32 else 1e-12
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=rtol, atol=rtol * 0.1)
@@ -141,10 +134,9 @@ def test_equals_effdet(backend, label_smoothing):
     def theirs(x):
         return new_focal_loss(x, one_hot, 0.25, 1.5, normalizer, label_smoothing=label_smoothing).sum()
 
-    mine = with_gradient(
-        sigmoid_focal_loss, inputs, targets, 0.25, 1.5, "sum", label_smoothing=label_smoothing, normalizer=normalizer
-    )
-    other = with_gradient(theirs, inputs)
+    options = dict(label_smoothing=label_smoothing, normalizer=normalizer)
+    mine = with_gradients(sigmoid_focal_loss, [inputs], targets, 0.25, 1.5, "sum", **options)
+    other = with_gradients(theirs, [inputs])
     torch.testing.assert_close(mine[0], other[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(mine[1], other[1], rtol=1e-4, atol=1e-7)
 
@@ -155,7 +147,7 @@ def test_extreme_logits(backend):
     for label in (0, -1):
         targets = torch.full((7,), label, device=backend.device)
         for gamma in (0.0, 0.5, 1.5, 2.0):
-            loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, 0.25, gamma)
+            loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], targets, 0.25, gamma)
             loss64, grad64 = exact(inputs, targets, 0.25, gamma)
             assert torch.isfinite(loss).all() and torch.isfinite(grad_x).all()
             torch.testing.assert_close(loss.double(), loss64, rtol=2e-5, atol=1e-12)
@@ -164,7 +156,7 @@ def test_extreme_logits(backend):
 
 def test_nan_logit_stays_nan(backend):
     inputs = torch.tensor([[float("nan"), 1.0], [2.0, 3.0]], device=backend.device)
-    loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, torch.tensor([1, -1], device=backend.device))
+    loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], torch.tensor([1, -1], device=backend.device))
     expected = torch.tensor([[True, False], [False, False]], device=backend.device)
     assert torch.equal(loss.isnan(), expected) and torch.equal(grad_x.isnan(), expected)
 
@@ -189,7 +181,7 @@ def test_normalizer_divides_on_the_device(backend):
 
 def test_ignored_rows_have_no_loss_and_no_gradient(native_backend):
     inputs, _ = make((3, 5), torch.float32, native_backend.device, "labels")
-    loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, torch.tensor([-2, 1, -2], device=inputs.device))
+    loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], torch.tensor([-2, 1, -2], device=inputs.device))
     assert not loss[[0, 2]].any() and not grad_x[[0, 2]].any() and loss[1].all()
 
 
@@ -214,18 +206,17 @@ def test_same_bits_every_time(native_backend):
     inputs, targets = make(
         (700 if native_backend.name == "emulated" else 40000, 90), torch.float32, native_backend.device, "labels"
     )
-    results = []
-    threads = torch.get_num_threads()
     repeats = 3 if native_backend.name == "emulated" else 20
-    try:
-        for i in range(repeats):
-            torch.set_num_threads(1 + i % 2)
-            results.append(sigmoid_focal_loss(inputs, targets, reduction="sum"))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], r) for r in results)
+    found = assert_same_in_every_run(lambda: sigmoid_focal_loss(inputs, targets, reduction="sum"), repeats)
     expected = sigmoid_focal_loss_reference(inputs.double(), targets, reduction="sum")
-    torch.testing.assert_close(results[0].double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def opcheck_all(inputs, targets, *options):
+    raw = torch.ops.effdet_fast
+    torch.library.opcheck(raw.focal_loss.default, (inputs, targets, *options))
+    torch.library.opcheck(raw.focal_loss_sum.default, (inputs, targets, *options))
+    torch.library.opcheck(raw.focal_loss_backward.default, (inputs, inputs, targets, *options))
 
 
 @pytest.mark.parametrize("kind", ["labels", "soft"])
@@ -235,13 +226,9 @@ def test_opcheck(device, kind, channels_last):
     if channels_last and kind == "soft":
         inputs, targets = (x.to(memory_format=torch.channels_last) for x in (inputs, targets))
     options = (0.25, 2.0, 0.1, None)
-    raw = torch.ops.effdet_fast
-    torch.library.opcheck(raw.focal_loss.default, (inputs, targets, *options))
-    torch.library.opcheck(raw.focal_loss_sum.default, (inputs, targets, *options))
-    torch.library.opcheck(raw.focal_loss_backward.default, (inputs, inputs, targets, *options))
-    torch.library.opcheck(
-        raw.focal_loss_backward.default, (torch.tensor(2.0, device=device), inputs, targets, *options)
-    )
+    opcheck_all(inputs, targets, *options)
+    scalar = torch.tensor(2.0, device=device)
+    torch.library.opcheck(torch.ops.effdet_fast.focal_loss_backward.default, (scalar, inputs, targets, *options))
 
 
 @pytest.mark.compiles
@@ -249,10 +236,12 @@ def test_opcheck(device, kind, channels_last):
 def test_compiles_without_a_break(device, reduction):
     inputs, targets = make((6, 11), torch.float32, device, "labels")
     compiled = torch.compile(lambda x, t: sigmoid_focal_loss(x, t, reduction=reduction), fullgraph=True)
-    ours = with_gradient(compiled, inputs, targets)
+    ours = with_gradients(compiled, [inputs], targets)
     # On a GPU the mean is a product with a reciprocal, which the compiler rounds for itself.
     rtol = 1e-6 if reduction == "mean" and device.type == "cuda" else 0
-    for mine, other in zip(ours, with_gradient(sigmoid_focal_loss, inputs, targets, reduction=reduction), strict=True):
+    for mine, other in zip(
+        ours, with_gradients(sigmoid_focal_loss, [inputs], targets, reduction=reduction), strict=True
+    ):
         torch.testing.assert_close(mine, other, rtol=rtol, atol=0)
 
 
@@ -262,7 +251,7 @@ def test_autocast(backend, dtype):
     soft = torch.rand(4, 6, device=backend.device)
     with torch.autocast(backend.device.type, dtype):
         for reduction in ("none", "sum"):
-            loss, grad_x = with_gradient(sigmoid_focal_loss, inputs, targets, reduction=reduction)
+            loss, grad_x = with_gradients(sigmoid_focal_loss, [inputs], targets, reduction=reduction)
             assert loss.dtype == torch.float32 and grad_x.dtype == dtype
             torch.testing.assert_close(
                 loss.double(), exact(inputs, targets, reduction=reduction)[0], rtol=1e-5, atol=1e-7
@@ -277,7 +266,7 @@ def test_strided_inputs_give_the_same(backend):
     results = []
     for x in (head, head.to(memory_format=torch.channels_last)):
         view = x.permute(0, 2, 3, 1).unflatten(-1, (9, 4))
-        results.append(with_gradient(sigmoid_focal_loss, view, targets))
+        results.append(with_gradients(sigmoid_focal_loss, [view], targets))
     # PyTorch's softplus, which the reference uses, rounds otherwise where vectors end, and so by the strides.
     exact = {"rtol": 1e-6, "atol": 1e-7} if backend.name == "reference" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(results[0], results[1], **exact)

@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from effdet_fast import ops
+from tests.checks import with_gradients
 from tests.ops.every_op import calls_of_unknown_size, calls_without_gradient, differentiable_calls
 
 CALLS = differentiable_calls()
@@ -58,8 +59,7 @@ def test_dual_tensors(problem, requires_grad):
 
 def gradients_of(call):
     def gradients(*inputs):
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        return torch.autograd.grad(call(*leaves).square().sum(), leaves)
+        return with_gradients(lambda *x: call(*x).square(), inputs)[1:]
 
     return gradients
 

@@ -13,9 +13,9 @@ from effdet_fast.ops import (
     weighted_fusion,
     weighted_fusion_reference,
 )
+from tests.checks import ACTIVATIONS, DTYPES, all_equal, random_map, with_gradients
 from tests.ops.accuracy import assert_accurate, guarded
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 N, M, P = "none", "nearest", "max_pool"
 # resampling, sizes of the inputs, size of the output
 CASES = {
@@ -35,24 +35,15 @@ OPTIONS = [("fast", "silu"), ("softmax", None), ("sum", "relu6"), ("fast", "relu
 
 def make(case, channels, dtype, device="cpu", batch=2, channels_last=False, weights_dtype=torch.float32):
     resample, sizes, out = CASES[case]
-    xs = [torch.randn(batch, channels, *size, dtype=torch.float64).to(dtype).to(device) for size in sizes]
-    if channels_last:
-        xs = [x.to(memory_format=torch.channels_last) for x in xs]
+    xs = [random_map((batch, channels, *size), dtype, device, channels_last) for size in sizes]
     weights = torch.tensor([0.9, 1.3, -0.2, 0.4], dtype=weights_dtype, device=device)[: len(xs)]
-    grad = torch.randn(batch, channels, *out, dtype=torch.float64).to(dtype).to(device)
+    grad = random_map((batch, channels, *out), dtype, device)
     return xs, weights, grad, {"resample": resample, "size": out}
 
 
-def with_gradients(function, xs, weights, grad, **options) -> list[Tensor]:
-    """Result, gradients of the inputs, gradient of the weights (unless None)."""
-    leaves = [x.detach().requires_grad_() for x in (xs if weights is None else [*xs, weights])]
-    out = function(leaves[: len(xs)], leaves[len(xs)] if weights is not None else None, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
-
 def exact(xs, weights, grad, **options) -> list[Tensor]:
-    weights = None if weights is None else weights.double()
-    return with_gradients(weighted_fusion_reference, [x.double() for x in xs], weights, grad.double(), **options)
+    wide = [x.double() for x in xs], None if weights is None else weights.double()
+    return with_gradients(weighted_fusion_reference, wide, grad=grad.double(), **options)
 
 
 def eager(xs, weights, *, method, resample, size, activation, eps=1e-4):
@@ -71,7 +62,7 @@ def eager(xs, weights, *, method, resample, size, activation, eps=1e-4):
         out = torch.stack([x * w[i] / (w.sum() + eps) for i, x in enumerate(nodes)], -1)
     else:
         out = torch.stack(nodes, -1)
-    return {None: lambda x: x, "silu": F.silu, "relu": F.relu, "relu6": F.relu6}[activation](out.sum(-1))
+    return ACTIVATIONS[activation](out.sum(-1))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -86,8 +77,8 @@ def test_against_float64(backend, case, dtype, channels, channels_last):
         xs = [guarded(x, 3 if misaligned else 8) for x in xs]
         weights = None if method == "sum" else guarded(weights)
         options |= {"method": method, "activation": activation}
-        ours = with_gradients(weighted_fusion, xs, weights, grad, **options)
-        peer = with_gradients(eager, xs, weights, grad, **options)
+        ours = with_gradients(weighted_fusion, (xs, weights), grad=grad, **options)
+        peer = with_gradients(eager, (xs, weights), grad=grad, **options)
         # Every result is a sum of terms with both signs: of the size of the inputs (out), of the upstream gradients of a pixel's
         # children or windows (inputs), of all of them (weights).
         scales = [3.0, *[grad.abs().sum((2, 3), keepdim=True).double()] * len(xs), grad.abs().sum().double()]
@@ -124,7 +115,7 @@ def test_long_rows(native_backend, batch, channels, sizes, resample, channels_la
         xs = [x.to(memory_format=torch.channels_last) for x in xs]
     weights, grad = torch.rand(len(xs), device=native_backend.device), torch.randn_like(xs[0])
     options = {"resample": resample, "activation": activation}
-    ours = with_gradients(weighted_fusion, xs, weights, grad, **options)
+    ours = with_gradients(weighted_fusion, (xs, weights), grad=grad, **options)
     for mine, true in zip(ours, exact(xs, weights, grad, **options), strict=True):
         assert_accurate(mine, true, scale=grad.abs().sum((2, 3)).max().double())
 
@@ -133,7 +124,7 @@ def test_long_rows(native_backend, batch, channels, sizes, resample, channels_la
 def test_more_rows_or_columns_than_blocks(native_backend, shape):
     xs = [torch.randn(shape, device=native_backend.device) for _ in range(2)]
     weights, grad = torch.tensor([0.5, 2.0], device=native_backend.device), torch.randn_like(xs[0]) + 0.5
-    ours = with_gradients(weighted_fusion, xs, weights, grad)
+    ours = with_gradients(weighted_fusion, (xs, weights), grad=grad)
     for mine, true in zip(ours, exact(xs, weights, grad), strict=True):
         assert_accurate(mine, true, scale=grad.abs().max().double() if mine.dim() == 4 else grad.abs().sum().double())
 
@@ -167,8 +158,8 @@ def test_max_pool_is_the_peers(backend, kind, channels_last):
         x = x.to(backend.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         zeros = torch.zeros(2, 8, (h + 1) // 2, (w + 1) // 2, device=backend.device)
         grad = torch.randint(1, 50, zeros.shape, device=backend.device).float()  # sums of integers: exact in any order
-        out, grad_x, _ = with_gradients(weighted_fusion, [x, zeros], None, grad, method="sum", resample=(P, N))
-        expected, expected_grad = with_gradients(lambda xs, _: pool(xs[0]), [x], None, grad)
+        out, grad_x, _ = with_gradients(weighted_fusion, ([x, zeros], None), grad=grad, method="sum", resample=(P, N))
+        expected, expected_grad = with_gradients(pool, (x,), grad=grad)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(grad_x, expected_grad, rtol=0, atol=0)
 
@@ -176,7 +167,7 @@ def test_max_pool_is_the_peers(backend, kind, channels_last):
 def test_max_pool_of_minus_infinity(backend):
     x = torch.full((1, 1, 3, 3), -float("inf"), device=backend.device)
     zeros, grad = torch.zeros(1, 1, 2, 2, device=backend.device), torch.ones(1, 1, 2, 2, device=backend.device)
-    out, grad_x, _ = with_gradients(weighted_fusion, [x, zeros], None, grad, method="sum", resample=(P, N))
+    out, grad_x, _ = with_gradients(weighted_fusion, ([x, zeros], None), grad=grad, method="sum", resample=(P, N))
     assert torch.equal(out, torch.full_like(out, -float("inf")))
     assert grad_x.flatten().tolist() == [1, 1, 0, 1, 1, 0, 0, 0, 0]  # the first pixel of each window that is inside
 
@@ -184,7 +175,9 @@ def test_max_pool_of_minus_infinity(backend):
 def test_silu_is_right_to_the_last_digits_over_its_range(backend):
     x = torch.cat([torch.linspace(-87, 87, 20011), torch.tensor([-0.0, 1e-30, 1e30, float("inf"), float("nan")])])
     inputs = [v.view(1, 1, 1, -1).to(backend.device) for v in (x, torch.zeros_like(x))]
-    out, grad_x, _ = with_gradients(weighted_fusion, inputs, None, inputs[1] + 1, method="sum", activation="silu")
+    out, grad_x, _ = with_gradients(
+        weighted_fusion, (inputs, None), grad=inputs[1] + 1, method="sum", activation="silu"
+    )
     s = torch.sigmoid(x.double())
     finite = x.isfinite()
     for mine, true in ((out, x * s), (grad_x, s * (1 + x * (1 - s)))):
@@ -220,8 +213,8 @@ def test_equals_effdet(backend, weight_method, method, size, node):
             return combine(inputs)
         return torch.func.functional_call(combine, {"edge_weights": given}, (inputs,))
 
-    ours = with_gradients(weighted_fusion, xs, weights, grad, method=method, resample=resample)
-    for mine, other in zip(ours, with_gradients(theirs, xs, weights, grad), strict=True):
+    ours = with_gradients(weighted_fusion, (xs, weights), grad=grad, method=method, resample=resample)
+    for mine, other in zip(ours, with_gradients(theirs, (xs, weights), grad=grad), strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-5)
 
 
@@ -236,7 +229,7 @@ def test_weights_are_normalised_in_float32(backend):
 def test_negative_weights_have_no_part_and_no_gradient(backend):
     xs = [torch.randn(1, 4, 2, 2, device=backend.device) for _ in range(3)]
     weights = torch.tensor([-1.0, 2.0, 0.0], device=backend.device)
-    out, *grads, grad_weights = with_gradients(weighted_fusion, xs, weights, torch.ones_like(xs[0]))
+    out, *grads, grad_weights = with_gradients(weighted_fusion, (xs, weights), grad=torch.ones_like(xs[0]))
     torch.testing.assert_close(out, xs[1] * (2 / 2.0001))
     assert not grads[0].any() and not grads[2].any() and grad_weights[0] == 0 and grad_weights[2] == 0
 
@@ -266,9 +259,9 @@ def test_second_derivative(native_backend):
 def test_fast_normalized_fusion_is_the_fast_method(backend):
     xs, weights, grad, options = make("top down", 8, torch.float32, backend.device)
     options |= {"activation": "relu", "eps": 0.1}
-    ours = with_gradients(fast_normalized_fusion, xs, weights, grad, **options)
-    same = with_gradients(weighted_fusion, xs, weights, grad, **options)
-    reference = with_gradients(fast_normalized_fusion_reference, xs, weights, grad, **options)
-    for mine, other, third in zip(ours, same, reference, strict=True):
-        assert torch.equal(mine, other)
+    ours = with_gradients(fast_normalized_fusion, (xs, weights), grad=grad, **options)
+    same = with_gradients(weighted_fusion, (xs, weights), grad=grad, **options)
+    reference = with_gradients(fast_normalized_fusion_reference, (xs, weights), grad=grad, **options)
+    assert all_equal(ours, same)
+    for mine, third in zip(ours, reference, strict=True):
         torch.testing.assert_close(mine, third, rtol=1e-5, atol=1e-5)

@@ -5,8 +5,8 @@ import torch
 
 from effdet_fast.nn import WeightedFusion
 from effdet_fast.ops import fast_normalized_fusion, weighted_fusion, weighted_fusion_reference
-from tests.emulation.backend import emulated
-from tests.ops.test_fusion import CASES, make, with_gradients
+from tests.checks import all_equal, assert_same_in_any_order, assert_same_in_every_run, random_map, with_gradients
+from tests.ops.test_fusion import CASES, make
 
 LAST = torch.channels_last
 
@@ -16,10 +16,12 @@ def test_result_has_the_layout_of_the_first_input(backend):
     expected = weighted_fusion_reference(xs, weights, **options)
     last = [x.to(memory_format=LAST) for x in xs]
     for mixed, is_last in (([last[0], xs[1], xs[2]], True), ([xs[0], last[1], last[2]], False)):
-        results = with_gradients(weighted_fusion, mixed, weights, grad.to(memory_format=LAST), **options)
+        results = with_gradients(weighted_fusion, (mixed, weights), grad=grad.to(memory_format=LAST), **options)
         assert results[0].is_contiguous(memory_format=LAST if is_last else torch.contiguous_format)
         torch.testing.assert_close(results[0], expected)
-        for mine, other in zip(results, with_gradients(weighted_fusion, xs, weights, grad, **options), strict=True):
+        for mine, other in zip(
+            results, with_gradients(weighted_fusion, (xs, weights), grad=grad, **options), strict=True
+        ):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
@@ -45,9 +47,9 @@ def test_any_strides(backend):
     weights = torch.tensor([1.0, 0.5], device=backend.device, dtype=torch.float64)
     grad = big[:1, :1, :1, :1].expand(2, 8, 7, 9)
     for x in views:
-        ours = with_gradients(weighted_fusion, [x, views[0]], weights, grad, activation="silu")
+        ours = with_gradients(weighted_fusion, ([x, views[0]], weights), grad=grad, activation="silu")
         plain = with_gradients(
-            weighted_fusion, [x.contiguous(), views[0].contiguous()], weights, grad, activation="silu"
+            weighted_fusion, ([x.contiguous(), views[0].contiguous()], weights), grad=grad, activation="silu"
         )
         for mine, other in zip(ours, plain, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
@@ -59,7 +61,7 @@ def test_any_strides(backend):
 def test_gradients_only_where_wanted(native_backend, case, activation):
     xs, weights, grad, options = make(case, 8, torch.float32, native_backend.device)
     options["activation"] = activation
-    everything = with_gradients(weighted_fusion, xs, weights, grad, **options)[1:]
+    everything = with_gradients(weighted_fusion, (xs, weights), grad=grad, **options)[1:]
     for wanted in range(1, 2 ** (len(xs) + 1)):
         leaves = [x.detach().requires_grad_(bool(wanted >> i & 1)) for i, x in enumerate([*xs, weights])]
         out = weighted_fusion(leaves[:-1], leaves[-1], **options)
@@ -78,8 +80,7 @@ def test_second_backward_gives_the_same(native_backend):
     first = torch.autograd.grad(out, leaves, grad, retain_graph=True)
     doubled = torch.autograd.grad(out, leaves, 2 * grad, retain_graph=True)
     second = torch.autograd.grad(out, leaves, grad)
-    for a, b, c in zip(first, second, doubled, strict=True):
-        assert torch.equal(a, b) and torch.equal(2 * a, c)
+    assert all_equal(first, second) and all_equal([2 * a for a in first], doubled)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -87,31 +88,18 @@ def test_same_bits_every_time(native_backend, channels_last):
     small = native_backend.name == "emulated"
     size = 12 if small else 61
     sizes = [(size, size), (size // 2, size // 3), (2 * size, 2 * size - 1)]
-    xs = [torch.randn(2, 16, *s, device=native_backend.device) for s in sizes]
-    xs = [x.to(memory_format=LAST) for x in xs] if channels_last else xs
+    xs = [random_map((2, 16, *s), device=native_backend.device, channels_last=channels_last) for s in sizes]
     weights, grad = torch.tensor([1.0, 0.3, 0.7], device=native_backend.device), torch.randn_like(xs[0])
-    threads = torch.get_num_threads()
-    first = None
-    try:
-        for i in range(4 if small else 20):
-            torch.set_num_threads(1 + i % 2)
-            options = {"resample": ("none", "nearest", "max_pool"), "activation": "silu"}
-            results = with_gradients(weighted_fusion, xs, weights, grad, **options)
-            first = first or results
-            assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    options = {"resample": ("none", "nearest", "max_pool"), "activation": "silu"}
+    run = lambda: with_gradients(weighted_fusion, (xs, weights), grad=grad, **options)  # noqa: E731
+    assert_same_in_every_run(run, 4 if small else 20)
 
 
 @pytest.mark.parametrize("case", ["top down", "two sizes of nearest"])
 def test_any_order_of_threads(case):
     xs, weights, grad, options = make(case, 16, torch.float32, channels_last=True)
-    results = []
-    for seed in (1, 2, 3):
-        with emulated(thread_order_seed=seed):
-            results.append(with_gradients(weighted_fusion, xs, weights, grad, activation="silu", **options))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    options["activation"] = "silu"
+    assert_same_in_any_order(lambda: with_gradients(weighted_fusion, (xs, weights), grad=grad, **options))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -165,8 +153,8 @@ def test_compiles_without_a_break(device, case, channels_last):
 
     compiled = torch.compile(function, fullgraph=True)
     for mine, other in zip(
-        with_gradients(compiled, xs, weights, grad, **options),
-        with_gradients(function, xs, weights, grad, **options),
+        with_gradients(compiled, (xs, weights), grad=grad, **options),
+        with_gradients(function, (xs, weights), grad=grad, **options),
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
@@ -189,11 +177,11 @@ def test_autocast_promotes_to_the_widest(backend, dtype, half_input):
     halves = [x.to(dtype) for x in xs]
     xs[half_input] = halves[half_input]
     with torch.autocast(backend.device.type, dtype):
-        mixed = with_gradients(weighted_fusion, xs, weights, grad, activation="silu", **options)
+        mixed = with_gradients(weighted_fusion, (xs, weights), grad=grad, activation="silu", **options)
         assert weighted_fusion(halves, weights, **options).dtype == dtype
     assert [x.dtype for x in mixed] == [torch.float32, *[x.dtype for x in xs], torch.float32]
     assert mixed[0].is_contiguous(memory_format=LAST)
-    plain = with_gradients(weighted_fusion, [x.float() for x in xs], weights, grad, activation="silu", **options)
+    plain = with_gradients(weighted_fusion, ([x.float() for x in xs], weights), grad=grad, activation="silu", **options)
     assert torch.equal(mixed[0], plain[0])
     with pytest.raises(TypeError, match="weighted_fusion: inputs must have one dtype outside autocast, got "):
         weighted_fusion(xs, weights, **options)
@@ -201,8 +189,8 @@ def test_autocast_promotes_to_the_widest(backend, dtype, half_input):
 
 def test_weights_of_another_dtype(backend):
     xs, weights, grad, options = make("top down", 8, torch.bfloat16, backend.device)
-    results = with_gradients(weighted_fusion, xs, weights.bfloat16(), grad, **options)
-    expected = with_gradients(weighted_fusion, xs, weights.bfloat16().float(), grad, **options)
+    results = with_gradients(weighted_fusion, (xs, weights.bfloat16()), grad=grad, **options)
+    expected = with_gradients(weighted_fusion, (xs, weights.bfloat16().float()), grad=grad, **options)
     assert torch.equal(results[0], expected[0]) and torch.equal(results[-1], expected[-1].bfloat16())
 
 
@@ -215,7 +203,7 @@ def test_empty(backend, empty, case):
     xs = [torch.randn(batch, channels, *size, device=backend.device) for size in sizes]
     weights = torch.ones(len(xs), device=backend.device)
     grad = torch.zeros(batch, channels, 0 if empty == "size" else out[0], out[1], device=backend.device)
-    result, *grads = with_gradients(weighted_fusion, xs, weights, grad, resample=resample, activation="silu")
+    result, *grads = with_gradients(weighted_fusion, (xs, weights), grad=grad, resample=resample, activation="silu")
     assert result.shape == grad.shape and all(g.shape == x.shape for g, x in zip(grads, [*xs, weights], strict=True))
     assert not grads[-1].any()
 

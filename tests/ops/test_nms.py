@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from effdet_fast import ops
 from effdet_fast.ops import _library
+from tests.checks import DTYPES, assert_same_in_every_run
 from tests.conftest import enter
 from tests.emulation.backend import emulated
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -236,16 +236,7 @@ def test_any_order_of_the_threads(seed):
 def test_the_same_in_every_run_and_for_any_thread_count(native_backend):
     boxes, scores = random_boxes(600).to(native_backend.device), torch.rand(600).to(native_backend.device)
     idxs = torch.randint(0, 3, (600,))
-    first = ops.batched_nms(boxes, scores, idxs, 0.3)
-    for _ in range(20):
-        assert torch.equal(ops.batched_nms(boxes, scores, idxs, 0.3), first)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(ops.batched_nms(boxes, scores, idxs, 0.3), first)
-    finally:
-        torch.set_num_threads(before)
+    assert_same_in_every_run(lambda: ops.batched_nms(boxes, scores, idxs, 0.3))
 
 
 @given(data=st.data(), n=st.integers(0, 90), classes=st.integers(1, 4))
@@ -351,7 +342,6 @@ def test_other_devices_take_the_reference():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_more_boxes_than_a_whole_mask_would_allow():
     n = 150_000
     boxes, scores = random_boxes(n, extent=4000.0, size=40.0), torch.rand(n)

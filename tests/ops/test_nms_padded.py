@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from effdet_fast import ops
+from tests.checks import all_equal, assert_same_in_every_run, captured
 from tests.conftest import enter
 from tests.emulation.backend import emulated
 from tests.ops.test_nms import DTYPES, NAN, grid_boxes, peer_batched_nms, random_boxes
@@ -134,14 +135,7 @@ def test_any_order_of_the_threads(seed):
 
 def test_the_same_in_every_run_and_for_any_thread_count(native_backend):
     arguments = (*batch_of(native_backend, 3, 300), 0.4)
-    first = ops.batched_nms_padded(*arguments)
-    before = torch.get_num_threads()
-    try:
-        for run in range(20):
-            torch.set_num_threads(1 + run % 3)
-            assert all(map(torch.equal, ops.batched_nms_padded(*arguments), first))
-    finally:
-        torch.set_num_threads(before)
+    assert_same_in_every_run(lambda: ops.batched_nms_padded(*arguments))
 
 
 @given(
@@ -191,7 +185,7 @@ def test_compiled(device):
         )
         options = {"max_detections": 30, "score_threshold": 0.1}
         got = detect(boxes, scores, labels, 0.4, **options)
-        assert all(map(torch.equal, got, ops.batched_nms_padded(boxes, scores, labels, 0.4, **options)))
+        assert all_equal(got, ops.batched_nms_padded(boxes, scores, labels, 0.4, **options))
 
 
 def test_fake_tensors():
@@ -208,7 +202,7 @@ def test_autocast_takes_mixed_dtypes(native_backend, dtype):
     with torch.autocast(native_backend.device.type, dtype):
         got = ops.batched_nms_padded(boxes, scores.to(dtype), labels, 0.4)
     assert got.scores.dtype == torch.float32
-    assert all(map(torch.equal, got, ops.batched_nms_padded(boxes, scores.to(dtype).float(), labels, 0.4)))
+    assert all_equal(got, ops.batched_nms_padded(boxes, scores.to(dtype).float(), labels, 0.4))
 
 
 def test_inputs_that_require_a_gradient(backend):
@@ -249,16 +243,7 @@ def test_never_waits_and_can_be_captured():
     boxes, scores, labels = (
         x.cuda() for x in (random_boxes(4, 900), torch.rand(4, 900), torch.randint(0, 5, (4, 900)))
     )
-    ops.batched_nms_padded(boxes, scores, labels, 0.5)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.batched_nms_padded(boxes, scores, labels, 0.5)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ops.batched_nms_padded(boxes, scores, labels, 0.5)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: ops.batched_nms_padded(boxes, scores, labels, 0.5))
     scores.copy_(torch.rand(4, 900))
     graph.replay()
-    assert all(map(torch.equal, captured, ops.batched_nms_padded(boxes, scores, labels, 0.5)))
+    assert all_equal(found, ops.batched_nms_padded(boxes, scores, labels, 0.5))

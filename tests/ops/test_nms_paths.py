@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from effdet_fast import ops
+from tests.checks import DTYPES, all_equal, captured
 from tests.emulation.backend import emulated
 from tests.ops import test_nms, test_nms_padded
 from tests.ops.test_nms import NAN, SPECIAL_VALUES, grid_boxes, random_boxes
@@ -65,7 +66,7 @@ def test_nan_scores(backend, classes):
             assert got.scores[0, 0].isnan() == (score_threshold is None)
 
 
-@pytest.mark.parametrize("dtype", test_nms.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_views_and_dtypes_of_a_chain(backend, dtype):
     source, (scores, labels) = grid_boxes(CHAIN).to(backend.device, dtype), scored(backend, CHAIN, classes=5)
     misaligned = torch.full((4 * CHAIN + 5,), NAN, device=backend.device, dtype=dtype)[1:-4].view(CHAIN, 4)
@@ -113,7 +114,7 @@ def test_by_class_compiled(device):
     )
     options = {"max_detections": CHAIN, "score_threshold": 0.1}
     expected = ops.batched_nms_padded(boxes, scores, labels, 0.4, **options)
-    assert all(map(torch.equal, detect(boxes, scores, labels, 0.4, **options), expected))
+    assert all_equal(detect(boxes, scores, labels, 0.4, **options), expected)
 
 
 PEAK = Path("/proc/self/clear_refs")
@@ -135,21 +136,12 @@ def test_a_hundred_thousand_boxes_need_no_mask_of_all_pairs():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_by_class_never_waits_and_can_be_captured():
     boxes, scores, labels = (
         x.cuda() for x in (random_boxes(4, 3000), torch.rand(4, 3000), torch.randint(0, 5, (4, 3000)))
     )
     options = {"max_detections": 2000, "score_threshold": 0.1}
-    ops.batched_nms_padded(boxes, scores, labels, 0.5, **options)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ops.batched_nms_padded(boxes, scores, labels, 0.5, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: ops.batched_nms_padded(boxes, scores, labels, 0.5, **options))
     scores.copy_(torch.rand(4, 3000))
     graph.replay()
-    assert all(map(torch.equal, captured, ops.batched_nms_padded(boxes, scores, labels, 0.5, **options)))
+    assert all_equal(found, ops.batched_nms_padded(boxes, scores, labels, 0.5, **options))

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from effdet_fast import ops
 from effdet_fast._choices import NMS_METHODS
+from tests.checks import DTYPES, all_equal, assert_same_in_every_run, captured
 from tests.conftest import enter
 from tests.emulation.backend import emulated
-from tests.ops.test_nms import DTYPES, INF, NAN, grid_boxes, random_boxes
+from tests.ops.test_nms import INF, NAN, grid_boxes, random_boxes
 
 METHODS = ["gaussian", "linear"]
 LARGE = 1e9  # no box in these tests has such a score
@@ -89,7 +90,7 @@ def test_linear_equals_the_formula_to_the_bit(native_backend, iou_threshold):
     options = {"method": "linear", "iou_threshold": iou_threshold, "score_threshold": 0.01}
     expected = ops.soft_nms_reference(boxes, scores, idxs, **options)
     assert (expected[1] < scores[expected[0]]).any() == (iou_threshold < 1) and len(expected[0]) > 50
-    assert all(map(torch.equal, ops.soft_nms(boxes, scores, idxs, **options), expected))
+    assert all_equal(ops.soft_nms(boxes, scores, idxs, **options), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -209,7 +210,7 @@ def test_views(backend, dtype):
     misaligned = torch.full((4 * n + 5,), NAN, device=backend.device, dtype=dtype)[1:-4].view(n, 4).copy_(source)
     strided_scores = torch.full((n, 3), NAN, device=backend.device, dtype=dtype)[:, 1].copy_(scores)
     for boxes in (sliced, transposed, misaligned):
-        assert all(map(torch.equal, ops.soft_nms(boxes, strided_scores), expected))
+        assert all_equal(ops.soft_nms(boxes, strided_scores), expected)
 
 
 def test_more_boxes_than_shared_memory_holds(native_backend):
@@ -236,16 +237,8 @@ def test_the_same_in_every_run_and_for_any_thread_count(native_backend):
         torch.rand(3, 100).to(native_backend.device),
     )
     arguments = (boxes, scores, torch.randint(0, 3, (3, 100)), 0.4)
-    first = ops.batched_nms_padded(*arguments, method="gaussian", max_detections=30)
-    before = torch.get_num_threads()
-    try:
-        for run in range(20):
-            torch.set_num_threads(1 + run % 3)
-            assert all(
-                map(torch.equal, ops.batched_nms_padded(*arguments, method="gaussian", max_detections=30), first)
-            )
-    finally:
-        torch.set_num_threads(before)
+    options = {"method": "gaussian", "max_detections": 30}
+    assert_same_in_every_run(lambda: ops.batched_nms_padded(*arguments, **options))
 
 
 @given(
@@ -273,7 +266,7 @@ def test_random_grids_equal_the_formula(name, data, n, classes, iou_threshold):
     next(backend)
     got = ops.soft_nms(boxes, scores, idxs, **options)
     assert next(backend, None) is None
-    assert all(map(torch.equal, got, expected))
+    assert all_equal(got, expected)
 
 
 def test_raw_op(device):
@@ -301,16 +294,12 @@ def test_compiled(device):
     boxes, scores, labels = (x.to(device) for x in (grid_boxes(2, 50), torch.rand(2, 50), torch.randint(0, 3, (2, 50))))
     padded = torch.compile(ops.batched_nms_padded, fullgraph=True)
     options = {"method": "gaussian", "max_detections": 30, "score_threshold": 0.1}
-    assert all(
-        map(
-            torch.equal,
-            padded(boxes, scores, labels, 0.4, **options),
-            ops.batched_nms_padded(boxes, scores, labels, 0.4, **options),
-        )
+    assert all_equal(
+        padded(boxes, scores, labels, 0.4, **options), ops.batched_nms_padded(boxes, scores, labels, 0.4, **options)
     )
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         single = torch.compile(ops.soft_nms, fullgraph=True, backend="aot_eager")
-        assert all(map(torch.equal, single(boxes[0], scores[0]), ops.soft_nms(boxes[0], scores[0])))
+        assert all_equal(single(boxes[0], scores[0]), ops.soft_nms(boxes[0], scores[0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -318,7 +307,7 @@ def test_autocast_takes_mixed_dtypes(native_backend, dtype):
     boxes, scores = grid_boxes(50).to(native_backend.device), torch.rand(50).to(native_backend.device, dtype)
     with torch.autocast(native_backend.device.type, dtype):
         got = ops.soft_nms(boxes, scores)
-    assert got[1].dtype == torch.float32 and all(map(torch.equal, got, ops.soft_nms(boxes, scores.float())))
+    assert got[1].dtype == torch.float32 and all_equal(got, ops.soft_nms(boxes, scores.float()))
 
 
 def test_inputs_that_require_a_gradient(backend):
@@ -362,20 +351,11 @@ def test_errors_of_the_padded_form():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_padded_form_never_waits_and_can_be_captured():
     boxes, scores, labels = (
         x.cuda() for x in (random_boxes(4, 900), torch.rand(4, 900), torch.randint(0, 5, (4, 900)))
     )
-    ops.batched_nms_padded(boxes, scores, labels, 0.5, method="gaussian")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = ops.batched_nms_padded(boxes, scores, labels, 0.5, method="gaussian")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph, found = captured(lambda: ops.batched_nms_padded(boxes, scores, labels, 0.5, method="gaussian"))
     scores.copy_(torch.rand(4, 900))
     graph.replay()
-    assert all(map(torch.equal, captured, ops.batched_nms_padded(boxes, scores, labels, 0.5, method="gaussian")))
+    assert all_equal(found, ops.batched_nms_padded(boxes, scores, labels, 0.5, method="gaussian"))

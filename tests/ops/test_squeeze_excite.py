@@ -6,21 +6,27 @@ import torch.nn.functional as F
 
 from effdet_fast.nn import SqueezeExcite
 from effdet_fast.ops import squeeze_excite, squeeze_excite_reference
-from tests.emulation.backend import emulated
-from tests.ops.accuracy import assert_accurate, guarded
+from tests.checks import (
+    ACTIVATIONS,
+    DTYPES,
+    LAYOUTS,
+    all_equal,
+    assert_same_in_any_order,
+    assert_same_in_every_run,
+    random_map,
+    with_gradients,
+)
+from tests.ops.accuracy import assert_layer_accurate, guarded
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "relu6": F.relu6}
+GATES = [name for name in ACTIVATIONS if name]
 # One pixel, one channel, fewer channels than lanes, channels that fill vectors or not, more than one block is wide.
 SHAPES = [(7, 3, 1, 1), (2, 1, 5, 7), (1, 16, 2, 2), (2, 24, 13, 5), (2, 130, 3, 5), (1, 264, 2, 3)]
-LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def make(shape, dtype, device, layout="nchw"):
     """x, the gradient of y, and the four parameters, in float32 for half precision."""
     channels, squeezed = shape[1], max(1, shape[1] // 4)
-    x, grad = torch.randn(shape, dtype=torch.float64) + 0.5, torch.randn(shape, dtype=torch.float64)
-    x, grad = (t.to(dtype).contiguous(memory_format=LAYOUTS[layout]).to(device) for t in (x, grad))
+    x, grad = (random_map(shape, dtype, device, layout == "nhwc", mean) for mean in (0.5, 0.0))
     weights = [
         torch.randn(squeezed, channels, 1, 1, dtype=torch.float64) / max(channels, 1) ** 0.5,
         torch.randn(squeezed, dtype=torch.float64),
@@ -31,16 +37,9 @@ def make(shape, dtype, device, layout="nchw"):
     return x, grad, *(t.to(parameters).to(device) for t in weights)
 
 
-def with_gradients(function, x, grad, *weights, activation="silu"):
-    """Output, and gradients of x and the parameters."""
-    leaves = [t.detach().requires_grad_() for t in (x, *weights)]
-    y = function(*leaves, activation=activation)
-    return y.detach(), *torch.autograd.grad(y, leaves, grad.to(y.dtype))
-
-
 def exact(x, grad, *weights, activation="silu"):
-    wide = [t.double() for t in weights]
-    return with_gradients(squeeze_excite_reference, x.double(), grad, *wide, activation=activation)
+    wide = [t.double() for t in (x, *weights)]
+    return with_gradients(squeeze_excite_reference, wide, grad=grad, activation=activation)
 
 
 def pytorch(x, reduce_weight, reduce_bias, expand_weight, expand_bias, activation="silu"):
@@ -50,25 +49,15 @@ def pytorch(x, reduce_weight, reduce_bias, expand_weight, expand_bias, activatio
     return x * F.conv2d(reduced, *weights[2:]).sigmoid()
 
 
-def check(results, expected, peer, x, grad):
-    """The terms of the gradients cancel: their scale is that of the terms."""
-    peer = peer or (None, None)
-    values = x.numel() / max(x.shape[1], 1)
-    assert_accurate(results[0], expected[0], peer[0], scale=1.0)
-    assert_accurate(results[1], expected[1], peer[1], scale=4 * max(float(grad.abs().max()), 1.0))
-    for mine, wanted in zip(results[2:], expected[2:], strict=True):
-        assert_accurate(mine, wanted, scale=4 * values**0.5)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_against_float64(backend, dtype, shape, layout):
-    for activation in ACTIVATIONS if shape == (2, 24, 13, 5) else ("silu",):
+    for activation in GATES if shape == (2, 24, 13, 5) else ("silu",):
         x, grad, *weights = make(shape, dtype, backend.device, layout)
-        results = with_gradients(squeeze_excite, guarded(x), guarded(grad), *weights, activation=activation)
-        peer = with_gradients(pytorch, x, grad, *weights, activation=activation)
-        check(results, exact(x, grad, *weights, activation=activation), peer, x, grad)
+        results = with_gradients(squeeze_excite, (guarded(x), *weights), grad=guarded(grad), activation=activation)
+        peer = with_gradients(pytorch, (x, *weights), grad=grad, activation=activation)
+        assert_layer_accurate(results, exact(x, grad, *weights, activation=activation), peer, x, grad, scale=1.0)
         assert results[0].dtype == results[1].dtype == dtype
         if backend.name != "reference":
             assert results[0].stride() == results[1].stride() == x.stride()
@@ -79,8 +68,8 @@ def test_aligned_channels_fill_vectors(native_backend, dtype):
     """The test above reads misaligned views; here 16-byte accesses."""
     for layout in LAYOUTS:
         x, grad, *weights = make((2, 24, 4, 6), dtype, native_backend.device, layout)
-        results, peer = (with_gradients(f, x, grad, *weights) for f in (squeeze_excite, pytorch))
-        check(results, exact(x, grad, *weights), peer, x, grad)
+        results, peer = (with_gradients(f, (x, *weights), grad=grad) for f in (squeeze_excite, pytorch))
+        assert_layer_accurate(results, exact(x, grad, *weights), peer, x, grad, scale=1.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,14 +77,14 @@ def test_aligned_channels_fill_vectors(native_backend, dtype):
 def test_rows_of_several_parts(native_backend, layout, channels):
     size = (190, 200) if native_backend.name == "cpu" else (50, 45) if layout == "nchw" else (39, 40)
     x, grad, *weights = make((2, channels, *size), torch.float32, native_backend.device, layout)
-    results = with_gradients(squeeze_excite, x, grad, *weights)
-    check(results, exact(x, grad, *weights), None, x, grad)
+    results = with_gradients(squeeze_excite, (x, *weights), grad=grad)
+    assert_layer_accurate(results, exact(x, grad, *weights), None, x, grad, scale=1.0)
 
 
 def test_matrices_of_several_threads_and_blocks(native_backend):
     x, grad, *weights = make((9, 300, 1, 2), torch.float32, native_backend.device)
-    results = with_gradients(squeeze_excite, x, grad, *weights)
-    check(results, exact(x, grad, *weights), None, x, grad)
+    results = with_gradients(squeeze_excite, (x, *weights), grad=grad)
+    assert_layer_accurate(results, exact(x, grad, *weights), None, x, grad, scale=1.0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -108,11 +97,11 @@ def test_means_of_five_million_pixels(layout, dtype):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", GATES)
 def test_equals_pytorch(backend, layout, activation):
     x, grad, *weights = make((3, 10, 6, 7), torch.float32, backend.device, layout)
-    ours = with_gradients(squeeze_excite, x, grad, *weights, activation=activation)
-    theirs = with_gradients(pytorch, x, grad, *weights, activation=activation)
+    ours = with_gradients(squeeze_excite, (x, *weights), grad=grad, activation=activation)
+    theirs = with_gradients(pytorch, (x, *weights), grad=grad, activation=activation)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
@@ -120,7 +109,7 @@ def test_equals_pytorch(backend, layout, activation):
 def test_empty(backend):
     for shape in ((0, 3, 4, 5), (2, 0, 4, 5)):
         x, grad, *weights = make(shape, torch.float32, backend.device)
-        results = with_gradients(squeeze_excite, x, grad, *weights)
+        results = with_gradients(squeeze_excite, (x, *weights), grad=grad)
         assert results[0].shape == results[1].shape == x.shape
         assert not any(gradient.any() for gradient in results[2:])
 
@@ -129,7 +118,7 @@ def test_squeezed_to_nothing(backend):
     """The gate is the bias of the expansion."""
     x, grad, *_, bias = make((2, 8, 3, 4), torch.float32, backend.device)
     weights = x.new_zeros(0, 8, 1, 1), x.new_zeros(0), x.new_zeros(8, 0, 1, 1), bias
-    y, grad_x, *_, grad_bias = with_gradients(squeeze_excite, x, grad, *weights)
+    y, grad_x, *_, grad_bias = with_gradients(squeeze_excite, (x, *weights), grad=grad)
     gate = bias.sigmoid()[:, None, None]
     torch.testing.assert_close(y, x * gate)
     torch.testing.assert_close(grad_x, grad * gate)
@@ -141,7 +130,7 @@ def test_without_biases(backend):
     zeros = torch.zeros(2, device=x.device), torch.zeros(8, device=x.device)
     leaf = x.detach().requires_grad_()
     y = squeeze_excite(leaf, reduce, None, expand, None)
-    expected = with_gradients(pytorch, x, grad, reduce, zeros[0], expand, zeros[1])
+    expected = with_gradients(pytorch, (x, reduce, zeros[0], expand, zeros[1]), grad=grad)
     torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(y, leaf, grad)[0], expected[1], rtol=1e-5, atol=1e-5)
 
@@ -163,7 +152,7 @@ def test_second_derivative(native_backend):
 @pytest.mark.parametrize("wanted", range(5))
 def test_only_the_gradients_wanted(native_backend, wanted):
     x, grad, *weights = make((2, 8, 4, 5), torch.float32, native_backend.device)
-    whole = with_gradients(squeeze_excite, x, grad, *weights)[1:]
+    whole = with_gradients(squeeze_excite, (x, *weights), grad=grad)[1:]
     leaves = [t.detach().requires_grad_(i == wanted) for i, t in enumerate((x, *weights))]
     squeeze_excite(*leaves).backward(grad)
     for i, (leaf, expected) in enumerate(zip(leaves, whole, strict=True)):
@@ -185,33 +174,22 @@ def test_same_bits_every_time(native_backend, layout, channels):
     """Also with another number of threads."""
     shape = (2, channels, 12, 11) if native_backend.name == "emulated" else (2, channels, 120, 110)
     x, grad, *weights = make(shape, torch.float32, native_backend.device, layout)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for i in range(3 if native_backend.name == "emulated" else 20):
-            torch.set_num_threads(1 + i % 2)
-            results.append(with_gradients(squeeze_excite, x, grad, *weights))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(first, other) for result in results for first, other in zip(results[0], result, strict=True))
+    repeats = 3 if native_backend.name == "emulated" else 20
+    assert_same_in_every_run(lambda: with_gradients(squeeze_excite, (x, *weights), grad=grad), repeats)
 
 
 @pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_order_of_the_threads_does_not_matter(seed, layout):
     x, grad, *weights = make((2, 40, 20, 14), torch.float32, "cpu", layout)
-    results = []
-    for order in (1, seed):
-        with emulated(thread_order_seed=order):
-            results.append(with_gradients(squeeze_excite, x, grad, *weights))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same_in_any_order(lambda: with_gradients(squeeze_excite, (x, *weights), grad=grad), (1, seed))
 
 
 def test_strided_parameters_give_the_same(native_backend):
     x, grad, *weights = make((2, 8, 3, 4), torch.float32, native_backend.device)
     strided = [torch.stack([t, t], dim=-1)[..., 0] for t in weights]
     assert not any(t.is_contiguous() for t in strided)
-    for mine, expected in zip(*(with_gradients(squeeze_excite, x, grad, *w) for w in (strided, weights)), strict=True):
-        assert torch.equal(mine, expected)
+    assert all_equal(*(with_gradients(squeeze_excite, (x, *w), grad=grad) for w in (strided, weights)))
 
 
 def test_strided_input_gives_the_same(backend):
@@ -224,13 +202,13 @@ def test_strided_input_gives_the_same(backend):
         lambda t: t[:, 6:].flip(3),
         lambda t: t.to(memory_format=torch.channels_last)[:, 3:9],
     ):
-        mine = with_gradients(squeeze_excite, view(x), view(grad), *weights)
-        expected = with_gradients(squeeze_excite, view(x).clone(), view(grad).clone(), *weights)
+        mine = with_gradients(squeeze_excite, (view(x), *weights), grad=view(grad))
+        expected = with_gradients(squeeze_excite, (view(x).clone(), *weights), grad=view(grad).clone())
         for a, b in zip(mine, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     x = x[:, :6].contiguous()
     ours, theirs = (
-        with_gradients(f, x, grad[:1, :1, :1, :1].expand_as(x), *weights) for f in (squeeze_excite, pytorch)
+        with_gradients(f, (x, *weights), grad=grad[:1, :1, :1, :1].expand_as(x)) for f in (squeeze_excite, pytorch)
     )
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-5, atol=1e-5)
 
@@ -245,7 +223,7 @@ def test_nan_stays_in_its_image(backend):
 def test_gates_far_out_are_open_or_shut(backend):
     x, grad, reduce, reduce_bias, expand, _ = make((2, 8, 4, 4), torch.float32, backend.device)
     bias = torch.tensor([200.0, -200.0] * 4, device=x.device)
-    y, grad_x, *rest = with_gradients(squeeze_excite, x, grad, reduce, reduce_bias, expand, bias)
+    y, grad_x, *rest = with_gradients(squeeze_excite, (x, reduce, reduce_bias, expand, bias), grad=grad)
     assert torch.equal(y[:, ::2], x[:, ::2]) and torch.equal(grad_x[:, ::2], grad[:, ::2])
     assert y[:, 1::2].abs().max() < 1e-30 and all(t.isfinite().all() for t in (grad_x, *rest))
 
@@ -263,7 +241,7 @@ def test_autocast(backend, dtype, given):
     if backend.name != "reference":  # whose backward is PyTorch's
         with torch.autocast(backend.device.type, dtype):
             inside = torch.autograd.grad(y, leaves, grad.to(dtype))
-        assert all(torch.equal(a, b) for a, b in zip(results[1:], inside, strict=True))
+        assert all_equal(results[1:], inside)
     assert [r.dtype for r in results] == [dtype, x.dtype, *(torch.float32,) * 4]
     expected = exact(x.to(dtype), grad.to(dtype), *weights)
     eps = torch.finfo(dtype).eps
@@ -277,7 +255,7 @@ def test_autocast(backend, dtype, given):
 def test_parameters_in_half_precision(backend, dtype):
     x, grad, *weights = make((2, 8, 5, 5), dtype, backend.device)
     weights = [t.to(dtype) for t in weights]
-    results = with_gradients(squeeze_excite, x, grad, *weights)
+    results = with_gradients(squeeze_excite, (x, *weights), grad=grad)
     assert all(r.dtype == dtype for r in results)
     for mine, wanted in zip(results, exact(x, grad, *weights), strict=True):
         torch.testing.assert_close(mine.double(), wanted, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
@@ -300,7 +278,7 @@ def test_compiles_without_a_break(device):
     compiled = torch.compile(squeeze_excite, fullgraph=True)
     for layout in LAYOUTS:
         x, grad, *weights = make((2, 8, 5, 6), torch.float32, device, layout)
-        ours, eager = (with_gradients(f, x, grad, *weights) for f in (compiled, squeeze_excite))
+        ours, eager = (with_gradients(f, (x, *weights), grad=grad) for f in (compiled, squeeze_excite))
         for mine, other in zip(ours, eager, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
             assert mine.stride() == other.stride()

@@ -13,6 +13,7 @@ from effdet_fast import ops
 from effdet_fast.data.batch import normalize
 from effdet_fast.models.anchors import AnchorCache
 from effdet_fast.models.model_table import CONFIGS
+from tests.checks import with_gradients
 from tests.ops.every_op import calls_without_gradient, differentiable_calls
 
 CALLS = {**differentiable_calls(), **calls_without_gradient()}
@@ -23,17 +24,15 @@ def clones(name):
     return call, [t.clone() for t in (*call.differentiable, *call.others)]
 
 
-def with_gradients(name):
-    """The call's function and, where it has any, the gradients of its result."""
+def traced(name):
+    """The call's function; of one that has gradients, the square of its result and that one's gradients."""
     call = CALLS[name]
     count = len(call.differentiable)
 
     def function(*tensors):
         if not count:
             return call.function(*tensors)
-        leaves = [t.detach().requires_grad_() for t in tensors[:count]]
-        y = call.function(*leaves, *tensors[count:])
-        return y, *torch.autograd.grad(y.square().sum(), leaves)
+        return with_gradients(lambda *t: call.function(*t).square(), tensors[:count], *tensors[count:])
 
     return function
 
@@ -42,10 +41,10 @@ def with_gradients(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_make_fx(name, mode):
     tensors = clones(name)[1]
-    graph = make_fx(with_gradients(name), tracing_mode=mode)(*tensors)
+    graph = make_fx(traced(name), tracing_mode=mode)(*tensors)
     assert "effdet_fast" in graph.code
     for got, expected in zip(
-        tree_leaves(graph(*clones(name)[1])), tree_leaves(with_gradients(name)(*clones(name)[1])), strict=True
+        tree_leaves(graph(*clones(name)[1])), tree_leaves(traced(name)(*clones(name)[1])), strict=True
     ):
         torch.testing.assert_close(got, expected)
 
@@ -53,11 +52,11 @@ def test_make_fx(name, mode):
 @pytest.mark.parametrize("how", ["fixed", "symbols", "reference"])
 @pytest.mark.parametrize("name", CALLS)
 def test_fake_tensor_mode(name, how):
-    expected = tree_leaves(with_gradients(name)(*clones(name)[1]))
+    expected = tree_leaves(traced(name)(*clones(name)[1]))
     mode = FakeTensorMode(shape_env=ShapeEnv() if how == "symbols" else None)
     fakes = [mode.from_tensor(t) for t in clones(name)[1]]
     with mode, ops.use_reference() if how == "reference" else nullcontext():
-        found = tree_leaves(with_gradients(name)(*fakes))
+        found = tree_leaves(traced(name)(*fakes))
     for fake, real in zip(found, expected, strict=True):
         assert fake.dtype == real.dtype and fake.fake_mode is mode
         assert [int(size) for size in fake.shape] == list(real.shape)

@@ -17,6 +17,7 @@ from effdet_fast.training import GraphedStep, ModelEma, TrainingStep, graphed_st
 from effdet_fast.training.graphed_step import MOST_CHANGES, WARMUP_STEPS, StaticBatch
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate, why_not_capturable
 from effdet_fast.training.seeding import seed_step
+from tests.checks import all_equal
 from tests.generated_data import random_objects
 from tests.training.test_step import SIZE, batches, real, tiny
 
@@ -59,7 +60,7 @@ def twins(build, name, **options):
 def assert_same(a, b):
     for part in ("detector", "ema"):
         left, right = getattr(a, part).state_dict(), getattr(b, part).state_dict()
-        assert all(torch.equal(left[key], value) for key, value in right.items())
+        assert all_equal(left, right)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_replayed_steps_are_the_plain_ones(build, name, amp):
     assert replayed.fallback_reason is None
     assert (replayed.captures, replayed.replays) == (2, 2 + 3)  # steps 3, 4 and 8, 9, 10
     for i, (actual, wanted) in enumerate(kept):  # read only now: a replay leaves earlier losses alone
-        assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), i
+        assert all_equal(actual, wanted), i
     assert_same(replayed, plain)
 
 
@@ -105,7 +106,7 @@ def test_without_a_gpu_one_warning_says_so_and_steps_are_eager(amp):
             for step in (graphed, plain):
                 torch.manual_seed(i)
                 results.append(step(*batch))
-            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            assert all_equal(*results)
     assert isinstance(optimizers[0].param_groups[0]["lr"], float)
     for a, b in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(a, b)
@@ -124,7 +125,7 @@ def test_padding_changes_no_bit_of_the_loss(objects, rows):
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     outputs = model(images)
     expected, actual = model.loss(outputs, boxes, labels), model.loss(outputs, batch.gt_boxes, batch.gt_labels)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    assert all_equal(actual, expected)
 
 
 def run(step, count):

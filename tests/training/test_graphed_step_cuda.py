@@ -12,7 +12,9 @@ from effdet_fast.training import GraphedStep, ModelEma, TrainingStep, train
 from effdet_fast.training.graphed_step import WARMUP_STEPS
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate
 from effdet_fast.training.seeding import algorithm_choice, seed_step
+from tests.checks import all_equal
 from tests.generated_data import make_dataset
+from tests.training.test_graphed_step import assert_same
 from tests.training.test_step import batches, real, tiny
 
 pytestmark = [
@@ -51,12 +53,6 @@ def take(step, objects=OBJECTS, size=None):
     return losses
 
 
-def assert_same(a, b):
-    for part in ("detector", "ema"):
-        left, right = getattr(a, part).state_dict(), getattr(b, part).state_dict()
-        assert all(torch.equal(left[key], value) for key, value in right.items())
-
-
 def told(caught):
     return sum("without a CUDA graph" in str(warning.message) for warning in caught)
 
@@ -72,7 +68,7 @@ def test_replays_are_the_eager_steps(build, amp, optimizer):
     assert graphed.fallback_reason is None and graphed._captured is not None
     assert graphed._captured.batch.gt_labels.shape[1] == 16
     for i, (actual, wanted) in enumerate(zip(*results, strict=True)):
-        assert all(torch.equal(a, b) for a, b in zip(actual, wanted, strict=True)), i
+        assert all_equal(actual, wanted), i
     assert_same(graphed, eager)
 
 
@@ -107,7 +103,7 @@ def test_a_step_that_waits_falls_back():
     with pytest.warns(UserWarning, match="the step waits for the GPU") as caught:
         results = take(graphed), take(eager)
     assert told(caught) == 1 and graphed._captured is None
-    assert all(torch.equal(a, b) for pair in zip(*results, strict=True) for a, b in zip(*pair, strict=True))
+    assert all_equal(*results)
     assert_same(graphed, eager)
 
 
@@ -122,7 +118,7 @@ def test_a_capture_that_fails_falls_back():
     with pytest.warns(UserWarning, match=r"its capture failed \(RuntimeError: not in a graph\)") as caught:
         results = take(graphed), take(eager)
     assert told(caught) == 1
-    assert all(torch.equal(a, b) for pair in zip(*results, strict=True) for a, b in zip(*pair, strict=True))
+    assert all_equal(*results)
     assert_same(graphed, eager)
 
 
@@ -167,4 +163,4 @@ def test_a_run_with_a_graph_is_the_run_without(tmp_path, workers):
     for key in ("model", "sums"):
         left, right = a["training"][key], b["training"][key]
         assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(right[name])) for name, value in left.items())
-    assert all(torch.equal(value, b["state_dict"][name]) for name, value in a["state_dict"].items())
+    assert all_equal(a["state_dict"], b["state_dict"])

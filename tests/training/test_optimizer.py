@@ -14,6 +14,7 @@ from effdet_fast.training.optimizer import (
     set_learning_rate,
     set_skip_flag,
 )
+from tests.checks import all_equal
 
 
 class Small(nn.Module):
@@ -118,7 +119,7 @@ def test_a_learning_rate_on_the_device_gives_the_same_bits(name):
             optimizer.zero_grad()
             model(x).backward()
             optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), held.parameters(), strict=True))
+    assert all_equal(plain.parameters(), held.parameters())
 
 
 def test_learning_rates_stay_where_they_are_whatever_is_put_in_their_place():
