@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from effdet_fast.diagnostics import SELF_TESTS
+from effdet_fast.self_tests import SELF_TESTS, TOLERANCE
 from tests.emulation.backend import emulated
 
 
@@ -20,7 +20,7 @@ def main(library: str, *names: str) -> int:
         print(error)
         return 1
     print(errors)
-    return int(not all(error <= 1e-4 for error in errors.values()))
+    return int(not all(error <= TOLERANCE for error in errors.values()))
 
 
 if __name__ == "__main__":

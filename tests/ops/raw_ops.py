@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tests.ops.strange_arguments import GUARD, dense_strides, describe, mutated, place
-from tests.ops.valid_calls import Call, Valid
+from tests.ops.valid_calls import RawCall, valid_calls
 
 
 def is_ordinary(x: Tensor) -> bool:
@@ -100,13 +100,13 @@ def check_call(op: torch._ops.OpOverload, arguments: tuple) -> bool:
 def run(cases: int, seed: int, dtypes: list[torch.dtype]) -> dict[str, list[int]]:
     """For each operator how many calls it took and how many it refused."""
     counts: dict[str, list[int]] = {}
-    by_op: dict[str, list[Call]] = {}
+    by_op: dict[str, list[RawCall]] = {}
     for case in range(cases):
         rng = random.Random(f"{seed} {case}")
         if case % 200 == 0:
             torch.manual_seed(seed + case)
             by_op.clear()
-            for op, arguments in Valid(rng, dtypes).record():
+            for op, arguments in valid_calls(rng, dtypes):
                 if not check_call(op, arguments):
                     raise Wrong(f"{op}: a valid call was refused")
                 by_op.setdefault(str(op), []).append((op, arguments))
