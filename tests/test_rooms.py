@@ -38,6 +38,8 @@ LAYERS = [
     ["_libraries"],
     ["_build_info", "_choices", "device", "files", "version", "checkpoints"],
 ]
+FOLDERS = ("effdet_fast", "csrc", "tests", "benchmarks", "examples")
+SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -116,3 +118,11 @@ def test_kernels_see_no_tensor_library():
             includes = [line for line in path.read_text().splitlines() if line.startswith("#include <torch/")]
             offending += [f"{path.name}: {line}" for line in includes if "<torch/headeronly/" not in line]
     assert not offending
+
+
+def test_no_file_is_too_long_to_be_read_at_once():
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "ARCHITECTURE.md"]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in [*sources, *pages]}
+    assert len(lengths) > 300
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

@@ -5,9 +5,9 @@ import torch
 
 from effdet_fast import ops
 from effdet_fast.ops import _arguments, detection_loss, match_anchors, match_anchors_reference
-from tests.checks import all_equal
+from tests.checks import DTYPES, all_equal
 from tests.ops.detection_problem import problem
-from tests.ops.test_anchor_matching import RETINANET, each_rule, grid_of_anchors, random_boxes
+from tests.ops.matching_problem import RETINANET, each_rule, grid_of_anchors, random_boxes
 
 NAN, INF = float("nan"), float("inf")
 EMPTY = {"no width": (10.0, 10.0, 10.0, 40.0), "no height": (5.0, 7.0, 60.0, 7.0), "a point": (30.0, 30.0, 30.0, 30.0)}
@@ -31,7 +31,7 @@ def objects(device="cpu", dtype=torch.float32):
 
 @each_rule
 @pytest.mark.parametrize("box", EMPTY.values(), ids=EMPTY)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_box_without_area_is_as_a_padding_row(backend, rule, box, dtype):
     anchors, boxes, labels = objects(backend.device, dtype)
     boxes[0, 1] = boxes[1, 3] = torch.tensor(box, dtype=dtype)
@@ -179,7 +179,6 @@ def test_anchors_that_giou_decodes_with_must_be_finite(backend):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_is_asked_only_in_debug_mode():
     anchors, boxes, labels = objects("cuda")
     boxes[1, 2] = torch.tensor(BROKEN["nan"])
