@@ -91,12 +91,15 @@ def test_old_files_lack_batch_counters(model, weights):
                        weights["fpn.resample.3.conv.bn.running_mean"])  # fmt: skip
 
 
-def test_misfit_names_everything_and_loads_nothing(model, weights):
+@pytest.fixture
+def broken(weights):
+    """With an entry that is missing, one that is too many and one of another shape."""
+    others = {"fpn.extra": torch.zeros(1), "backbone.conv_stem.weight": torch.zeros(8, 3, 3, 3)}
+    return {key: value for key, value in {**weights, **others}.items() if key != "box_net.predict.conv_pw.bias"}
+
+
+def test_misfit_names_everything_and_loads_nothing(model, broken):
     before = snapshot(model)
-    broken = dict(weights)
-    del broken["box_net.predict.conv_pw.bias"]
-    broken["fpn.extra"] = torch.zeros(1)
-    broken["backbone.conv_stem.weight"] = torch.zeros(8, 3, 3, 3)
     with pytest.raises(ValueError) as error:
         load_checkpoint(model, broken)
     message = str(error.value)
@@ -107,12 +110,8 @@ def test_misfit_names_everything_and_loads_nothing(model, weights):
     assert_same(model, before)
 
 
-def test_not_strict_loads_what_fits(model, weights):
+def test_not_strict_loads_what_fits(model, weights, broken):
     before = snapshot(model)
-    broken = dict(weights)
-    del broken["box_net.predict.conv_pw.bias"]
-    broken["fpn.extra"] = torch.zeros(1)
-    broken["backbone.conv_stem.weight"] = torch.zeros(8, 3, 3, 3)
     mismatch = load_checkpoint(model, broken, strict=False)
     assert mismatch == Mismatch(
         ["box_net.predict.conv_pw.bias"], ["fpn.extra"], [("backbone.conv_stem.weight", (8, 3, 3, 3), (32, 3, 3, 3))]
