@@ -33,6 +33,8 @@ LAYERS = [
     ["checkpoints.names", "drawing"],
     ["nn"],
     ["diagnostics"],
+    ["self_tests"],
+    ["random_calls"],
     ["ops"],
     ["cpu_tuning"],
     ["_libraries"],
@@ -122,7 +124,8 @@ def test_kernels_see_no_tensor_library():
 
 def test_no_file_is_too_long_to_be_read_at_once():
     sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SOURCES]
-    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "ARCHITECTURE.md"]
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    pages.remove(ROOT / "docs" / "benchmarks.md")  # it grows with each machine, and nobody writes it
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in [*sources, *pages]}
     assert len(lengths) > 300
     assert {name: length for name, length in lengths.items() if length > 400} == {}
