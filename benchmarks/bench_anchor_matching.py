@@ -23,17 +23,19 @@ RETINANET = dict(pos_iou=0.5, neg_iou=0.4, force_match=False, allow_low_quality_
 def cases(device_type: str) -> list[Case]:
     float32 = (torch.float32,)
     return [
-        Case("effdet's rule, D0, batch 16, 0-100 boxes", partial(effdet_rule, batch=16, most=100), dtypes=float32),
-        Case("effdet's rule, D0, batch 4, 0-20 boxes", partial(effdet_rule, batch=4, most=20), dtypes=float32),
+        Case("effdet's rule, D0, batch 16, 0-100 boxes", partial(effdet_rule, batch=16, max_boxes=100), dtypes=float32),
+        Case("effdet's rule, D0, batch 4, 0-20 boxes", partial(effdet_rule, batch=4, max_boxes=20), dtypes=float32),
         Case(
-            "RetinaNet's rule, D0, batch 16, 1-100 boxes", partial(retinanet_rule, batch=16, most=100), dtypes=float32
+            "RetinaNet's rule, D0, batch 16, 1-100 boxes",
+            partial(retinanet_rule, batch=16, max_boxes=100),
+            dtypes=float32,
         ),
     ]
 
 
-def effdet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, most: int) -> Workload:
+def effdet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, max_boxes: int) -> Workload:
     anchors = generate_anchors(model_config("efficientdet_d0")).to(device)
-    boxes, labels = objects(batch, most, 0, device)
+    boxes, labels = objects(batch, max_boxes, 0, device)
     absent: dict[str, str] = {}
     peers = []
     if effdet := optional("effdet", absent):
@@ -58,9 +60,9 @@ def effdet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, batch:
     return workload
 
 
-def retinanet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, most: int) -> Workload:
+def retinanet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, max_boxes: int) -> Workload:
     anchors = generate_anchors(model_config("efficientdet_d0")).to(device)
-    boxes, labels = objects(batch, most, 1, device)
+    boxes, labels = objects(batch, max_boxes, 1, device)
     absent: dict[str, str] = {}
     peers = []
     if (detection := optional("torchvision.models.detection._utils", absent)) and (
@@ -101,12 +103,12 @@ def workload_of(anchors: Tensor, boxes: Tensor, labels: Tensor, rule: dict, peer
     )
 
 
-def objects(batch: int, most: int, fewest: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Padded boxes and classes: between `fewest` and `most` objects in an image, sides from 8 to 400 pixels."""
-    half = torch.exp(torch.rand(batch, most, 2) * 3.9 + 2.1) / 2
-    center = torch.rand(batch, most, 2) * SIZE
+def objects(batch: int, max_boxes: int, fewest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Padded boxes and classes: between `fewest` and `max_boxes` objects in an image, sides from 8 to 400 pixels."""
+    half = torch.exp(torch.rand(batch, max_boxes, 2) * 3.9 + 2.1) / 2
+    center = torch.rand(batch, max_boxes, 2) * SIZE
     boxes = torch.cat([center - half, center + half], -1).clamp(0, SIZE)
-    labels = torch.randint(CLASSES, (batch, most))
-    counts = torch.linspace(fewest, most, batch).round()
-    labels[torch.arange(most) >= counts[:, None]] = -1
+    labels = torch.randint(CLASSES, (batch, max_boxes))
+    counts = torch.linspace(fewest, max_boxes, batch).round()
+    labels[torch.arange(max_boxes) >= counts[:, None]] = -1
     return boxes.to(device), labels.to(device)

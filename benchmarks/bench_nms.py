@@ -30,7 +30,7 @@ def cases(device_type: str) -> list[Case]:
         ),
         Case(
             "batched, padded: 16 images x 5000 boxes x 90 classes, up to 2000 stay",
-            partial(padded, batch=16, count=5000, most=2000),
+            partial(padded, batch=16, count=5000, max_detections=2000),
             dtypes=float32,
         ),
         Case("single: 16 boxes", partial(single, count=16), dtypes=float32),
@@ -44,22 +44,28 @@ def cases(device_type: str) -> list[Case]:
 
 
 def padded(
-    device: torch.device, dtype: torch.dtype, layout: str, *, batch: int, count: int, most: int = MAX_DETECTIONS
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: str,
+    *,
+    batch: int,
+    count: int,
+    max_detections: int = MAX_DETECTIONS,
 ) -> Workload:
     boxes, scores, labels = candidates(batch, count, device, dtype)
 
     def ours():
-        found = ops.batched_nms_padded(boxes, scores, labels, IOU_THRESHOLD, max_detections=most)
+        found = ops.batched_nms_padded(boxes, scores, labels, IOU_THRESHOLD, max_detections=max_detections)
         return found.scores, found.counts, found.indices, found.labels, found.boxes
 
     def reference():
-        found = ops.batched_nms_padded_reference(boxes, scores, labels, IOU_THRESHOLD, max_detections=most)
+        found = ops.batched_nms_padded_reference(boxes, scores, labels, IOU_THRESHOLD, max_detections=max_detections)
         return found.scores, found.counts, found.indices, found.labels, found.boxes
 
     absent: dict[str, str] = {}
     peers = []
     if torchvision := optional("torchvision.ops", absent):
-        loop = partial(loop_over_images, torchvision.batched_nms, boxes, scores, labels, most)
+        loop = partial(loop_over_images, torchvision.batched_nms, boxes, scores, labels, max_detections)
         peers.append(Implementation("torchvision", loop))
     workload = workload_of(ours, reference, peers, absent, boxes, scores, labels)
     # torchvision shifts the boxes of a class by an offset, which rounds: which of two boxes near the threshold stays can differ.
@@ -67,13 +73,15 @@ def padded(
     return workload
 
 
-def loop_over_images(batched_nms, boxes: Tensor, scores: Tensor, labels: Tensor, most: int) -> tuple[Tensor, ...]:
+def loop_over_images(
+    batched_nms, boxes: Tensor, scores: Tensor, labels: Tensor, max_detections: int
+) -> tuple[Tensor, ...]:
     """The same outputs from a function for one image."""
     batch = len(boxes)
-    indices = torch.full((batch, most), -1, dtype=torch.int64, device=boxes.device)
+    indices = torch.full((batch, max_detections), -1, dtype=torch.int64, device=boxes.device)
     counts = torch.zeros(batch, dtype=torch.int64, device=boxes.device)
     for i in range(batch):
-        keep = batched_nms(boxes[i], scores[i], labels[i], IOU_THRESHOLD)[:most]
+        keep = batched_nms(boxes[i], scores[i], labels[i], IOU_THRESHOLD)[:max_detections]
         indices[i, : len(keep)] = keep
         counts[i] = len(keep)
     there, safe = indices >= 0, indices.clamp(min=0)

@@ -16,7 +16,7 @@ from effdet_fast import ops
 OP = "soft_nms"
 SIGMA = 0.5
 SCORE_THRESHOLD = 0.001
-MOST_BOXES_FOR_PEER = 10_000
+MAX_BOXES_FOR_PEER = 10_000
 
 
 def cases(device_type: str) -> list[Case]:
@@ -55,7 +55,7 @@ def padded(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int,
 
     absent: dict[str, str] = {}
     peers = []
-    if batch * count > MOST_BOXES_FOR_PEER:
+    if batch * count > MAX_BOXES_FOR_PEER:
         absent["effdet"] = "left out: a Python step per box, minutes for this case"
     elif effdet := optional("effdet.soft_nms", absent):
         peers.append(

@@ -213,11 +213,14 @@ def soft_nms(draw: Draw, count: int, **options: Any) -> Call:
     return Call(lambda *t: ops.soft_nms(*t, **options), (), _scored(draw, count))
 
 
-def match_anchors(draw: Draw, anchors: int, images: int, most: int, counted: bool = True, **options: Any) -> Call:
+def match_anchors(draw: Draw, anchors: int, images: int, max_boxes: int, counted: bool = True, **options: Any) -> Call:
     """Objects that lie near an anchor each, padding among them."""
     given = draw.boxes(anchors)
-    boxes = given[draw.integers(0, anchors, images, most)] + draw.normal(images, most, 4)
-    labels, counts = draw.integers(-1, 5, images, most), draw.integers(0, most + 1, images) if counted else None
+    boxes = given[draw.integers(0, anchors, images, max_boxes)] + draw.normal(images, max_boxes, 4)
+    labels, counts = (
+        draw.integers(-1, 5, images, max_boxes),
+        draw.integers(0, max_boxes + 1, images) if counted else None,
+    )
     return _call(lambda *t: ops.match_anchors(*t, **options), [], given, boxes, labels, counts)
 
 

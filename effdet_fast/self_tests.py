@@ -110,7 +110,7 @@ def _depthwise_convs_of_levels(draw: Draw) -> list[Call]:
 
 def _suppressions(draw: Draw) -> list[Call]:
     # Images of more boxes than a block takes alone, and more that stay than one block keeps.
-    padded = [nms_padded(draw, 2, 1200, max_detections=most) for most in (700, 1060)]
+    padded = [nms_padded(draw, 2, 1200, max_detections=count) for count in (700, 1060)]
     few = nms_padded(draw, 3, 333, classes=5, max_detections=50, score_threshold=0.1)
     return [*padded, few, batched_nms(draw, 200), nms(draw, 333)]
 
@@ -137,8 +137,8 @@ def _batch_norms(draw: Draw) -> list[Call]:
 
 
 def _decodings(draw: Draw) -> list[Call]:
-    most = {"max_candidates": 90, "max_detections": 90}
-    small = [decode_detections(each, ((5, 5), (3, 3)), clipped=each.channels_last, **most) for each in draw.layouts()]
+    limits = {"max_candidates": 90, "max_detections": 90}
+    small = [decode_detections(each, ((5, 5), (3, 3)), clipped=each.channels_last, **limits) for each in draw.layouts()]
     sizes = ((13, 11), (9, 4), (4, 2))
     large = [decode_detections(each, sizes, per_cell=9, classes=7, max_candidates=500) for each in draw.layouts()]
     return [*small, *large]

@@ -13,8 +13,8 @@ template <typename T>
 void check_boxes(const Problem<T>& in) {
   for (int64_t image = 0; image < in.batch; ++image) {
     for (int64_t row = 0; row < in.rows(image); ++row) {
-      if (in.labels[image * in.most + row] < 0) continue;
-      const T* box = in.boxes + (image * in.most + row) * 4;
+      if (in.labels[image * in.max_boxes + row] < 0) continue;
+      const T* box = in.boxes + (image * in.max_boxes + row) * 4;
       const T width = box[2] - box[0], height = box[3] - box[1];
       STD_TORCH_CHECK(width >= 0 && width <= std::numeric_limits<T>::max() && height >= 0 && height <= std::numeric_limits<T>::max(),
                       "match_anchors: gt_boxes[", image, ", ", row, "] (image ", image, ", box ", row,
@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   STD_TORCH_CHECK(anchors.dim() == 2 && anchors.size(1) == 4 && anchors.is_contiguous(),
                   "match_anchors: anchors must be contiguous [count, 4]");
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous() && boxes.scalar_type() == anchors.scalar_type(),
-                  "match_anchors: boxes must be contiguous [batch, most, 4], of the anchors' dtype");
-  const int64_t count = anchors.size(0), batch = boxes.size(0), most = boxes.size(1);
-  STD_TORCH_CHECK(is_plain(labels, {batch, most}, ScalarType::Long), "match_anchors: labels must be contiguous int64 [batch, most]");
+                  "match_anchors: boxes must be contiguous [batch, max_boxes, 4], of the anchors' dtype");
+  const int64_t count = anchors.size(0), batch = boxes.size(0), max_boxes = boxes.size(1);
+  STD_TORCH_CHECK(is_plain(labels, {batch, max_boxes}, ScalarType::Long), "match_anchors: labels must be contiguous int64 [batch, max_boxes]");
   STD_TORCH_CHECK(!counts || is_plain(*counts, {batch}, ScalarType::Long), "match_anchors: counts must be contiguous int64 [batch]");
   STD_TORCH_CHECK(most < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
   const bool is_double = anchors.scalar_type() == ScalarType::Double;
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   Tensor positives = allocate(anchors, {batch}, ScalarType::Long);
   if (std::is_same_v<Device, Cuda> || count == 0) torch::stable::zero_(positives);  // the CUDA kernel adds to them
   std::optional<Tensor> workspace;
-  if (const int64_t size = workspace_size(scope.device, batch, most)) {
+  if (const int64_t size = workspace_size(scope.device, batch, max_boxes)) {
     workspace = allocate(anchors, {size}, ScalarType::Long);
     torch::stable::zero_(*workspace);
   }
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
                              const_data<int64_t>(counts),
                              count,
                              batch,
-                             most,
+                             max_boxes,
                              static_cast<T>(positive),
                              static_cast<T>(negative),
                              force_rule,

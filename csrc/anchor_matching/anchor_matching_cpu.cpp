@@ -253,14 +253,14 @@ void launch_match(Cpu, const Problem<T>& problem, int64_t*, const Targets<T>& ou
   parallel_for(anchors.groups, kWorkPerThread / kGroup, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) fill_group(problem.anchors, problem.count, g, anchors);
   });
-  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (problem.count + kGroup * problem.most));
+  const int64_t grain = std::max<int64_t>(1, kWorkPerThread / (problem.count + kGroup * problem.max_boxes));
   parallel_for(problem.batch, grain, [&](int64_t begin, int64_t end) {
     Found<T> found(anchors);
-    const auto objects = std::make_unique<bool[]>(problem.most);
+    const auto objects = std::make_unique<bool[]>(problem.max_boxes);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t rows = problem.rows(i);
       for (int64_t row = 0; row < rows; ++row) objects[row] = problem.is_object(i, row);
-      const Image<T> image{problem.boxes + i * problem.most * 4, problem.labels + i * problem.most, rows, objects.get()};
+      const Image<T> image{problem.boxes + i * problem.max_boxes * 4, problem.labels + i * problem.max_boxes, rows, objects.get()};
       match_image(problem, anchors, image, found);
       out.positives[i] = write_image(problem, image, found, out.labels + i * problem.count, out.codes + i * problem.count * 4);
     }

@@ -75,7 +75,7 @@ struct Own {
 // Calls visit(row, box), with all lanes together and in ascending order, for the objects of an image that wanted(row, bound) picks.
 template <typename T, class Wanted, class Visit>
 __device__ void for_each_box(const Problem<T>& in, int64_t image, const Own<T>& own, Wanted&& wanted, Visit&& visit) {
-  const int64_t rows = in.rows(image), first = image * in.most;
+  const int64_t rows = in.rows(image), first = image * in.max_boxes;
   for (int64_t begin = 0; begin < rows; begin += kWarpSize) {
     const int64_t row = begin + own.lane;
     const bool is_object = row < rows && in.is_object(image, row);
@@ -89,32 +89,32 @@ __device__ void for_each_box(const Problem<T>& in, int64_t image, const Own<T>& 
 
 template <typename T>
 __global__ void best_kernel(Problem<T> in,
-                            Word* best) {  // [batch, most], zeros at first
+                            Word* best) {  // [batch, max_boxes], zeros at first
   const Own<T> own(in);
   for (int64_t image = blockIdx.y; image < in.batch; image += gridDim.y) {
     // Other warps raise `best` meanwhile. An old value only lets more boxes through.
-    volatile Word* mine = best + image * in.most;
+    volatile Word* mine = best + image * in.max_boxes;
     const auto wanted = [&](int64_t row, T bound) { return bound != T(0) && may_reach(bound, number_of<T>(mine[row])); };
     for_each_box(in, image, own, wanted, [&](int64_t row, const Box<T>& box) {
       T highest = own.overlap(box);
 #pragma unroll
       for (int mask = kWarpSize / 2; mask > 0; mask /= 2) highest = larger(from_lane_xor(highest, mask), highest);
-      if (own.lane == 0 && bits_of(highest) > mine[row]) atomicMax(best + image * in.most + row, bits_of(highest));
+      if (own.lane == 0 && bits_of(highest) > mine[row]) atomicMax(best + image * in.max_boxes + row, bits_of(highest));
     });
   }
 }
 
 template <typename T>
 __global__ void first_kernel(Problem<T> in,
-                             const Word* __restrict__ best,  // [batch, most]
-                             Word* first) {                  // [batch, most], zeros at first
+                             const Word* __restrict__ best,  // [batch, max_boxes]
+                             Word* first) {                  // [batch, max_boxes], zeros at first
   const Own<T> own(in);
   for (int64_t image = blockIdx.y; image < in.batch; image += gridDim.y) {
-    const Word* mine = best + image * in.most;
+    const Word* mine = best + image * in.max_boxes;
     const auto wanted = [&](int64_t row, T bound) { return mine[row] != 0 && may_reach(bound, number_of<T>(mine[row])); };
     for_each_box(in, image, own, wanted, [&](int64_t row, const Box<T>& box) {
       const unsigned ties = __ballot_sync(kAllLanes, bits_of(own.overlap(box)) == mine[row]);
-      if (ties && own.lane == 0) atomicMax(first + image * in.most + row, Word(in.count - (own.warp_first + __ffs(int(ties)) - 1)));
+      if (ties && own.lane == 0) atomicMax(first + image * in.max_boxes + row, Word(in.count - (own.warp_first + __ffs(int(ties)) - 1)));
     });
   }
 }
@@ -160,12 +160,12 @@ __device__ Seen<T> look(const Problem<T>& in, int64_t image, const Own<T>& own, 
 
 template <ForcedMatch kForce, typename T>
 __global__ void write_kernel(Problem<T> in,
-                             const Word* __restrict__ best,   // [batch, most], for kTies
-                             const Word* __restrict__ first,  // [batch, most], for kFirst
+                             const Word* __restrict__ best,   // [batch, max_boxes], for kTies
+                             const Word* __restrict__ first,  // [batch, max_boxes], for kFirst
                              Targets<T> out) {
   const Own<T> own(in);
   for (int64_t image = blockIdx.y; image < in.batch; image += gridDim.y) {
-    const Seen<T> seen = look<kForce>(in, image, own, best + image * in.most, first + image * in.most);
+    const Seen<T> seen = look<kForce>(in, image, own, best + image * in.max_boxes, first + image * in.max_boxes);
     const int64_t row = seen.forced >= 0                           ? seen.forced
                         : seen.tied || seen.highest >= in.positive ? seen.match
                         : seen.highest >= in.negative              ? -2
@@ -175,8 +175,8 @@ __global__ void write_kernel(Problem<T> in,
     if (!own.there) continue;
     const int64_t place = image * in.count + own.index;
     Vec<T, 4> code{};
-    if (row >= 0) encode(in.coder, load_box(in.boxes, image * in.most + row), own.anchor, code.v);
-    out.labels[place] = row >= 0 ? in.labels[image * in.most + row] : row;
+    if (row >= 0) encode(in.coder, load_box(in.boxes, image * in.max_boxes + row), own.anchor, code.v);
+    out.labels[place] = row >= 0 ? in.labels[image * in.max_boxes + row] : row;
     constexpr int kSize = kVecSize<T> < 4 ? kVecSize<T> : 4;
 #pragma unroll
     for (int k = 0; k < 4; k += kSize) store_vec<kSize>(out.codes + place * 4 + k, load_vec<kSize>(code.v + k));

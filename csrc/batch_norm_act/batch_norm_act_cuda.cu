@@ -20,8 +20,8 @@ Grid grid_for(const Shape& s, int vec) {
     return {dim3(unsigned(ceil_div(warps, kThreads / kWarpSize))), {0, 0, kPiece, pieces, s.n * pieces}};
   }
   const int64_t all = s.c / vec, side_by_side = ceil_div(all, kWarpSize), columns = ceil_div(all, side_by_side), rows = kThreads / columns;
-  const int64_t most = std::max<int64_t>(1, kMaxBlocks / side_by_side), wanted = ceil_div(s.n, rows * kPixelsPerThread);
-  const int64_t size = ceil_div(s.n, std::min(most, wanted)), slabs = ceil_div(s.n, size);
+  const int64_t max_slabs = std::max<int64_t>(1, kMaxBlocks / side_by_side), wanted = ceil_div(s.n, rows * kPixelsPerThread);
+  const int64_t size = ceil_div(s.n, std::min(max_slabs, wanted)), slabs = ceil_div(s.n, size);
   return {dim3(unsigned(slabs), unsigned(side_by_side)), {columns, rows, size, 1, slabs}};
 }
 
@@ -46,10 +46,10 @@ dim3 finish_blocks(const Shape& s) { return dim3(unsigned(ceil_div(s.c, kFinishC
 
 // Enough for all vector sizes.
 int64_t partial_count(Cuda, const Shape& s) {
-  int64_t most = 0;
+  int64_t max_parts = 0;
   for (const int vec : {1, 2, 4, 8})
-    if (s.c % vec == 0) most = std::max(most, grid_for(s, vec).layout.parts);
-  return most;
+    if (s.c % vec == 0) max_parts = std::max(max_parts, grid_for(s, vec).layout.parts);
+  return max_parts;
 }
 
 template <typename scalar_t>

@@ -5,10 +5,10 @@
 namespace ef {
 template <typename scalar_t>
 struct Detections {
-  scalar_t* boxes;   // [batch, most, 4]
-  scalar_t* scores;  // [batch, most]
-  int64_t* labels;   // [batch, most]
-  int64_t* indices;  // [batch, most]
+  scalar_t* boxes;   // [batch, max_detections, 4]
+  scalar_t* scores;  // [batch, max_detections]
+  int64_t* labels;   // [batch, max_detections]
+  int64_t* indices;  // [batch, max_detections]
   int64_t* counts;   // [batch]
 
   // Row `row` of all images' rows becomes box `index` of its image, which lies at `box`.

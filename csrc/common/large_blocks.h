@@ -27,6 +27,6 @@ class LargeBlocks {
   std::mutex mutex_;
   std::multimap<int64_t, void*> free_;
   std::unordered_map<void*, int64_t> sizes_;
-  int64_t used_bytes_ = 0, free_bytes_ = 0, most_used_ = 0;
+  int64_t used_bytes_ = 0, free_bytes_ = 0, max_used_ = 0;
 };
 }  // namespace ef

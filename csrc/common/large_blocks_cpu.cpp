@@ -63,8 +63,8 @@ void* LargeBlocks::take(int64_t bytes) {
     block = new_block(size);
   }
   used_bytes_ += sizes_[block];
-  most_used_ = std::max(most_used_, used_bytes_);
-  drop_down_to(most_used_ + most_used_ / 4 - used_bytes_);
+  max_used_ = std::max(max_used_, used_bytes_);
+  drop_down_to(max_used_ + max_used_ / 4 - used_bytes_);
   return block;
 }
 
@@ -79,7 +79,7 @@ void LargeBlocks::give_back(void* block) {
 void LargeBlocks::empty() {
   const std::lock_guard lock(mutex_);
   drop_down_to(0);
-  most_used_ = used_bytes_;
+  max_used_ = used_bytes_;
 }
 
 void* LargeBlocks::new_block(int64_t size) {

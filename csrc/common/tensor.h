@@ -115,12 +115,12 @@ T* mutable_data(const Tensor& x) {
 struct DetectionTensors {
   Tensor boxes, scores, labels, indices, counts;
 
-  // Of images with boxes [batch, n, 4], `most` rows each.
-  DetectionTensors(const Tensor& like, int64_t most)
-      : boxes(allocate(like, {like.size(0), most, 4}, like.scalar_type())),
-        scores(allocate(like, {like.size(0), most}, like.scalar_type())),
-        labels(allocate(like, {like.size(0), most}, ScalarType::Long)),
-        indices(allocate(like, {like.size(0), most}, ScalarType::Long)),
+  // Of images with boxes [batch, n, 4], `max_detections` rows each.
+  DetectionTensors(const Tensor& like, int64_t max_detections)
+      : boxes(allocate(like, {like.size(0), max_detections, 4}, like.scalar_type())),
+        scores(allocate(like, {like.size(0), max_detections}, like.scalar_type())),
+        labels(allocate(like, {like.size(0), max_detections}, ScalarType::Long)),
+        indices(allocate(like, {like.size(0), max_detections}, ScalarType::Long)),
         counts(allocate(like, {like.size(0)}, ScalarType::Long)) {}
 
   template <typename scalar_t>

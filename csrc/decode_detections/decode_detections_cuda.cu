@@ -7,7 +7,7 @@
 
 namespace ef::decode_detections {
 namespace {
-constexpr int64_t kMostBlocks = 132 * 8;  // fills the largest part
+constexpr int64_t kMaxBlocks = 132 * 8;  // fills the largest part
 constexpr int64_t kLogitsPerThread = 32;  // at least, before another block pays
 }  // namespace
 
@@ -27,8 +27,8 @@ void launch(Cuda device, const Problem<scalar_t>& problem, void* state, void* li
   auto* found = static_cast<Candidate<A>*>(list);
   const int64_t total = problem.cells * problem.channels();
   const uint64_t last_place = uint64_t(total) - 1;
-  const int64_t most = std::max<int64_t>(1, kMostBlocks / problem.batch);
-  const dim3 grid(unsigned(std::clamp<int64_t>(ceil_div(total, kThreads * kLogitsPerThread), 1, most)), unsigned(problem.batch));
+  const int64_t max_blocks = std::max<int64_t>(1, kMaxBlocks / problem.batch);
+  const dim3 grid(unsigned(std::clamp<int64_t>(ceil_div(total, kThreads * kLogitsPerThread), 1, max_blocks)), unsigned(problem.batch));
   const auto pass = [&](Digit digit, bool is_first) {
     ef::launch("decode_candidates", count_kernel<scalar_t>, grid, kThreads, kBins * sizeof(Count), device, problem, digit, last_place,
                states);

@@ -20,8 +20,8 @@ struct Parts {
   Parts(const Shape& s, int64_t height, int64_t width, int reach) {
     group = s.channels_last ? lanes_of(s.c) : std::min(kGroup, lanes_of(s.c));
     groups = ceil_div(s.c, group);
-    const int64_t most = std::max(kMinColumns, kRingBytes / (s.kernel * reach * group * int64_t(sizeof(float))));
-    columns = ceil_div(ceil_div(width, ceil_div(width, most)), kTileColumns) * kTileColumns;
+    const int64_t max_columns = std::max(kMinColumns, kRingBytes / (s.kernel * reach * group * int64_t(sizeof(float))));
+    columns = ceil_div(ceil_div(width, ceil_div(width, max_columns)), kTileColumns) * kTileColumns;
     strips = ceil_div(width, columns);
     blocks = ceil_div(height, kRows);
   }

@@ -8,8 +8,8 @@ constexpr int64_t kMinSlabPositions = 512;
 
 int64_t chunk_count(Cuda, const Shape& s) {
   const int64_t blocks = s.channels_last ? ceil_div(s.c, 64) : s.c;
-  const int64_t most = std::min(s.n * s.oh, std::max<int64_t>(1, s.n * s.oh * s.ow / kMinSlabPositions));
-  return std::clamp<int64_t>(kWeightBlocks / blocks, 1, most);
+  const int64_t max_chunks = std::min(s.n * s.oh, std::max<int64_t>(1, s.n * s.oh * s.ow / kMinSlabPositions));
+  return std::clamp<int64_t>(kWeightBlocks / blocks, 1, max_chunks);
 }
 
 EF_DEFINE_LAUNCHES(float)

@@ -16,7 +16,7 @@ bool takes_vectors(const Problem<scalar_t>& p, const Level<scalar_t>& level) {
   const int64_t channels = p.per_cell * p.classes, n = channels * level.pixels;
   const bool images_fit = is_vec_aligned(cls.x, cls.grad) && n % kVec == 0 && (p.images == 1 || cls.image_stride % kVec == 0);
   if (cls.channels_last)
-    return images_fit && p.classes < focal_loss::kMostClasses && cls.channel_stride == 1 &&
+    return images_fit && p.classes < focal_loss::kMaxClasses && cls.channel_stride == 1 &&
            (level.pixels == 1 || cls.pixel_stride == channels);
   return images_fit && cls.pixel_stride == 1 && level.pixels % kVec == 0 && cls.channel_stride % kVec == 0;
 }

@@ -20,7 +20,7 @@ void specialise(const Problem<scalar_t>& problem, bool aligned, F&& f) {
     if (problem.soft) {
       aligned ? f.template operator()<kModulator, true, kVec>() : f.template operator()<kModulator, true, 1>();
     } else {
-      const bool vectors = aligned && problem.classes < kMostClasses;
+      const bool vectors = aligned && problem.classes < kMaxClasses;
       vectors ? f.template operator()<kModulator, false, kVec>() : f.template operator()<kModulator, false, 1>();
     }
   });

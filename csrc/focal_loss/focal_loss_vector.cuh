@@ -32,7 +32,7 @@ struct Place {
     ++label;
   }
 };
-inline constexpr int64_t kMostClasses = int64_t(1) << 30;  // fewer than these have int for a column
+inline constexpr int64_t kMaxClasses = int64_t(1) << 30;  // fewer than these have int for a column
 
 // Whether none of the logits from a place on is positive or ignored. Unsure of a vector that may have more than two rows, it says no.
 template <int kVec, typename label_t>

@@ -9,7 +9,7 @@
 namespace ef::nms {
 namespace {
 template <class Device>
-Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou_threshold, int64_t most) {
+Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou_threshold, int64_t max_kept) {
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous(), "nms: boxes must be contiguous [batch, n, 4]");
   const int64_t batch = boxes.size(0), n = boxes.size(1);
   STD_TORCH_CHECK(!labels || is_plain(*labels, {batch, n}, ScalarType::Long), "nms: labels must be contiguous int64 [batch, n]");
@@ -19,7 +19,7 @@ Tensor keep(const Tensor& boxes, const std::optional<Tensor>& labels, double iou
   Tensor workspace = allocate(boxes, {workspace_size(scope.device, batch, n)}, ScalarType::Long);
   if (workspace.numel() > 0) torch::stable::zero_(workspace);
   dispatch_floating(boxes.scalar_type(), "nms", [&]<typename scalar_t>() {
-    launch_keep<scalar_t>(scope.device, {const_data<scalar_t>(boxes), const_data<int64_t>(labels), batch, n, most, iou_threshold},
+    launch_keep<scalar_t>(scope.device, {const_data<scalar_t>(boxes), const_data<int64_t>(labels), batch, n, max_kept, iou_threshold},
                           mutable_data<int64_t>(workspace), mutable_data<bool>(result));
   });
   return result;
@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> padded(const Tensor& boxes, c
   STD_TORCH_CHECK(max_detections >= 1 && max_detections <= kMaxDetections, "nms_padded: max_detections must be in [1, 2^30]");
   check_order(Device{}, order, n);
   const DeviceScope<Device> scope(boxes);
-  STD_TORCH_CHECK(std::min(n, max_detections) <= most_padded(scope.device), "nms_padded: an image can keep more than ",
-                  most_padded(scope.device), " boxes");
+  STD_TORCH_CHECK(std::min(n, max_detections) <= max_padded(scope.device), "nms_padded: an image can keep more than ",
+                  max_padded(scope.device), " boxes");
   const DetectionTensors out(boxes, max_detections);
   if (batch > 0) {
     dispatch_floating(boxes.scalar_type(), "nms_padded", [&]<typename scalar_t>() {

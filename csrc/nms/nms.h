@@ -11,11 +11,11 @@ struct Problem {
   const scalar_t* boxes;  // [batch, n, 4], of an image by class, then by descending score
   const int64_t* labels;  // [batch, n], ascending in an image; or null for one class
   int64_t batch, n;
-  int64_t most;  // of a class that are wanted
+  int64_t max_kept;  // of a class that are wanted
   double iou_threshold;
 };
 
-// keep[i]: no kept box before box i of its class overlaps it. Once `most` of a class are kept, its later ones may be false. [batch, n]
+// keep[i]: no kept box before box i of its class overlaps it. Once `max_kept` of a class are kept, its later ones may be false. [batch, n]
 // `workspace` holds workspace_size(batch, n) zeros.
 template <typename scalar_t>
 void launch_keep(Cpu, const Problem<scalar_t>& problem, int64_t* workspace, bool* keep);
@@ -40,7 +40,7 @@ template <typename scalar_t>
 void launch_padded(Cpu, const BatchProblem<scalar_t>& problem, const Detections<scalar_t>& out);
 template <typename scalar_t>
 void launch_padded(Cuda, const BatchProblem<scalar_t>& problem, const Detections<scalar_t>& out);
-// The most detections of an image that launch_padded finds: min(n, max_detections) may not be above it.
-int64_t most_padded(Cpu);
-int64_t most_padded(Cuda);
+// The max_kept detections of an image that launch_padded finds: min(n, max_detections) may not be above it.
+int64_t max_padded(Cpu);
+int64_t max_padded(Cuda);
 }  // namespace ef::nms

@@ -18,17 +18,17 @@ struct TileRows {
   unsigned alive[kTile / kWarpSize];
 };
 
-// Goes through candidates 0 .. n - 1 until `most` are kept; returns how many are.
+// Goes through candidates 0 .. n - 1 until `max_kept` are kept; returns how many are.
 //   load(i, candidate): fills it in, or says false if it takes no part      ends(i): no candidate after i takes part
 //   keep(k, i): candidate i is kept as number k; called by the thread that loaded it
 template <typename A, class Load, class Ends, class Keep>
-__device__ int suppress_in_order(int64_t n, int most, A threshold, Load load, Ends ends, Keep keep) {
+__device__ int suppress_in_order(int64_t n, int max_kept, A threshold, Load load, Ends ends, Keep keep) {
   const int window = blockDim.x, thread = threadIdx.x, own_tile = thread / kTile;
   TileRows* tiles = shared_memory<TileRows>();                            // [2]: a warp may still read one while others fill the next
   Candidate<A>* candidates = reinterpret_cast<Candidate<A>*>(tiles + 2);  // [window]
-  Candidate<A>* kept_before = candidates + window;                        // [min(n, most)], if there is more than one window
+  Candidate<A>* kept_before = candidates + window;                        // [min(n, max_kept)], if there is more than one window
   int found = 0;
-  for (int64_t begin = 0; begin < n && found < most; begin += window) {
+  for (int64_t begin = 0; begin < n && found < max_kept; begin += window) {
     __syncthreads();  // the candidates of the window before are no longer read
     const int count = n - begin < window ? int(n - begin) : window;
     Candidate<A> own{};
@@ -36,7 +36,7 @@ __device__ int suppress_in_order(int64_t n, int most, A threshold, Load load, En
     candidates[thread] = own;
     for (int k = 0; k < found && alive; ++k) alive = !suppresses(kept_before[k], own, threshold);
     __syncthreads();
-    for (int tile = 0; tile * kTile < count && found < most; ++tile) {
+    for (int tile = 0; tile * kTile < count && found < max_kept; ++tile) {
       TileRows& shared = tiles[tile % 2];
       const Candidate<A>* first = candidates + tile * kTile;
       if (own_tile == tile) {
@@ -45,7 +45,7 @@ __device__ int suppress_in_order(int64_t n, int most, A threshold, Load load, En
       }
       fill_rows(first, count - tile * kTile < kTile ? count - tile * kTile : kTile, threshold, shared.rows);
       __syncthreads();
-      const Word kept = resolve(shared.rows, Word(shared.alive[0]) | Word(shared.alive[1]) << kWarpSize, most - found);
+      const Word kept = resolve(shared.rows, Word(shared.alive[0]) | Word(shared.alive[1]) << kWarpSize, max_kept - found);
       if (own_tile == tile && kept >> (thread % kTile) & 1) {
         const int k = found + __popcll(kept & ((Word(1) << (thread % kTile)) - 1));
         if (n > window) kept_before[k] = own;
@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(kWindow)
     nms_padded_kernel(BatchProblem<scalar_t> in, acc_t<scalar_t> threshold, Detections<scalar_t> out) {
   using A = acc_t<scalar_t>;
   const int64_t first = blockIdx.x * in.n, first_row = blockIdx.x * in.max_detections;
-  const int most = int(in.max_detections);
+  const int max_kept = int(in.max_detections);
   const scalar_t* scores = in.ranked_scores + first;
   const auto score_of = [&](int64_t rank) { return static_cast<double>(static_cast<A>(scores[rank])); };
   int64_t index = 0;  // of the box this thread looks at
   const int found = suppress_in_order<A>(
-      in.n, most, threshold,
+      in.n, max_kept, threshold,
       [&](int64_t rank, Candidate<A>& candidate) {
         if (in.has_score_threshold && !(score_of(rank) > in.score_threshold)) return false;
         index = in.order[first + rank];
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kWindow)
       },
       [&](int64_t rank) { return in.has_score_threshold && score_of(rank) <= in.score_threshold; },
       [&](int k, int64_t rank) { out.set(first_row + k, in.boxes + (first + index) * 4, scores[rank], in.labels[first + index], index); });
-  for (int k = found + int(threadIdx.x); k < most; k += blockDim.x) out.clear(first_row + k);
+  for (int k = found + int(threadIdx.x); k < max_kept; k += blockDim.x) out.clear(first_row + k);
   if (threadIdx.x == 0) out.counts[blockIdx.x] = found;
 }
 }  // namespace ef::nms

@@ -66,15 +66,15 @@ EF_CPU_CLONES void test_tile(const scalar_t* boxes, int64_t begin, int64_t end, 
   for (int64_t i = begin; i < end; ++i) keep[i] = !overlaps_any(load_box(boxes, i), kept, count, threshold);
 }
 
-// Goes through boxes begin .. end - 1, which overlap none of the first `tested` kept ones unless keep[i] is false already, until `most`
+// Goes through boxes begin .. end - 1, which overlap none of the first `tested` kept ones unless keep[i] is false already, until `max_kept`
 // are kept; returns the new number of kept boxes.
 template <typename scalar_t>
 EF_CPU_CLONES int64_t resolve(const scalar_t* boxes, int64_t begin, int64_t end, Packet<acc_t<scalar_t>>* kept, int64_t tested,
-                              int64_t count, int64_t most, acc_t<scalar_t> threshold, bool* keep) {
+                              int64_t count, int64_t max_kept, acc_t<scalar_t> threshold, bool* keep) {
   const int64_t first = tested / kLanes;
   for (int64_t i = begin; i < end; ++i) {
     if (!keep[i]) continue;
-    if (count >= most) {
+    if (count >= max_kept) {
       keep[i] = false;
       continue;
     }
@@ -90,7 +90,7 @@ void keep_in_large_class(const Problem<scalar_t>& in, int64_t begin, int64_t end
   std::vector<Packet<acc_t<scalar_t>>> kept;
   int64_t count = 0;
   for (int64_t tile = begin; tile < end; tile += kTile) {
-    if (count >= in.most) {
+    if (count >= in.max_kept) {
       std::fill(keep + tile, keep + end, false);
       break;
     }
@@ -98,7 +98,7 @@ void keep_in_large_class(const Problem<scalar_t>& in, int64_t begin, int64_t end
     kept.resize(ceil_div(count + kTile, kLanes));
     parallel_for(tile_end - tile, 64,
                  [&](int64_t a, int64_t b) { test_tile(in.boxes, tile + a, tile + b, kept.data(), count, threshold, keep); });
-    count = resolve(in.boxes, tile, tile_end, kept.data(), count, count, in.most, threshold, keep);
+    count = resolve(in.boxes, tile, tile_end, kept.data(), count, count, in.max_kept, threshold, keep);
   }
 }
 
@@ -108,7 +108,7 @@ struct Classes {
   std::vector<int64_t> first_packet;  // [classes]
 
   // Counts the boxes in `order`, which may name one more than once.
-  Classes(const int64_t* labels, const int64_t* order, int64_t n, int64_t most_kept) : slot(n) {
+  Classes(const int64_t* labels, const int64_t* order, int64_t n, int64_t max_kept) : slot(n) {
     const auto [lowest, highest] = std::minmax_element(labels, labels + n);
     std::vector<int64_t> sizes;
     // Ids may lie further apart than an int64 can tell; the difference of the unsigned values is right.
@@ -127,7 +127,7 @@ struct Classes {
     int64_t packets = 0;
     for (int64_t size : sizes) {
       first_packet.push_back(packets);
-      packets += ceil_div(std::min(size, most_kept), kLanes);
+      packets += ceil_div(std::min(size, max_kept), kLanes);
     }
     first_packet.push_back(packets);
   }
@@ -157,7 +157,7 @@ EF_CPU_CLONES int64_t detect_in_image(const BatchProblem<scalar_t>& in, int64_t 
 }  // namespace
 
 int64_t workspace_size(Cpu, int64_t, int64_t) { return 0; }
-int64_t most_padded(Cpu) { return std::numeric_limits<int64_t>::max(); }
+int64_t max_padded(Cpu) { return std::numeric_limits<int64_t>::max(); }
 
 template <typename scalar_t>
 void launch_keep(Cpu, const Problem<scalar_t>& in, int64_t*, bool* keep) {
@@ -181,7 +181,7 @@ void launch_keep(Cpu, const Problem<scalar_t>& in, int64_t*, bool* keep) {
       const int64_t begin = bounds[2 * c], end = bounds[2 * c + 1];
       kept.resize(std::max<size_t>(kept.size(), ceil_div(end - begin, kLanes)));
       std::fill(keep + begin, keep + end, true);
-      resolve(in.boxes, begin, end, kept.data(), 0, 0, in.most, threshold, keep);
+      resolve(in.boxes, begin, end, kept.data(), 0, 0, in.max_kept, threshold, keep);
     }
   });
 }

@@ -6,21 +6,21 @@
 namespace ef::nms {
 namespace {
 constexpr int64_t kSmall = 1024;         // up to here a block per image takes all its boxes
-constexpr int64_t kMostInShared = 1024;  // kept boxes that shared memory holds
+constexpr int64_t kMaxInShared = 1024;  // kept boxes that shared memory holds
 
 bool is_small(int64_t n) { return n <= kSmall; }
 
-// Of a block that goes through n candidates of which it can keep `most`.
+// Of a block that goes through n candidates of which it can keep `max_kept`.
 int64_t window_of(int64_t n) { return n < kWindow ? ceil_div(n > 1 ? n : 1, kTile) * kTile : kWindow; }
 template <typename A>
-size_t block_bytes(int64_t n, int64_t most) {
-  const int64_t window = window_of(n), list = n > window ? (n < most ? n : most) : 0;
+size_t block_bytes(int64_t n, int64_t max_kept) {
+  const int64_t window = window_of(n), list = n > window ? (n < max_kept ? n : max_kept) : 0;
   return 2 * sizeof(TileRows) + (window + list) * sizeof(Candidate<A>);
 }
 }  // namespace
 
 int64_t workspace_size(Cuda, int64_t batch, int64_t n) { return is_small(n) ? 0 : 1 + 2 * batch * ceil_div(n, kTile); }
-int64_t most_padded(Cuda) { return kMostInShared; }
+int64_t max_padded(Cuda) { return kMaxInShared; }
 
 template <typename scalar_t>
 void launch_keep(Cuda device, const Problem<scalar_t>& problem, int64_t* workspace, bool* keep) {

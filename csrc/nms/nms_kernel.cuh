@@ -3,7 +3,7 @@
 // then it resolves its own and publishes. So pairs of one class only are compared, classes do not wait for each other, and tiles of one
 // class work at the same time. A tile takes its number from a counter: those before it have started, so waiting for them ends.
 // A chain of tiles can be no faster than its steps from one to the next: a tile's overlaps with the one right before it, which
-// publishes last, are found before the wait. The work is n x kept of a class, and stops at the `most` wanted of it.
+// publishes last, are found before the wait. The work is n x kept of a class, and stops at the `max_kept` wanted of it.
 // Memory: 16 bytes a tile; no n x n mask. Bytes: the inputs once, and what is kept once per later tile of the class, from L2.
 #pragma once
 #include "../common/launch.cuh"
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) nms_kernel(Problem<scalar_t> in, acc
       dead = dead || suppresses(load(earlier * kTile + helper * kSlice + __ffs(static_cast<int>(left)) - 1), own, threshold);
     }
     kept_before += __popcll(kept);
-    if (kept_before >= in.most) {
+    if (kept_before >= in.max_kept) {
       dead = dead || own.label == tile.candidates[0].label;
       break;
     }

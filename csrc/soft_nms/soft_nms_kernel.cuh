@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
   A* current = workspace ? workspace + image * in.n : reinterpret_cast<A*>(warp_bests + 2 * kWarps);  // [n]
   const scalar_t* boxes = in.boxes + image * in.n * 4;
   const int64_t* labels = in.labels + image * in.n;
-  const int n = int(in.n), most = int(in.max_detections), lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int n = int(in.n), max_detections = int(in.max_detections), lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
   Best<A> mine{out_score<A>(), n};
   for (int i = threadIdx.x; i < n; i += kThreads) {
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
     mine = better_of(mine, {current[i], i});
   }
   int found = 0;
-  for (; found < most; ++found) {
+  for (; found < max_detections; ++found) {
     Best<A>* bests = warp_bests + found % 2 * kWarps;
     mine = warp_best(mine);
     if (lane == 0) bests[warp] = mine;
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) soft_nms_kernel(Problem<scalar_t>
       mine = better_of(mine, {score, i});
     }
   }
-  for (int k = found + int(threadIdx.x); k < most; k += kThreads) out.clear(first_row + k);
+  for (int k = found + int(threadIdx.x); k < max_detections; k += kThreads) out.clear(first_row + k);
   if (threadIdx.x == 0) out.counts[image] = found;
 }
 }  // namespace ef::soft_nms

@@ -53,14 +53,14 @@ class DetBench(Swap):
             every = decode_detections(*outputs, iou_threshold=float("inf"), max_detections=candidates, **options)
             found = soften(every, self.max_det_per_image)
         else:
-            most = self.max_det_per_image
-            found = decode_detections(*outputs, iou_threshold=HARD_IOU, max_detections=most, **options)
+            max_detections = self.max_det_per_image
+            found = decode_detections(*outputs, iou_threshold=HARD_IOU, max_detections=max_detections, **options)
         boxes = found.boxes if scale is None else found.boxes * scale.unsqueeze(2)
         rows = torch.cat([boxes, found.scores.unsqueeze(2), (found.labels + 1).unsqueeze(2)], 2)
         return rows.to(like["dtype"])
 
 
-def soften(every: Detections, most: int) -> Detections:
+def soften(every: Detections, max_detections: int) -> Detections:
     """Soft-NMS of all candidates as effdet does it, to the same overlaps.
 
     It keeps classes apart by moving each to a place of its own, which rounds its boxes. The best candidate stays in any case.
@@ -68,9 +68,11 @@ def soften(every: Detections, most: int) -> Detections:
     boxes = every.boxes
     shift = every.labels.to(boxes) * (boxes.amax((1, 2)) + 1).unsqueeze(1)
     one_class = torch.zeros_like(every.labels)
-    options: dict[str, Any] = {"method": "gaussian", "sigma": SOFT_SIGMA, "max_detections": most}
+    options: dict[str, Any] = {"method": "gaussian", "sigma": SOFT_SIGMA, "max_detections": max_detections}
     found = batched_nms_padded(boxes + shift.unsqueeze(2), every.scores, one_class, SOFT_IOU, **options)
-    kept = (found.indices >= 0) & ((found.scores > SOFT_SCORE) | (torch.arange(most, device=boxes.device) == 0))
+    kept = (found.indices >= 0) & (
+        (found.scores > SOFT_SCORE) | (torch.arange(max_detections, device=boxes.device) == 0)
+    )
     rows = found.indices.clamp(min=0)
     return Detections(
         torch.where(kept.unsqueeze(2), boxes.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)), 0),

@@ -75,5 +75,7 @@ def padded(images: Tensor | Sequence[Tensor]) -> Tensor:
     """The rows of all images in one tensor, rows of -1 after those of images that have fewer."""
     if isinstance(images, Tensor):
         return images
-    most = max(len(rows) for rows in images)
-    return torch.stack([F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, most - len(rows)), value=-1) for rows in images])
+    max_rows = max(len(rows) for rows in images)
+    return torch.stack(
+        [F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, max_rows - len(rows)), value=-1) for rows in images]
+    )

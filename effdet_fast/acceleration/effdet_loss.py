@@ -29,9 +29,9 @@ class DetectionLoss(Swap):
         if obj.legacy_focal:
             return "legacy_focal"
         ranges = {"alpha": (0, 1), "label_smoothing": (0, 1), "gamma": (0, None), "box_loss_weight": (0, None)}
-        for name, (least, most) in ranges.items():
+        for name, (low, high) in ranges.items():
             value = getattr(obj, name)
-            if value < least or (most is not None and value > most):
+            if value < low or (high is not None and value > high):
                 return f"{name} {value}"
         return None if obj.delta > 0 else f"delta {obj.delta}"
 

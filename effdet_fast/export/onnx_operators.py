@@ -12,10 +12,10 @@ from torch import Tensor
 
 # Stands in a traced graph for ONNX's NonMaxSuppression, whose result has a size that depends on the values.
 _library = torch.library.Library("effdet_fast_export", "DEF")
-_library.define("kept_by_nms(Tensor boxes, Tensor scores, float iou_threshold, int most_per_class) -> Tensor")
+_library.define("kept_by_nms(Tensor boxes, Tensor scores, float iou_threshold, int max_per_class) -> Tensor")
 torch.library.register_fake(
     "effdet_fast_export::kept_by_nms",
-    lambda boxes, scores, iou_threshold, most_per_class: boxes.new_empty(boxes.shape[:2], dtype=torch.bool),
+    lambda boxes, scores, iou_threshold, max_per_class: boxes.new_empty(boxes.shape[:2], dtype=torch.bool),
     lib=_library,
 )
 _kept_by_nms = torch.ops.effdet_fast_export.kept_by_nms.default
@@ -55,12 +55,12 @@ def onnx_translations() -> dict[Callable, Callable]:
 
     op: Any = opset18
 
-    def kept_by_nms(boxes: Any, scores: Any, iou_threshold: float, most_per_class: int) -> Any:
+    def kept_by_nms(boxes: Any, scores: Any, iou_threshold: float, max_per_class: int) -> Any:
         # Rows (image, class, box); as a box has one class, image and box say it all.
         selected = op.NonMaxSuppression(
             boxes,
             scores,
-            op.Constant(value_ints=[most_per_class]),
+            op.Constant(value_ints=[max_per_class]),
             op.Constant(value_floats=[iou_threshold]),
             op.Constant(value_floats=[0.5]),  # between 0 and the lowest rank
         )

@@ -110,19 +110,19 @@ def _options(
     config = detector.model.config
     score = config.score_threshold if score_threshold is None else score_threshold
     iou = config.nms_iou if iou_threshold is None else iou_threshold
-    most = config.max_detections if max_detections is None else max_detections
-    check_detection_options("export", score, iou, most)
-    return {"score_threshold": score, "iou_threshold": iou, "max_detections": most}
+    max_detections = config.max_detections if max_detections is None else max_detections
+    check_detection_options("export", score, iou, max_detections)
+    return {"score_threshold": score, "iou_threshold": iou, "max_detections": max_detections}
 
 
 def _finish(detector: Detector, options: dict[str, Any] | None, format: str) -> Finish:
     if options is None:
         return AllAnchors(detector.model)
-    iou_threshold, most = options["iou_threshold"], options["max_detections"]
-    operators: Operators = TorchOperators(iou_threshold, most)
+    iou_threshold, max_detections = options["iou_threshold"], options["max_detections"]
+    operators: Operators = TorchOperators(iou_threshold, max_detections)
     if format == "onnx":
-        operators = OnnxOperators(iou_threshold, most, detector.model.config.num_classes)
-    return FinalDetections(detector.model, operators, options["score_threshold"], most)
+        operators = OnnxOperators(iou_threshold, max_detections, detector.model.config.num_classes)
+    return FinalDetections(detector.model, operators, options["score_threshold"], max_detections)
 
 
 def _trace(detector: Detector, options: dict[str, Any] | None, format: str) -> ExportedProgram:

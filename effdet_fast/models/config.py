@@ -184,10 +184,10 @@ class DetectorConfig:
                 raise ValueError(
                     f"DetectorConfig: {field} must be one of {list(choices)}, got {getattr(self, field)!r}"
                 )
-        for field, most in COUNTS.items():
+        for field, maximum in COUNTS.items():
             value = getattr(self, field)
-            if not _is_integer(value) or not 1 <= value <= most:
-                raise ValueError(f"DetectorConfig: {field} must be an integer in [1, {most}], got {value!r}")
+            if not _is_integer(value) or not 1 <= value <= maximum:
+                raise ValueError(f"DetectorConfig: {field} must be an integer in [1, {maximum}], got {value!r}")
         for field in SWITCHES:
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"DetectorConfig: {field} must be a bool, got {getattr(self, field)!r}")

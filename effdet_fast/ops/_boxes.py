@@ -156,8 +156,8 @@ def check_threshold(op: str, name: str, threshold: Any) -> float:
     return threshold
 
 
-def check_most_detections(op: str, max_detections: Any) -> int:
-    most = integer(op, "max_detections", max_detections)
-    if not 1 <= most <= MAX_DETECTIONS:
-        raise ValueError(f"{op}: max_detections must be in [1, {MAX_DETECTIONS}], got {most}")
-    return most
+def check_max_detections(op: str, max_detections: Any) -> int:
+    count = integer(op, "max_detections", max_detections)
+    if not 1 <= count <= MAX_DETECTIONS:
+        raise ValueError(f"{op}: max_detections must be in [1, {MAX_DETECTIONS}], got {count}")
+    return count

@@ -63,10 +63,10 @@ def match_anchors_reference(
     force = _force_rule(force_match, allow_low_quality_matches)
     dtype = arithmetic_dtype(anchors)
     anchors, gt_boxes, gt_labels = anchors.detach().to(dtype), gt_boxes.detach().to(dtype), gt_labels.long()
-    batch, most = gt_labels.shape
+    batch, max_boxes = gt_labels.shape
     labels = gt_labels.new_full((batch, len(anchors)), BACKGROUND)
     codes = gt_boxes.new_zeros(batch, len(anchors), 4)
-    if len(anchors) and most:
+    if len(anchors) and max_boxes:
         there = _there(gt_labels, gt_counts)
         for image in range(batch):
             iou = pairwise_iou(gt_boxes[image], anchors)
@@ -88,15 +88,15 @@ def _there(gt_labels: Tensor, gt_counts: Tensor | None) -> Tensor:
 
 def _match_image(iou: Tensor, there: Tensor, pos_iou: float, neg_iou: float, force: str) -> Tensor:
     """Row of `iou` [M, A] each anchor answers for, int64 [A], -1 for none, -2 for ignored. Rows not `there` take no part."""
-    most = len(there)
+    max_boxes = len(there)
     iou = torch.where(there.unsqueeze(1), iou, -1)
     best, row = iou.max(dim=0)  # of equal maxima `max` gives the first
     matches = torch.where(best >= pos_iou, row, torch.where(best >= neg_iou, IGNORED, BACKGROUND))
     if force == "first":
         # The lowest row claiming an anchor gets it; rows that are not there claim with a number nobody wants.
-        claims = torch.where(there, torch.arange(most, device=iou.device), most)
-        forced = torch.full_like(matches, most).scatter_reduce_(0, iou.argmax(dim=1), claims, "amin")
-        matches = torch.where(forced < most, forced, matches)
+        claims = torch.where(there, torch.arange(max_boxes, device=iou.device), max_boxes)
+        forced = torch.full_like(matches, max_boxes).scatter_reduce_(0, iou.argmax(dim=1), claims, "amin")
+        matches = torch.where(forced < max_boxes, forced, matches)
     elif force == "ties":
         tied = ((iou == iou.amax(dim=1, keepdim=True)) & there.unsqueeze(1)).any(dim=0)
         matches = torch.where(tied, row, matches)
@@ -247,9 +247,9 @@ def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_cou
     shape = gt_boxes.shape
     if len(shape) != 3 or shape[2] != 4:
         raise ValueError(f"{op}: gt_boxes must have shape [B, M, 4], got {list(shape)}")
-    batch, most, _ = shape
-    if gt_labels.shape != (batch, most):
-        raise ValueError(f"{op}: gt_labels must have shape {[batch, most]}, got {list(gt_labels.shape)}")
+    batch, max_boxes, _ = shape
+    if gt_labels.shape != (batch, max_boxes):
+        raise ValueError(f"{op}: gt_labels must have shape {[batch, max_boxes]}, got {list(gt_labels.shape)}")
     check_same_device(op, "gt_boxes", gt_boxes, "anchors", anchors)
     check_same_device(op, "gt_labels", gt_labels, "anchors", anchors)
     if gt_counts is None:
@@ -259,6 +259,6 @@ def _check(op: str, anchors: Tensor, gt_boxes: Tensor, gt_labels: Tensor, gt_cou
         raise ValueError(f"{op}: gt_counts must have shape {[batch]}, got {list(gt_counts.shape)}")
     check_same_device(op, "gt_counts", gt_counts, "anchors", anchors)
     if may_read_values(gt_counts) and gt_counts.numel():
-        wrong = gt_counts[(gt_counts < 0) | (gt_counts > most)]
+        wrong = gt_counts[(gt_counts < 0) | (gt_counts > max_boxes)]
         if wrong.numel():
-            raise ValueError(f"{op}: gt_counts must be in [0, {most}], got {int(wrong[0])}")
+            raise ValueError(f"{op}: gt_counts must be in [0, {max_boxes}], got {int(wrong[0])}")

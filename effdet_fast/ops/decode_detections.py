@@ -16,7 +16,7 @@ from effdet_fast.ops._arguments import (
     dtype_name,
     integer,
 )
-from effdet_fast.ops._boxes import Detections, check_most_detections, check_threshold, decode_boxes, is_empty, with_rows
+from effdet_fast.ops._boxes import Detections, check_max_detections, check_threshold, decode_boxes, is_empty, with_rows
 from effdet_fast.ops._layout import dense
 from effdet_fast.ops.nms import batched_nms_padded_reference, ranked_nms_padded
 from effdet_fast.ops.soft_nms import check_sigma
@@ -190,7 +190,7 @@ def decode_detections(
     iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
     if score_threshold is not None:
         score_threshold = check_threshold(op, "score_threshold", score_threshold)
-    max_detections = check_most_detections(op, max_detections)
+    max_detections = check_max_detections(op, max_detections)
     check_choice(op, "box_coder", box_coder, BOX_CODERS)
     check_choice(op, "method", method, NMS_METHODS)
     sigma = check_sigma(op, sigma)
@@ -261,11 +261,11 @@ def _suppressed(
 
 def _anchors_of(picks: Tensor, anchor_indices: Tensor) -> Tensor:
     """The anchors ``[B, K]`` of candidates; -1 where there is none, as past the number of candidates."""
-    most, rows = picks.shape[1], min(picks.shape[1], anchor_indices.shape[1])
-    if rows < most:
+    max_detections, rows = picks.shape[1], min(picks.shape[1], anchor_indices.shape[1])
+    if rows < max_detections:
         picks = picks[:, :rows]
     anchors = torch.where(picks >= 0, anchor_indices.gather(1, picks.clamp(min=0)), -1)
-    return with_rows(anchors, most, -1) if rows < most else anchors
+    return with_rows(anchors, max_detections, -1) if rows < max_detections else anchors
 
 
 def _dense(x: Tensor) -> Tensor:

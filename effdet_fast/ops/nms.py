@@ -10,7 +10,7 @@ from effdet_fast.ops._boxes import (
     Detections,
     check_boxes,
     check_classes,
-    check_most_detections,
+    check_max_detections,
     check_threshold,
     detections_of,
     iou_with,
@@ -18,8 +18,8 @@ from effdet_fast.ops._boxes import (
 )
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
 
-_MOST_IN_ORDER = (
-    1024  # detections of an image that one block finds one after the other; kMostInShared in csrc/nms/nms_cuda.cu
+_MAX_IN_ORDER = (
+    1024  # detections of an image that one block finds one after the other; kMaxInShared in csrc/nms/nms_cuda.cu
 )
 
 
@@ -80,8 +80,8 @@ def batched_nms_padded_reference(
 
 
 _nms = _library.define(
-    "nms(Tensor boxes, Tensor? labels, float iou_threshold, int most) -> Tensor",
-    lambda boxes, labels, iou_threshold, most: boxes.new_empty(boxes.shape[:2], dtype=torch.bool),
+    "nms(Tensor boxes, Tensor? labels, float iou_threshold, int max_kept) -> Tensor",
+    lambda boxes, labels, iou_threshold, max_kept: boxes.new_empty(boxes.shape[:2], dtype=torch.bool),
 )
 _nms_padded = _library.define(
     "nms_padded(Tensor boxes, Tensor ranked_scores, Tensor order, Tensor labels, float iou_threshold, float? score_threshold, "
@@ -149,7 +149,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     iou_threshold = check_threshold("batched_nms", "iou_threshold", iou_threshold)
     if not _library.is_native(boxes):
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
-    if 0 < len(scores) <= _MOST_IN_ORDER:  # as the one image of a batch, whose kernel takes classes in any order
+    if 0 < len(scores) <= _MAX_IN_ORDER:  # as the one image of a batch, whose kernel takes classes in any order
         ranked, order = scores.unsqueeze(0).sort(dim=1, descending=True, stable=True)
         picks = _hard_nms_padded(
             boxes.unsqueeze(0), ranked, order, idxs.unsqueeze(0), iou_threshold, None, len(scores)
@@ -206,7 +206,7 @@ def batched_nms_padded(
     iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
     if score_threshold is not None:
         score_threshold = check_threshold(op, "score_threshold", score_threshold)
-    max_detections = check_most_detections(op, max_detections)
+    max_detections = check_max_detections(op, max_detections)
     check_choice(op, "method", method, NMS_METHODS)
     sigma = check_sigma(op, sigma)
     if method != "hard":
@@ -245,7 +245,7 @@ def _hard_nms_padded(
     score_threshold: float | None,
     max_detections: int,
 ) -> Detections:
-    if min(boxes.shape[1], max_detections) > _MOST_IN_ORDER:
+    if min(boxes.shape[1], max_detections) > _MAX_IN_ORDER:
         return _nms_padded_by_class(boxes, ranked_scores, order, labels, iou_threshold, score_threshold, max_detections)
     found = _nms_padded(
         boxes.contiguous(), ranked_scores, order, labels.contiguous(), iou_threshold, score_threshold, max_detections
@@ -266,13 +266,13 @@ def _nms_padded_by_class(
     classes, by_class = labels.gather(1, order).sort(dim=1, stable=True)
     candidates = boxes.gather(1, order.gather(1, by_class).unsqueeze(-1).expand(-1, -1, 4))
     rows = min(max_detections, order.shape[1])
-    takes_part, most = torch.ones_like(order, dtype=torch.bool), rows
+    takes_part, max_kept = torch.ones_like(order, dtype=torch.bool), rows
     if score_threshold is not None:
         takes_part = ranked_scores.double() > score_threshold
         # NaN scores rank first and must suppress nothing, as a box of NaN does. Such boxes are kept, so a class may need more.
         candidates = candidates.masked_fill(~takes_part.gather(1, by_class).unsqueeze(-1), float("nan"))
-        most = order.shape[1]
-    kept = _nms(candidates, classes, iou_threshold, most)
+        max_kept = order.shape[1]
+    kept = _nms(candidates, classes, iou_threshold, max_kept)
     kept = torch.empty_like(kept).scatter_(1, by_class, kept) & takes_part
     row = kept.cumsum(1) - 1
     row = torch.where(kept & (row < rows), row, rows)  # the row past the last takes all the others

@@ -10,7 +10,7 @@ from effdet_fast.ops._boxes import (
     Detections,
     check_boxes,
     check_classes,
-    check_most_detections,
+    check_max_detections,
     check_threshold,
     detections_of,
     iou_with,
@@ -34,9 +34,16 @@ def soft_nms_reference(
     """:func:`soft_nms` in plain PyTorch, one box after the other; in float64 where the boxes are."""
     check_choice("soft_nms_reference", "method", method, SOFT_NMS_METHODS)
     labels = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs.to(boxes.device).long()
-    most = max(1, len(scores)) if max_detections is None else max_detections
+    max_kept = max(1, len(scores)) if max_detections is None else max_detections
     found = soft_nms_padded_reference(
-        boxes.detach()[None], scores.detach()[None], labels[None], method, sigma, iou_threshold, score_threshold, most
+        boxes.detach()[None],
+        scores.detach()[None],
+        labels[None],
+        method,
+        sigma,
+        iou_threshold,
+        score_threshold,
+        max_kept,
     )
     return _kept(found)
 
@@ -164,11 +171,13 @@ def soft_nms(
     sigma = check_sigma(op, sigma)
     iou_threshold = check_threshold(op, "iou_threshold", iou_threshold)
     score_threshold = check_threshold(op, "score_threshold", score_threshold)
-    most = max(1, scores.shape[0])
+    max_kept = max(1, scores.shape[0])
     if max_detections is not None:
-        most = min(most, check_most_detections(op, max_detections))
+        max_kept = min(max_kept, check_max_detections(op, max_detections))
     return _kept(
-        soft_nms_padded(boxes[None], scores[None], labels[None], method, sigma, iou_threshold, score_threshold, most)
+        soft_nms_padded(
+            boxes[None], scores[None], labels[None], method, sigma, iou_threshold, score_threshold, max_kept
+        )
     )
 
 

@@ -24,7 +24,7 @@ from effdet_fast.training.optimizer import (
 from effdet_fast.training.step import StepLosses, TrainingStep
 
 WARMUP_STEPS = 3
-MOST_CHANGES = 10  # of what a graph takes as constant, without a replay between them
+MAX_CHANGES = 10  # of what a graph takes as constant, without a replay between them
 
 
 class GraphedStep(TrainingStep):
@@ -91,7 +91,7 @@ class GraphedStep(TrainingStep):
         self._rates.take_over()
         self.prepare()
         self._drop_outdated(gt_labels.shape[1])
-        if self._changes > MOST_CHANGES:
+        if self._changes > MAX_CHANGES:
             self._give_up("an option of the optimiser, or a parameter, changes again and again")
             return self.compute(images, gt_boxes, gt_labels)
         if self._captured is None and self._warm < WARMUP_STEPS:

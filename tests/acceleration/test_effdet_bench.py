@@ -190,13 +190,13 @@ def detections(bench, info):
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("info", ["none", "scale", "scale and size"])
-@pytest.mark.parametrize("most", [20, 100])
-def test_detections(soft, info, most):
+@pytest.mark.parametrize("max_detections", [20, 100])
+def test_detections(soft, info, max_detections):
     """The same boxes in the same order, padded alike. Unclipped boxes reach out of the image.
 
     effdet's soft-NMS moves the boxes of each class further out, where overlaps of the last classes are visibly rounded.
     """
-    ours, plain = pair(DetBenchPredict, soft_nms=soft, max_det_per_image=most, num_classes=90)
+    ours, plain = pair(DetBenchPredict, soft_nms=soft, max_det_per_image=max_detections, num_classes=90)
     for bench in (ours, plain):
         for logits in bench.model.cls:
             logits.data.unflatten(1, (9, 90))[:, :, 85:] += 3
@@ -206,7 +206,7 @@ def test_detections(soft, info, most):
     if info == "scale and size":
         img_info["img_size"] = target["img_size"].round().long()
     found, expected = detections(ours, img_info), detections(plain, img_info)
-    assert found.shape == expected.shape == (3, most, 6) and found.dtype == expected.dtype
+    assert found.shape == expected.shape == (3, max_detections, 6) and found.dtype == expected.dtype
     assert (expected[..., 5].unique().numel() > 3) and (info == "scale and size" or expected[..., 0].min() < 0)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
 

@@ -130,11 +130,11 @@ def test_soft_nms():
 
 
 def test_anchor_matching():
-    workload = bench_anchor_matching.effdet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, most=6)
+    workload = bench_anchor_matching.effdet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, max_boxes=6)
     assert workload.bytes == {"forward": 49104 * 16 + 2 * 6 * 24 + 2 * (49104 * 24 + 4)}
     assert workload.oracle.forward()[0].tolist()[0] == 0 and workload.oracle.forward()[0][1] > 5
     check(workload, torch.float32, {"effdet"})
-    workload = bench_anchor_matching.retinanet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, most=6)
+    workload = bench_anchor_matching.retinanet_rule(CPU, torch.float32, CONTIGUOUS, batch=2, max_boxes=6)
     check(workload, torch.float32, {"torchvision"})
 
 

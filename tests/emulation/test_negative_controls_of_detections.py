@@ -8,7 +8,7 @@ from tests.emulation.damage import assert_noticed
 DAMAGES = [
     ("nms", "batched_nms_padded", "nms_tile.cuh", "lane > i && lane < count", "lane > i + 1 && lane < count"),
     ("nms", "batched_nms_padded", "nms_kernel.cuh", "earlier < number", "earlier + 1 < number"),
-    ("nms", "batched_nms_padded", "nms_kernel.cuh", "kept_before >= in.most", "kept_before + 64 >= in.most"),
+    ("nms", "batched_nms_padded", "nms_kernel.cuh", "kept_before >= in.max_kept", "kept_before + 64 >= in.max_kept"),
     ("nms", "batched_nms_padded", "nms_block_kernel.cuh", "k < found && alive", "k < found / 2 && alive"),
     ("nms", "batched_nms_padded", "nms_block_kernel.cuh", "own_tile > tile)", "own_tile > tile + 1)"),
     ("soft_nms", "soft_nms", "soft_nms_kernel.cuh", "i == best.index", "i + 1 == best.index"),

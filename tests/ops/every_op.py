@@ -33,7 +33,7 @@ def differentiable_calls() -> dict[str, Call]:
 def calls_without_gradient() -> dict[str, Call]:
     draw = Draw()
     return {
-        "match_anchors": random_calls.match_anchors(draw, 12, images=2, most=3),
+        "match_anchors": random_calls.match_anchors(draw, 12, images=2, max_boxes=3),
         "batched_nms_padded": random_calls.nms_padded(draw, 2, 12),
         "soft_nms_padded": random_calls.nms_padded(draw, 2, 12, method="linear"),
         "decode_detections": random_calls.decode_detections(draw, [(2, 3)], classes=3),

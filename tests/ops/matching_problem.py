@@ -46,5 +46,7 @@ def random_boxes(*shape, size=128):
     return boxes
 
 
-def random_objects(batch, most, device="cpu", size=128, classes=7):
-    return random_boxes(batch, most, size=size).to(device), torch.randint(-1, classes, (batch, most), device=device)
+def random_objects(batch, max_boxes, device="cpu", size=128, classes=7):
+    return random_boxes(batch, max_boxes, size=size).to(device), torch.randint(
+        -1, classes, (batch, max_boxes), device=device
+    )

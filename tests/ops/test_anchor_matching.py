@@ -156,9 +156,9 @@ def test_images_with_no_box_one_box_and_2000_in_one_batch(backend, rule):
 
 @each_rule
 def test_empty_shapes(backend, rule):
-    for batch, most, count in itertools.product((0, 2), (0, 3), (0, 5)):
-        anchors, boxes = torch.zeros(count, 4), torch.zeros(batch, most, 4)
-        labels = torch.full((batch, most), -1)
+    for batch, max_boxes, count in itertools.product((0, 2), (0, 3), (0, 5)):
+        anchors, boxes = torch.zeros(count, 4), torch.zeros(batch, max_boxes, 4)
+        labels = torch.full((batch, max_boxes), -1)
         targets = match_anchors(*(x.to(backend.device) for x in (anchors, boxes, labels)), **rule)
         assert [list(x.shape) for x in targets] == [[batch, count], [batch, count, 4], [batch]]
         assert (targets.labels == -1).all() and not targets.boxes.any() and not targets.num_positives.any()

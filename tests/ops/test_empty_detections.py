@@ -18,13 +18,13 @@ def detect(inputs, clip=CLIP, **options):
     return ops.decode_detections(*inputs, clip_sizes=clip.to(inputs[2]), **options)
 
 
-def without_empty(found, most):
+def without_empty(found, max_detections):
     """The first rows of each image that have an area, from detections without a limit."""
     kept = (found.boxes[..., 2:] > found.boxes[..., :2]).all(-1) | found.boxes.isnan().any(-1)
     kept &= found.indices >= 0
     images = []
     for image in range(len(kept)):
-        rows = kept[image].nonzero().flatten()[:most]
+        rows = kept[image].nonzero().flatten()[:max_detections]
         images.append([x[image][rows] for x in found[:4]])
     return images
 
@@ -36,9 +36,9 @@ def test_others_take_their_places(backend, method, score_threshold, per_level):
     inputs = heads(device=backend.device)
     options = {"method": method, "score_threshold": score_threshold, "candidates_per_level": per_level}
     every = detect(inputs, max_detections=300, **options)
-    for most in (5, 20, 300):
-        found = detect(inputs, max_detections=most, drop_empty=True, **options)
-        for image, expected in enumerate(without_empty(every, most)):
+    for max_detections in (5, 20, 300):
+        found = detect(inputs, max_detections=max_detections, drop_empty=True, **options)
+        for image, expected in enumerate(without_empty(every, max_detections)):
             count = int(found.counts[image])
             assert count == len(expected[0]) > 0
             assert all_equal([x[image, :count] for x in found[:4]], expected)

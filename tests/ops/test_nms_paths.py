@@ -77,11 +77,11 @@ def test_a_class_that_keeps_enough_stops_early(native_backend):
     """Of nothing but kept boxes the chain stops in the tile that has the last one wanted; what is wanted is all there."""
     boxes = random_boxes(1, 2000, size=1.0, extent=9000.0).to(native_backend.device)
     labels = (torch.arange(2000, device=native_backend.device) >= 100).long()[None]
-    for most in (1, 64, 65, 700, 2000):
-        keep = torch.ops.effdet_fast.nms(boxes, labels, 0.5, most)[0]
+    for max_kept in (1, 64, 65, 700, 2000):
+        keep = torch.ops.effdet_fast.nms(boxes, labels, 0.5, max_kept)[0]
         small, large = keep[:100], keep[100:]
-        assert small[:most].all() and large[:most].all()
-        assert large.sum() < most + 64
+        assert small[:max_kept].all() and large[:max_kept].all()
+        assert large.sum() < max_kept + 64
     scores = torch.linspace(1, 0, 2000, device=native_backend.device)[None]
     test_nms_padded.assert_like_peer(boxes, scores, labels, 0.5, max_detections=1200)
 

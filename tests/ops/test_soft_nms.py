@@ -170,13 +170,13 @@ def test_the_score_threshold_is_strict(backend):
 def test_a_batch_is_its_images(backend, method):
     boxes, scores = random_boxes(3, 60, extent=150.0).to(backend.device), torch.rand(3, 60).to(backend.device)
     scores[1], labels = 0.0, torch.randint(0, 3, (3, 60))
-    for most in (1, 25, 80):
-        options = {"method": method, "sigma": 0.3, "score_threshold": 0.1, "max_detections": most}
+    for max_detections in (1, 25, 80):
+        options = {"method": method, "sigma": 0.3, "score_threshold": 0.1, "max_detections": max_detections}
         got = ops.batched_nms_padded(boxes, scores, labels, 0.2, **options)
         for image in range(3):
             kept, decayed = ops.soft_nms(boxes[image], scores[image], labels[image], iou_threshold=0.2, **options)
             count = len(kept)
-            assert got.counts[image] == count <= most and torch.equal(got.indices[image, :count], kept)
+            assert got.counts[image] == count <= max_detections and torch.equal(got.indices[image, :count], kept)
             assert torch.equal(got.scores[image, :count], decayed) and torch.equal(
                 got.boxes[image, :count], boxes[image][kept]
             )

@@ -126,10 +126,10 @@ def excitations(draw: AnySize) -> list[Call]:
 
 
 def suppressions(draw: AnySize) -> list[Call]:
-    images, count, most = draw.size(1, 2), draw.size(1, 7, 40), draw.size()
+    images, count, max_kept = draw.size(1, 2), draw.size(1, 7, 40), draw.size()
     single = random_calls.nms(draw, count)
     boxes, labels = single.others[0], draw.integers(0, 3, 2, count).sort(1).values
-    raw = Call(lambda b, k: torch.ops.effdet_fast.nms(b, k, 0.3, most), (), (torch.stack([boxes, boxes]), labels))
+    raw = Call(lambda b, k: torch.ops.effdet_fast.nms(b, k, 0.3, max_kept), (), (torch.stack([boxes, boxes]), labels))
     options = {"max_detections": draw.size(1, 5, 60), "score_threshold": draw.one_of((None, 0.3))}
     methods = ("hard", "gaussian", "linear")
     return [single, raw, *(random_calls.nms_padded(draw, images, count, method=m, **options) for m in methods)]

@@ -14,7 +14,7 @@ from torch import nn
 
 import effdet_fast
 from effdet_fast.training import GraphedStep, ModelEma, TrainingStep, graphed_step
-from effdet_fast.training.graphed_step import MOST_CHANGES, WARMUP_STEPS, StaticBatch
+from effdet_fast.training.graphed_step import MAX_CHANGES, WARMUP_STEPS, StaticBatch
 from effdet_fast.training.optimizer import create_optimizer, set_learning_rate, why_not_capturable
 from effdet_fast.training.seeding import seed_step
 from tests.checks import all_equal
@@ -178,7 +178,7 @@ def test_what_changes_at_every_step_ends_the_attempts():
     with pytest.warns(
         UserWarning, match="an option of the optimiser, or a parameter, changes again and again"
     ) as caught:
-        for i, batch in enumerate(batches((32, 32), 3, (2,) * (MOST_CHANGES + 3))):
+        for i, batch in enumerate(batches((32, 32), 3, (2,) * (MAX_CHANGES + 3))):
             replayed.optimizer.param_groups[0]["momentum"] = 0.9 - 0.01 * i
             replayed(*batch)
     assert len(caught) == 1 and replayed.captures == 0 and replayed.fallback_reason
