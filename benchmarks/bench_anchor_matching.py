@@ -49,9 +49,9 @@ def effdet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, batch:
         gt_classes = [image[keep] + 1 for image, keep in zip(labels, there, strict=True)]
 
         def theirs() -> tuple[Tensor, ...]:
-            classes, codes, positives = labeler.batch_label_anchors(gt_boxes, gt_classes)
-            codes = torch.cat([level.flatten(1).unflatten(1, (-1, 4)) for level in codes], 1)
-            return positives, codes, torch.cat([level.flatten(1) for level in classes], 1)
+            classes, deltas, positives = labeler.batch_label_anchors(gt_boxes, gt_classes)
+            deltas = torch.cat([level.flatten(1).unflatten(1, (-1, 4)) for level in deltas], 1)
+            return positives, deltas, torch.cat([level.flatten(1) for level in classes], 1)
 
         peers.append(Implementation("effdet", theirs))
     workload = workload_of(anchors, boxes, labels, {}, peers, absent)
@@ -77,8 +77,8 @@ def retinanet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, bat
             for gt, classes in images:
                 matches = matcher(torchvision.box_iou(gt, anchors))
                 positive, row = matches >= 0, matches.clamp(min=0)
-                codes = torch.where(positive[:, None], coder.encode_single(gt[row], anchors), 0.0)
-                per_image.append((positive.sum().float(), codes, torch.where(positive, classes[row], matches)))
+                deltas = torch.where(positive[:, None], coder.encode_single(gt[row], anchors), 0.0)
+                per_image.append((positive.sum().float(), deltas, torch.where(positive, classes[row], matches)))
             return tuple(map(torch.stack, zip(*per_image, strict=True)))
 
         peers.append(Implementation("torchvision", theirs))
@@ -86,7 +86,7 @@ def retinanet_rule(device: torch.device, dtype: torch.dtype, layout: str, *, bat
 
 
 def workload_of(anchors: Tensor, boxes: Tensor, labels: Tensor, rule: dict, peers, absent) -> Workload:
-    """Bytes: anchors and ground truth read once, 24 bytes of labels and codes written per anchor and image."""
+    """Bytes: anchors and ground truth read once, 24 bytes of labels and deltas written per anchor and image."""
 
     def ordered(targets: ops.AnchorTargets) -> tuple[Tensor, ...]:
         return targets.num_positives, targets.boxes, targets.labels

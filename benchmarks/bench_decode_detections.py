@@ -66,9 +66,9 @@ def outputs(
     for height, width in cache.sizes:
         logits = torch.randn(batch, per_cell * CLASSES, height, width, device=device) - 6
         logits += 3 * (torch.rand(batch, 1, height, width, device=device) < 0.02)  # objects
-        codes = 0.3 * torch.randn(batch, per_cell * 4, height, width, device=device)
+        deltas = 0.3 * torch.randn(batch, per_cell * 4, height, width, device=device)
         cls_outputs.append(logits.to(dtype).to(memory_format=memory_format))
-        box_outputs.append(codes.to(dtype).to(memory_format=memory_format))
+        box_outputs.append(deltas.to(dtype).to(memory_format=memory_format))
     return cls_outputs, box_outputs, cache.boxes(device)
 
 
@@ -76,10 +76,10 @@ def in_pytorch(cls_outputs: list[Tensor], box_outputs: list[Tensor], anchors: Te
     """The whole batch at once: cat, top-k, gather, decode, and our NMS."""
     batch = len(cls_outputs[0])
     logits = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in cls_outputs], 1)
-    codes = torch.cat([x.permute(0, 2, 3, 1).reshape(batch, -1, 4) for x in box_outputs], 1)
+    deltas = torch.cat([x.permute(0, 2, 3, 1).reshape(batch, -1, 4) for x in box_outputs], 1)
     top, order = torch.topk(logits, CANDIDATES, dim=1)
     index = torch.div(order, CLASSES, rounding_mode="floor")
-    ty, tx, th, tw = codes.gather(1, index.unsqueeze(2).expand(-1, -1, 4)).float().unbind(-1)
+    ty, tx, th, tw = deltas.gather(1, index.unsqueeze(2).expand(-1, -1, 4)).float().unbind(-1)
     x1, y1, x2, y2 = anchors[index].unbind(-1)
     half_w, half_h = tw.exp() * (x2 - x1) / 2, th.exp() * (y2 - y1) / 2
     x, y = tx * (x2 - x1) + (x1 + x2) / 2, ty * (y2 - y1) + (y1 + y2) / 2

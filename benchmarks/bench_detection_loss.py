@@ -44,12 +44,12 @@ def pyramid(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int
     counts = [PER_CELL * size * size for size in sizes]
     positive = torch.rand((batch, sum(counts)), device=device) < 0.002
     labels = torch.where(positive, torch.randint(CLASSES, positive.shape, device=device), -1)
-    codes = torch.where(positive.unsqueeze(2), 0.3 * torch.randn((*positive.shape, 4), device=device), 0.0)
+    deltas = torch.where(positive.unsqueeze(2), 0.3 * torch.randn((*positive.shape, 4), device=device), 0.0)
     positives = positive.sum(1).float()
     # effdet takes the targets in levels.
     shapes = [(batch, size, size, PER_CELL) for size in sizes]
     level_labels = [x.reshape(s) for x, s in zip(labels.split(counts, 1), shapes, strict=True)]
-    level_codes = [x.reshape(*s[:3], 4 * s[3]) for x, s in zip(codes.split(counts, 1), shapes, strict=True)]
+    level_deltas = [x.reshape(*s[:3], 4 * s[3]) for x, s in zip(deltas.split(counts, 1), shapes, strict=True)]
 
     def total_of(function, targets, outputs) -> torch.Tensor:
         levels = len(sizes)
@@ -59,18 +59,18 @@ def pyramid(device: torch.device, dtype: torch.dtype, layout: str, *, batch: int
         return Implementation(name, partial(total_of, function, targets, outputs), outputs)
 
     absent: dict[str, str] = {}
-    joined, split = (labels, codes, positives), (level_labels, level_codes, positives)
+    concat, split = (labels, deltas, positives), (level_labels, level_deltas, positives)
     peers = []
     if effdet := optional("effdet.loss", absent):
         peers.append(implementation("effdet", effdet.loss_fn, split, leaves))
         peers.append(implementation("effdet, compiled", compiled(effdet.loss_fn), split, leaves))
-    read = sum(x.numel() * x.element_size() for x in (*leaves, labels, codes))
+    read = sum(x.numel() * x.element_size() for x in (*leaves, labels, deltas))
     written = sum(x.numel() * x.element_size() for x in leaves)
     exact = tuple(oracle_copy(x) for x in leaves)
     return Workload(
-        ours=implementation(OURS, ops.detection_loss, joined, leaves),
+        ours=implementation(OURS, ops.detection_loss, concat, leaves),
         oracle=implementation(
-            "float64", ops.detection_loss_reference, (labels, codes.double(), positives.double()), exact
+            "float64", ops.detection_loss_reference, (labels, deltas.double(), positives.double()), exact
         ),
         bytes={FORWARD: read, BOTH: read + written},  # the gradient can be written in the pass that reads the outputs
         peers=peers,

@@ -7,7 +7,7 @@
 #include "common/choices.h"
 
 #if !defined(EF_WITH_CUDA)
-#include "common/large_blocks.h"
+#include "common/caching_allocator.h"
 #endif
 
 namespace {
@@ -31,7 +31,7 @@ std::string cpu_level() {
   return "baseline";
 }
 
-void empty_cache() { ef::LargeBlocks::instance().empty(); }
+void empty_cache() { ef::CachingAllocator::instance().empty(); }
 #endif
 }  // namespace
 

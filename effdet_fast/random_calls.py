@@ -101,15 +101,15 @@ def detection_loss(
     outputs = [draw.map(images, per_cell * classes, *size) for size in sizes]
     outputs += [draw.map(images, per_cell * 4, *size, scale=0.3) for size in sizes]
     labels = draw.labels(classes, images, count)
-    codes, positives = draw.normal(images, count, 4) * 0.3, (labels >= 0).sum(1).to(draw.wide)
+    deltas, positives = draw.normal(images, count, 4) * 0.3, (labels >= 0).sum(1).to(draw.wide)
 
     def loss(*tensors: Tensor) -> Tensor:
-        *outputs, labels, codes, positives, anchors = tensors
+        *outputs, labels, deltas, positives, anchors = tensors
         heads, given = (outputs[:levels], outputs[levels:]), {"num_classes": classes, "anchors": anchors, **options}
-        losses = ops.detection_loss(*heads, labels, codes, positives, **given)
+        losses = ops.detection_loss(*heads, labels, deltas, positives, **given)
         return losses.total + losses.cls + losses.box if whole else losses.total
 
-    return Call(loss, tuple(outputs), (labels, codes, positives, draw.boxes(count)))
+    return Call(loss, tuple(outputs), (labels, deltas, positives, draw.boxes(count)))
 
 
 def fusion(

@@ -76,7 +76,7 @@ print(kept - resident())
 
 
 @needs_glibc
-def test_kept_memory_can_be_freed():
+def test_cached_memory_can_be_freed():
     assert printed(FREED) > 350  # of 400 MiB
 
 

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
 
   const DeviceScope<Device> scope(anchors);
   Tensor out_labels = allocate(anchors, {batch, count}, ScalarType::Long);
-  Tensor codes = allocate(anchors, {batch, count, 4}, anchors.scalar_type());
+  Tensor deltas = allocate(anchors, {batch, count, 4}, anchors.scalar_type());
   Tensor positives = allocate(anchors, {batch}, ScalarType::Long);
   if (std::is_same_v<Device, Cuda> || count == 0) torch::stable::zero_(positives);  // the CUDA kernel adds to them
   std::optional<Tensor> workspace;
@@ -68,10 +68,10 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
     if (!any_box && boxes.is_cpu()) check_boxes(problem);
     if (batch == 0 || count == 0) return;
     launch_match<T>(scope.device, problem, workspace ? mutable_data<int64_t>(*workspace) : nullptr,
-                    {mutable_data<int64_t>(out_labels), mutable_data<T>(codes), mutable_data<int64_t>(positives)});
+                    {mutable_data<int64_t>(out_labels), mutable_data<T>(deltas), mutable_data<int64_t>(positives)});
   };
   is_double ? run.template operator()<double>() : run.template operator()<float>();
-  return {out_labels, codes, positives};
+  return {out_labels, deltas, positives};
 }
 
 template <class Device>

@@ -222,12 +222,12 @@ void match_image(const Problem<T>& in, const Anchors<T>& anchors, const Image<T>
 
 // Writes the targets of an image and leaves `found` as it was before it.
 template <typename T>
-int64_t write_image(const Problem<T>& in, const Image<T>& image, Found<T>& found, int64_t* __restrict labels, T* __restrict codes) {
+int64_t write_image(const Problem<T>& in, const Image<T>& image, Found<T>& found, int64_t* __restrict labels, T* __restrict deltas) {
   int64_t positives = 0;
   for (int64_t begin = 0; begin < in.count; begin += kGroup) {
     const int64_t end = std::min(in.count, begin + kGroup);
     std::fill(labels + begin, labels + end, int64_t(-1));
-    std::fill(codes + begin * 4, codes + end * 4, T(0));
+    std::fill(deltas + begin * 4, deltas + end * 4, T(0));
     if (!found.touched[begin / kGroup]) continue;
     for (int64_t a = begin; a < end; ++a) {
       if (!(found.iou[a] >= in.negative)) continue;
@@ -235,7 +235,7 @@ int64_t write_image(const Problem<T>& in, const Image<T>& image, Found<T>& found
       if (!(found.iou[a] >= in.positive)) continue;
       const int32_t row = found.match[a];
       labels[a] = image.labels[row];
-      encode(in.coder, load_box(image.boxes, row), load_box(in.anchors, a), codes + a * 4);
+      encode(in.coder, load_box(image.boxes, row), load_box(in.anchors, a), deltas + a * 4);
       ++positives;
     }
     std::fill(found.iou.begin() + begin, found.iou.begin() + begin + kGroup, T(0));
@@ -262,7 +262,7 @@ void launch_match(Cpu, const Problem<T>& problem, int64_t*, const Targets<T>& ou
       for (int64_t row = 0; row < rows; ++row) objects[row] = problem.is_object(i, row);
       const Image<T> image{problem.boxes + i * problem.max_boxes * 4, problem.labels + i * problem.max_boxes, rows, objects.get()};
       match_image(problem, anchors, image, found);
-      out.positives[i] = write_image(problem, image, found, out.labels + i * problem.count, out.codes + i * problem.count * 4);
+      out.positives[i] = write_image(problem, image, found, out.labels + i * problem.count, out.deltas + i * problem.count * 4);
     }
   });
 }

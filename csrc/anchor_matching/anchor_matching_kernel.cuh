@@ -4,7 +4,7 @@
 // neighbours in the image, so that most boxes are out of question for most warps. No shared memory, no barrier.
 // best_kernel:  best[image, box] = the highest IoU of the box with any anchor, as the bits of a non-negative number, which order as it.
 // first_kernel: first[image, box] = count - the first anchor that has it. Both are maxima of integers: the order does not matter.
-// write_kernel: each anchor's own best box, forced or not, its label and its code.
+// write_kernel: each anchor's own best box, forced or not, its label and its deltas.
 // Bytes per anchor and image, float: 24 written; anchors and boxes (16 each, all images share the anchors) come from cache.
 // Operations: a bound per warp and box, an IoU per anchor only where the bound allows it. A matrix would be 4 bytes per pair instead.
 #pragma once
@@ -174,12 +174,12 @@ __global__ void write_kernel(Problem<T> in,
     if (positives && own.lane == 0) atomicAdd(reinterpret_cast<Word*>(out.positives) + image, Word(__popc(positives)));
     if (!own.there) continue;
     const int64_t place = image * in.count + own.index;
-    Vec<T, 4> code{};
-    if (row >= 0) encode(in.coder, load_box(in.boxes, image * in.max_boxes + row), own.anchor, code.v);
+    Vec<T, 4> deltas{};
+    if (row >= 0) encode(in.coder, load_box(in.boxes, image * in.max_boxes + row), own.anchor, deltas.v);
     out.labels[place] = row >= 0 ? in.labels[image * in.max_boxes + row] : row;
     constexpr int kSize = kVecSize<T> < 4 ? kVecSize<T> : 4;
 #pragma unroll
-    for (int k = 0; k < 4; k += kSize) store_vec<kSize>(out.codes + place * 4 + k, load_vec<kSize>(code.v + k));
+    for (int k = 0; k < 4; k += kSize) store_vec<kSize>(out.deltas + place * 4 + k, load_vec<kSize>(deltas.v + k));
   }
 }
 }  // namespace ef::anchor_matching

@@ -1,4 +1,4 @@
-// Matching anchors to boxes: how large an IoU can get in a group of anchors, and the code of a box. Scalar formulas: no memory, no torch.
+// Matching anchors to boxes: how large an IoU can get in a group of anchors, and the deltas of a box. Scalar formulas: no memory, no torch.
 // IoU as in common/box.h, rounded operation by operation. All comparisons are of the form `iou > x`, which a NaN never passes.
 #pragma once
 #include "../common/box.h"
@@ -54,12 +54,12 @@ EF_HD bool may_reach(T bound, T limit) {
 }
 
 template <typename T>
-EF_HD void encode(BoxCoder coder, const Box<T>& box, const Box<T>& anchor, T* code) {  // [4]
+EF_HD void encode(BoxCoder coder, const Box<T>& box, const Box<T>& anchor, T* deltas) {  // [4]
   if (coder == BoxCoder::kNone) {
-    code[0] = box.x1;
-    code[1] = box.y1;
-    code[2] = box.x2;
-    code[3] = box.y2;
+    deltas[0] = box.x1;
+    deltas[1] = box.y1;
+    deltas[2] = box.x2;
+    deltas[3] = box.y2;
     return;
   }
   const bool effdet = coder == BoxCoder::kEffdet;
@@ -69,9 +69,9 @@ EF_HD void encode(BoxCoder coder, const Box<T>& box, const Box<T>& anchor, T* co
   const T dx = (box.x1 + width / 2) - (anchor.x1 + anchor_width / 2), dy = (box.y1 + height / 2) - (anchor.y1 + anchor_height / 2);
   const T x = dx / (anchor_width + eps), y = dy / (anchor_height + eps);
   const T w = log_of((width + eps) / (anchor_width + eps)), h = log_of((height + eps) / (anchor_height + eps));
-  code[0] = effdet ? y : x;
-  code[1] = effdet ? x : y;
-  code[2] = effdet ? h : w;
-  code[3] = effdet ? w : h;
+  deltas[0] = effdet ? y : x;
+  deltas[1] = effdet ? x : y;
+  deltas[2] = effdet ? h : w;
+  deltas[3] = effdet ? w : h;
 }
 }  // namespace ef::anchor_matching

@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdint>
 
-// EF_CHOICE(name, values), numbered from 0. A BoxCoder says what a code is: the box itself, effdet's (ty, tx, th, tw), or torchvision's
-// (dx, dy, dw, dh); a ForcedMatch, which anchors a box gets whatever the IoU.
+// EF_CHOICE(name, values), numbered from 0. A BoxCoder says what the four deltas of a box are: the box itself, effdet's (ty, tx, th, tw)
+// or torchvision's (dx, dy, dw, dh); a ForcedMatch, which anchors a box gets whatever the IoU.
 #define EF_CHOICES(EF_CHOICE)                        \
   EF_CHOICE(Activation, kNone, kSilu, kRelu, kRelu6) \
   EF_CHOICE(BoxCoder, kNone, kEffdet, kTorchvision)  \

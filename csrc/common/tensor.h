@@ -20,8 +20,8 @@
 #if defined(EF_EMULATE_CUDA)
 #include "guarded_allocation.h"  // tests/emulation: NaN-filled memory between guard bytes
 #elif !defined(EF_WITH_CUDA) && !defined(__SANITIZE_ADDRESS__)
-#include "large_blocks.h"  // whose spare bytes would hide an overrun from the sanitizer
-#define EF_LARGE_BLOCKS
+#include "caching_allocator.h"  // whose spare bytes would hide an overrun from the sanitizer
+#define EF_CACHING_ALLOCATOR
 #endif
 
 namespace ef {
@@ -71,10 +71,10 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
 #else
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const DeviceId device = device_of(like);
-#if defined(EF_LARGE_BLOCKS)
-  if (like.is_cpu() && bytes >= LargeBlocks::kLeast) {
-    return torch::stable::from_blob(LargeBlocks::instance().take(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
-                                    like.device(), dtype, [](void* block) { LargeBlocks::instance().give_back(block); });
+#if defined(EF_CACHING_ALLOCATOR)
+  if (like.is_cpu() && bytes >= CachingAllocator::kLeast) {
+    return torch::stable::from_blob(CachingAllocator::instance().allocate(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
+                                    like.device(), dtype, [](void* block) { CachingAllocator::instance().free(block); });
   }
 #endif
   AtenTensorHandle handle;

@@ -26,15 +26,15 @@ Problem<scalar_t> problem_of(const std::vector<Tensor>& cls_outputs, const std::
   problem.classes = classes;
   problem.coder = choice_of(box_coder, "decode_candidates", "box_coder", BoxCoder::kEffdet);
   for (int i = 0; i < problem.level_count; ++i) {
-    const Tensor &logits = cls_outputs[i], &codes = box_outputs[i];
-    STD_TORCH_CHECK(logits.dim() == 4 && codes.dim() == 4 && logits.size(0) == problem.batch && codes.size(0) == problem.batch &&
-                        logits.size(1) == problem.channels() && codes.size(1) == problem.anchors_per_cell * 4 &&
-                        logits.size(2) == codes.size(2) && logits.size(3) == codes.size(3) && logits.scalar_type() == first.scalar_type() &&
-                        codes.scalar_type() == first.scalar_type(),
+    const Tensor &logits = cls_outputs[i], &deltas = box_outputs[i];
+    STD_TORCH_CHECK(logits.dim() == 4 && deltas.dim() == 4 && logits.size(0) == problem.batch && deltas.size(0) == problem.batch &&
+                        logits.size(1) == problem.channels() && deltas.size(1) == problem.anchors_per_cell * 4 &&
+                        logits.size(2) == deltas.size(2) && logits.size(3) == deltas.size(3) && logits.scalar_type() == first.scalar_type() &&
+                        deltas.scalar_type() == first.scalar_type(),
                     "decode_candidates: outputs must be [batch, anchors * classes, h, w] and [batch, anchors * 4, h, w] of one dtype");
     const int64_t cells = logits.size(2) * logits.size(3);
-    problem.levels[i] = {const_data<scalar_t>(logits), const_data<scalar_t>(codes), cells, problem.cells,
-                         is_channels_last(logits),     is_channels_last(codes)};
+    problem.levels[i] = {const_data<scalar_t>(logits), const_data<scalar_t>(deltas), cells, problem.cells,
+                         is_channels_last(logits),     is_channels_last(deltas)};
     problem.cells += cells;
   }
   const ScalarType dtype = acc_dtype(first.scalar_type());

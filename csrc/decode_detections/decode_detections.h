@@ -8,10 +8,10 @@ namespace ef::decode_detections {
 template <typename scalar_t>
 struct Level {
   const scalar_t* logits;  // [batch, anchors * classes, cells], or [batch, cells, anchors * classes] in channels_last
-  const scalar_t* codes;   // [batch, anchors * 4, cells], or [batch, cells, anchors * 4]
+  const scalar_t* deltas;   // [batch, anchors * 4, cells], or [batch, cells, anchors * 4]
   int64_t cells;           // rows * columns
   int64_t first_cell;      // number of cells in the levels before
-  bool logits_channels_last, codes_channels_last;
+  bool logits_channels_last, deltas_channels_last;
 };
 
 template <typename scalar_t>
@@ -46,13 +46,13 @@ EF_HD void write_candidate(const Problem<scalar_t>& in, int64_t image, int64_t r
   while (l + 1 < in.level_count && number >= in.levels[l + 1].first_cell) ++l;
   const Level<scalar_t>& level = in.levels[l];
   const int64_t cell = number - level.first_cell, values = in.anchors_per_cell * 4;
-  const scalar_t* codes = level.codes + image * level.cells * values;
-  A code[4], corners[4];
+  const scalar_t* deltas = level.deltas + image * level.cells * values;
+  A delta[4], corners[4];
   for (int k = 0; k < 4; ++k) {
-    code[k] = A(codes[level.codes_channels_last ? cell * values + a * 4 + k : (a * 4 + k) * level.cells + cell]);
+    delta[k] = A(deltas[level.deltas_channels_last ? cell * values + a * 4 + k : (a * 4 + k) * level.cells + cell]);
     corners[k] = in.anchors[anchor * 4 + k];
   }
-  decode(code, corners, in.coder);
+  decode(delta, corners, in.coder);
   for (int k = 0; k < 4; ++k) {
     out.boxes[row * 4 + k] = in.clip_sizes ? clip(corners[k], in.clip_sizes[image * 2 + (k % 2 == 0)]) : corners[k];
   }

@@ -56,12 +56,12 @@ EF_HD T clip(T x, T limit) {
 
 // corners: (x1, y1, x2, y2), of the anchor in, of the box out.
 template <typename T>
-EF_HD void decode(const T code[4], T corners[4], BoxCoder coder) {
+EF_HD void decode(const T delta[4], T corners[4], BoxCoder coder) {
   const bool torchvision = coder == BoxCoder::kTorchvision;
   const T width = corners[2] - corners[0], height = corners[3] - corners[1];
   const T anchor_x = (corners[0] + corners[2]) / 2, anchor_y = (corners[1] + corners[3]) / 2;
-  const T dx = torchvision ? code[0] : code[1], dy = torchvision ? code[1] : code[0];
-  T log_width = torchvision ? code[2] : code[3], log_height = torchvision ? code[3] : code[2];
+  const T dx = torchvision ? delta[0] : delta[1], dy = torchvision ? delta[1] : delta[0];
+  T log_width = torchvision ? delta[2] : delta[3], log_height = torchvision ? delta[3] : delta[2];
   if (torchvision) {
     constexpr T kLargest = T(4.135166556742356);  // log(1000 / 16)
     log_width = log_width > kLargest ? kLargest : log_width;

@@ -152,8 +152,8 @@ void forward_part(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filt
     if (results == 2) job.in[job.rows] = rows.row(part.n, first + s.kernel);
     job.out = in_place ? out.line(part.n, oy) : lines;
     job.out_below = results == 1 ? nullptr : in_place ? out.line(part.n, oy + 1) : lines + size;
-    for (int i = 0; i < std::max(results, s.stride); ++i) job.ahead_in[i] = in.ahead(part.n, first + s.kernel + results - 1 + i, s.stride);
-    job.ahead_out = out.ahead(part.n, oy + 1, 1);
+    for (int i = 0; i < std::max(results, s.stride); ++i) job.prefetch_in[i] = in.prefetch(part.n, first + s.kernel + results - 1 + i, s.stride);
+    job.prefetch_out = out.prefetch(part.n, oy + 1, 1);
     convolve(s.kernel, s.stride, job);
     for (int i = 0; i < results && !in_place; ++i) store_line(out, part.n, oy + i, lines + i * size);
     oy += results;
@@ -189,9 +189,9 @@ void grad_input_part(const Shape& s, const scalar_t* grad, const scalar_t* x, co
     A* lines[2];
     for (int i = 0; i < results; ++i) {
       lines[i] = in_place ? out.line(part.n, iy + i) : scratch_lines + i * size;
-      job.ahead_in[i] = grads.ahead(part.n, last + results + i, 1);
+      job.prefetch_in[i] = grads.prefetch(part.n, last + results + i, 1);
     }
-    job.ahead_out = out.ahead(part.n, iy + 1, s.stride);
+    job.prefetch_out = out.prefetch(part.n, iy + 1, s.stride);
     job.rows = 0;
     for (int i = 0; i < row_taps; ++i) {
       if (first + i < 0 || first + i >= s.oh) continue;
@@ -207,7 +207,7 @@ void grad_input_part(const Shape& s, const scalar_t* grad, const scalar_t* x, co
       job.out = lines[0] + start * step;
       job.out_below = results == 2 ? lines[1] : nullptr;
       convolve(taps, 1, job);
-      job.ahead_in[0] = job.ahead_out = {};
+      job.prefetch_in[0] = job.prefetch_out = {};
       for (int r = 0; r < job.rows; ++r) job.filter[r] += taps * lanes;
     }
     for (int i = 0; i < results; ++i, ++iy) {
@@ -246,8 +246,8 @@ void grad_weight_part(const Shape& s, const scalar_t* grad, const scalar_t* x, a
     for (int64_t i = slab.first; i < slab.last; ++i) {
       const int64_t n = i / s.oh, oy = i % s.oh;
       job.grad = grad_rows.row(n, oy);
-      for (int k = 0; k < s.stride; ++k) job.ahead_in[k] = in.ahead(n, oy * s.stride - s.top + s.kernel + k, s.stride);
-      job.ahead_grad = grads.ahead(n, oy + 1, 1);
+      for (int k = 0; k < s.stride; ++k) job.prefetch_in[k] = in.prefetch(n, oy * s.stride - s.top + s.kernel + k, s.stride);
+      job.prefetch_grad = grads.prefetch(n, oy + 1, 1);
       job.rows = 0;
       for (int ky = 0; ky < s.kernel; ++ky) {
         const int64_t iy = oy * s.stride - s.top + ky;

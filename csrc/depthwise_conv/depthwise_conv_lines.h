@@ -24,9 +24,9 @@ struct View {
   int64_t image_step, row_step, column_step, channel_step, rows, columns, channels;
   scalar_t* row(int64_t n, int64_t y) const { return data + n * image_step + y * row_step; }
   // Row y where it is one piece of memory; `reach` of its columns for each of the line it is asked for with.
-  Ahead ahead(int64_t n, int64_t y, int reach) const {
+  Prefetch prefetch(int64_t n, int64_t y, int reach) const {
     const bool whole = channel_step == 1 && channels == column_step && y < rows;
-    return whole ? Ahead{reinterpret_cast<const char*>(row(n, y)), reach * int64_t(sizeof(scalar_t))} : Ahead{};
+    return whole ? Prefetch{reinterpret_cast<const char*>(row(n, y)), reach * int64_t(sizeof(scalar_t))} : Prefetch{};
   }
   // Whether its rows are lines already; and such a row.
   bool is_lines() const { return std::is_same_v<std::remove_const_t<scalar_t>, A> && channel_step == 1 && channels % kLaneMultiple == 0; }

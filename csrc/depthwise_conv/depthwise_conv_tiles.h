@@ -15,9 +15,9 @@ constexpr int kCorrelateColumns = 16;  // worked on lane after lane: their rows 
 template <typename A>
 inline constexpr bool kFewLoops = std::is_same_v<A, double>;
 
-// Memory that the next line reads or writes, so many bytes for each value of this one: a tile asks for its share of it, so that it comes
-// while the processor computes. The lines are too many streams for the processor to foresee them.
-struct Ahead {
+// Prefetch addresses for the next line, `bytes` for each value of this one. Each tile asks for its share, so that the memory comes while
+// the processor computes: the lines are too many streams for the hardware prefetcher.
+struct Prefetch {
   const char* data = nullptr;
   int64_t bytes = 0;
   template <bool kWrite>
@@ -37,8 +37,8 @@ struct ConvolveJob {
   A* out_below;   // null, or of the next result, which reads in[1] to in[rows]
   int64_t lanes, in_step, out_step;
   int64_t offset, columns, in_columns;
-  Ahead ahead_in[2];  // for each of kStep rows, or of two results
-  Ahead ahead_out;    // of one result; for two it costs more than it saves
+  Prefetch prefetch_in[2];  // for each of kStep rows, or of two results
+  Prefetch prefetch_out;    // of one result; for two it costs more than it saves
 };
 
 // Two results at once share most of what they read. AVX-512 has registers for the sums of both and a filter of 3 x 3.
@@ -121,8 +121,8 @@ EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
     const bool inside = !kFewLoops<A> && start >= 0 && start + (width - 1) * kStep + kTaps <= job.in_columns;
     for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
       const int64_t first = column * job.lanes + lane * width, count = width * kLanes<V, A>;
-      for (int i = 0; i < (kPair ? 2 : kStep); ++i) job.ahead_in[i].template ask<false>(first, count);
-      if (!kPair) job.ahead_out.template ask<true>(first, count);
+      for (int i = 0; i < (kPair ? 2 : kStep); ++i) job.prefetch_in[i].template ask<false>(first, count);
+      if (!kPair) job.prefetch_out.template ask<true>(first, count);
       if (width == kTileColumns) {
         inside ? convolve_tile<kTaps, kStep, kTileColumns, kFewLoops<A>, kPair, V>(job, column, lane)
                : convolve_tile<kTaps, kStep, kTileColumns, true, kPair, V>(job, column, lane);
@@ -174,7 +174,7 @@ struct CorrelateJob {
   A* bias_sums;  // [lanes], or null
   int64_t lanes, grad_step, in_step;
   int64_t offset, columns, in_columns;
-  Ahead ahead_in[2], ahead_grad;
+  Prefetch prefetch_in[2], prefetch_grad;
 };
 
 template <int kTaps, int kStep, int kRows, int kColumns, bool kChecked, typename V, typename A>
@@ -233,8 +233,8 @@ EF_HD void correlate_tiles(const CorrelateJob<A>& job) {
     const int64_t last = std::min(job.columns, first + kCorrelateColumns), width = last - first;
     for (int64_t lane = 0; lane < job.lanes; lane += kLanes<V, A>) {
       const int64_t share = first * job.lanes + lane * width, count = width * kLanes<V, A>;
-      for (int i = 0; i < kStep; ++i) job.ahead_in[i].template ask<false>(share, count);
-      job.ahead_grad.template ask<false>(share, count);
+      for (int i = 0; i < kStep; ++i) job.prefetch_in[i].template ask<false>(share, count);
+      job.prefetch_grad.template ask<false>(share, count);
       int row = 0;
       for (; row + kRows <= job.rows; row += kRows) correlate_rows<kTaps, kStep, kRows, V>(job, row, first, last, lane);
       for (; row < job.rows; ++row) correlate_rows<kTaps, kStep, 1, V>(job, row, first, last, lane);

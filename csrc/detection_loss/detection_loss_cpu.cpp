@@ -48,15 +48,15 @@ EF_CPU_CLONES acc_t<scalar_t> pixel_run(const scalar_t* __restrict x, const int3
   return sum;
 }
 
-// Huber loss of a dense run of codes.
+// Huber loss of a dense run of deltas.
 template <bool kGrad, typename scalar_t>
-EF_CPU_CLONES acc_t<scalar_t> huber_run(const scalar_t* __restrict codes, const acc_t<scalar_t>* __restrict targets, int64_t m,
+EF_CPU_CLONES acc_t<scalar_t> huber_run(const scalar_t* __restrict deltas, const acc_t<scalar_t>* __restrict targets, int64_t m,
                                         acc_t<scalar_t> delta, acc_t<scalar_t> scale, scalar_t* __restrict grad) {
   using A = acc_t<scalar_t>;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < m; ++i) {
-    const Element<A> f = huber(A(codes[i]), targets[i], delta);
+    const Element<A> f = huber(A(deltas[i]), targets[i], delta);
     sum += f.loss;
     if constexpr (kGrad) grad[i] = scalar_t(scaled(scale, f.grad));
   }
@@ -201,11 +201,11 @@ double box_loss_of(const Problem<scalar_t>& p, const Unit& unit, acc_t<scalar_t>
     for (int64_t a = unit.first_anchor; a < unit.last_anchor; ++a) {
       const int64_t of_image = level.first_anchor + pixel * p.per_cell + a, i = unit.image * p.anchors + of_image;
       const scalar_t* x = input_at(box, unit.image, 4 * a, pixel);
-      A codes[4], slope[4];
-      for (int k = 0; k < 4; ++k) codes[k] = A(x[k * box.channel_stride]);
+      A deltas[4], slope[4];
+      for (int k = 0; k < 4; ++k) deltas[k] = A(x[k * box.channel_stride]);
       const A* anchor = p.anchor_boxes ? p.anchor_boxes + 4 * of_image : nullptr;
       const bool positive = p.labels[i] >= 0 && p.labels[i] < p.classes;
-      sum += box_loss(codes, p.box_targets + 4 * i, anchor, positive, p.box, slope);
+      sum += box_loss(deltas, p.box_targets + 4 * i, anchor, positive, p.box, slope);
       if constexpr (kGrad) {
         scalar_t* grad = grad_at(box, channels, level.pixels, unit.image, 4 * a, pixel);
         for (int k = 0; k < 4; ++k) grad[k * grad_step] = scalar_t(scaled(scale, slope[k]));

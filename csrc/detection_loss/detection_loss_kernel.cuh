@@ -150,15 +150,15 @@ __device__ acc_t<scalar_t> boxes_tile(const Problem<scalar_t>& p, const Level<sc
   if (of_level >= level.pixels * p.per_cell) return A(0);
   const int64_t pixel = quotient(of_level, p.per_cell), channel = 4 * (of_level - pixel * p.per_cell);
   const int64_t of_image = level.first_anchor + of_level, i = image * p.anchors + of_image;
-  A codes[4], targets[4], anchor[4] = {}, slope[4];
+  A deltas[4], targets[4], anchor[4] = {}, slope[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    codes[k] = A(box.x[image * box.image_stride + (channel + k) * box.channel_stride + pixel * box.pixel_stride]);
+    deltas[k] = A(box.x[image * box.image_stride + (channel + k) * box.channel_stride + pixel * box.pixel_stride]);
     targets[k] = p.box_targets[4 * i + k];
     if (p.anchor_boxes) anchor[k] = p.anchor_boxes[4 * of_image + k];
   }
   const int64_t label = p.labels[i];
-  const A loss = box_loss(codes, targets, anchor, label >= 0 && label < p.classes, p.box, slope);
+  const A loss = box_loss(deltas, targets, anchor, label >= 0 && label < p.classes, p.box, slope);
   if (p.with_grad) {
     scalar_t* grad = box.grad + image * channels * level.pixels;
 #pragma unroll

@@ -1,9 +1,9 @@
-// Box loss of one anchor from its four codes and their targets, with the gradient with respect to the codes. Scalar formulas: no
+// Box loss of one anchor from its four deltas and their targets, with the gradient with respect to the deltas. Scalar formulas: no
 // memory, no torch. A logit's part is focal_loss_math.h.
-//   huber      0.5 e^2 where |e| <= delta, else delta (|e| - delta / 2), of the codes whose target is not 0; a quarter of the sum
-//   l1         |e|                          e = code - target, summed over the codes of a positive anchor
+//   huber      0.5 e^2 where |e| <= delta, else delta (|e| - delta / 2), of the deltas whose target is not 0; a quarter of the sum
+//   l1         |e|                          e = predicted - target, summed over the deltas of a positive anchor
 //   smooth_l1  0.5 e^2 / delta where |e| < delta, else |e| - delta / 2; likewise
-//   giou       1 - GIoU of the boxes that codes and targets stand for, of a positive anchor (Rezatofighi et al., 2019)
+//   giou       1 - GIoU of the boxes that deltas and targets stand for, of a positive anchor (Rezatofighi et al., 2019)
 #pragma once
 #include "../common/choices.h"
 #include "../common/math.h"
@@ -40,20 +40,20 @@ EF_HD Element<A> focal(A x, bool positive, bool ignored, const focal_loss::Param
 }
 
 template <typename A>
-EF_HD Element<A> huber(A code, A target, A delta) {
-  const A e = code - target, size = e < A(0) ? -e : e;
+EF_HD Element<A> huber(A predicted, A target, A delta) {
+  const A e = predicted - target, size = e < A(0) ? -e : e;
   const A near = size > delta ? delta : size, slope = e > delta ? delta : (e < -delta ? -delta : e);
   const bool counts = target != A(0);
   return {counts ? A(0.25) * near * (size - A(0.5) * near) : A(0), counts ? A(0.25) * slope : A(0)};
 }
 template <typename A>
-EF_HD Element<A> l1(A code, A target) {
-  const A e = code - target;
+EF_HD Element<A> l1(A predicted, A target) {
+  const A e = predicted - target;
   return {e < A(0) ? -e : e, e > A(0) ? A(1) : (e < A(0) ? A(-1) : e)};
 }
 template <typename A>
-EF_HD Element<A> smooth_l1(A code, A target, A beta) {
-  const A e = code - target, size = e < A(0) ? -e : e;
+EF_HD Element<A> smooth_l1(A predicted, A target, A beta) {
+  const A e = predicted - target, size = e < A(0) ? -e : e;
   if (size < beta) return {A(0.5) * e * e / beta, e / beta};
   return {size - A(0.5) * beta, e > A(0) ? A(1) : (e < A(0) ? A(-1) : e)};
 }
@@ -66,7 +66,7 @@ struct Box {
 template <typename A>
 inline constexpr A kMaxLogScale = A(4.135166556742356);
 
-// Reads boxes from codes. Positions are chosen by value, not by index, so that a GPU keeps codes in registers.
+// Reads boxes from deltas. Positions are chosen by value, not by index, so that a GPU keeps deltas in registers.
 template <typename A>
 struct Decoder {
   bool y_first;
@@ -77,19 +77,19 @@ struct Decoder {
     anchor_w = anchor[2] - anchor[0], anchor_h = anchor[3] - anchor[1];
     anchor_x = anchor[0] + A(0.5) * anchor_w, anchor_y = anchor[1] + A(0.5) * anchor_h;
   }
-  EF_HD A w(const A* codes) const { return y_first ? codes[3] : codes[2]; }
-  EF_HD A h(const A* codes) const { return y_first ? codes[2] : codes[3]; }
-  EF_HD A half_side(A code, A of_anchor) const { return A(0.5) * exp_of(code > limit ? limit : code) * of_anchor; }
-  EF_HD Box<A> box(const A* codes) const {
-    const A x = (y_first ? codes[1] : codes[0]) * anchor_w + anchor_x, y = (y_first ? codes[0] : codes[1]) * anchor_h + anchor_y;
-    const A half_w = half_side(w(codes), anchor_w), half_h = half_side(h(codes), anchor_h);
+  EF_HD A w(const A* deltas) const { return y_first ? deltas[3] : deltas[2]; }
+  EF_HD A h(const A* deltas) const { return y_first ? deltas[2] : deltas[3]; }
+  EF_HD A half_side(A log_scale, A of_anchor) const { return A(0.5) * exp_of(log_scale > limit ? limit : log_scale) * of_anchor; }
+  EF_HD Box<A> box(const A* deltas) const {
+    const A x = (y_first ? deltas[1] : deltas[0]) * anchor_w + anchor_x, y = (y_first ? deltas[0] : deltas[1]) * anchor_h + anchor_y;
+    const A half_w = half_side(w(deltas), anchor_w), half_h = half_side(h(deltas), anchor_h);
     return {{x - half_w, y - half_h, x + half_w, y + half_h}};
   }
-  // Gradient with respect to the codes from that with respect to the corners.
-  EF_HD void chain(const A* codes, const A* g, A* grad) const {
+  // Gradient with respect to the deltas from that with respect to the corners.
+  EF_HD void chain(const A* deltas, const A* g, A* grad) const {
     const A x = (g[0] + g[2]) * anchor_w, y = (g[1] + g[3]) * anchor_h;
-    const A width = w(codes) > limit ? A(0) : (g[2] - g[0]) * half_side(w(codes), anchor_w);
-    const A height = h(codes) > limit ? A(0) : (g[3] - g[1]) * half_side(h(codes), anchor_h);
+    const A width = w(deltas) > limit ? A(0) : (g[2] - g[0]) * half_side(w(deltas), anchor_w);
+    const A height = h(deltas) > limit ? A(0) : (g[3] - g[1]) * half_side(h(deltas), anchor_h);
     grad[0] = y_first ? y : x, grad[1] = y_first ? x : y;
     grad[2] = y_first ? height : width, grad[3] = y_first ? width : height;
   }
@@ -138,13 +138,13 @@ struct BoxParameters {
   A delta;
 };
 
-// Loss of one anchor; grad[4] with respect to its codes. `anchor` is read by kGiou only.
+// Loss of one anchor; grad[4] with respect to its deltas. `anchor` is read by kGiou only.
 template <typename A>
-EF_HD A box_loss(const A* codes, const A* targets, const A* anchor, bool positive, const BoxParameters<A>& p, A* grad) {
+EF_HD A box_loss(const A* deltas, const A* targets, const A* anchor, bool positive, const BoxParameters<A>& p, A* grad) {
   A sum = 0;
   if (p.loss == BoxLoss::kHuber) {
     for (int k = 0; k < 4; ++k) {
-      const Element<A> element = huber(codes[k], targets[k], p.delta);
+      const Element<A> element = huber(deltas[k], targets[k], p.delta);
       sum += element.loss;
       grad[k] = element.grad;
     }
@@ -153,11 +153,11 @@ EF_HD A box_loss(const A* codes, const A* targets, const A* anchor, bool positiv
   } else if (p.loss == BoxLoss::kGiou) {
     const Decoder<A> decoder(anchor, p.coder, true);
     A corners[4];
-    sum = giou_loss(decoder.box(codes), Decoder<A>(anchor, p.coder, false).box(targets), corners);
-    decoder.chain(codes, corners, grad);
+    sum = giou_loss(decoder.box(deltas), Decoder<A>(anchor, p.coder, false).box(targets), corners);
+    decoder.chain(deltas, corners, grad);
   } else {
     for (int k = 0; k < 4; ++k) {
-      const Element<A> element = p.loss == BoxLoss::kL1 ? l1(codes[k], targets[k]) : smooth_l1(codes[k], targets[k], p.delta);
+      const Element<A> element = p.loss == BoxLoss::kL1 ? l1(deltas[k], targets[k]) : smooth_l1(deltas[k], targets[k], p.delta);
       sum += element.loss;
       grad[k] = element.grad;
     }

@@ -37,7 +37,7 @@ class AnchorLabeler(Swap):
         if not matcher._negatives_lower_than_unmatched:
             return "it ignores the lowest overlaps"
         if coder._scale_factors is not None:
-            return "scaled box codes"
+            return "scaled box deltas"
         return None
 
     def batch_label_anchors(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from effdet_fast._choices import MAX_DECODED_LEVELS
-from effdet_fast.acceleration.swap import Swap, departure
+from effdet_fast.acceleration.swap import Swap, reason_of_mismatch
 from effdet_fast.ops.anchor_matching import match_anchors
 from effdet_fast.ops.decode_detections import decode_detections
 from effdet_fast.ops.detection_loss import detection_loss
@@ -27,7 +27,7 @@ def as_level(outputs: Tensor) -> Tensor:
 
 
 def reason_against_coder(coder: Any) -> str | None:
-    if reason := departure(coder, "torchvision.BoxCoder", "encode_single", "decode_single"):
+    if reason := reason_of_mismatch(coder, "torchvision.BoxCoder", "encode_single", "decode_single"):
         return reason
     if tuple(coder.weights) != (1.0, 1.0, 1.0, 1.0):
         return f"box coder weights {tuple(coder.weights)}"
@@ -48,19 +48,21 @@ class RetinaNetLoss(Swap):
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
-        return isinstance(obj, nn.Module) and departure(obj, "torchvision.RetinaNet") is None
+        return isinstance(obj, nn.Module) and reason_of_mismatch(obj, "torchvision.RetinaNet") is None
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:
         head, matcher = obj.head, obj.proposal_matcher
         boxes = getattr(head, "regression_head", None)
         reason = (
-            departure(obj, "torchvision.RetinaNet", "compute_loss")
-            or departure(head, "torchvision.RetinaNetHead", "compute_loss")
-            or departure(head.classification_head, "torchvision.RetinaNetClassificationHead", "compute_loss")
-            or departure(boxes, "torchvision.RetinaNetRegressionHead", "compute_loss")
-            or departure(matcher, "torchvision.Matcher", "__call__", "set_low_quality_matches_")
-            or departure(obj.anchor_generator, "torchvision.AnchorGenerator", "forward")  # the same for all images
+            reason_of_mismatch(obj, "torchvision.RetinaNet", "compute_loss")
+            or reason_of_mismatch(head, "torchvision.RetinaNetHead", "compute_loss")
+            or reason_of_mismatch(head.classification_head, "torchvision.RetinaNetClassificationHead", "compute_loss")
+            or reason_of_mismatch(boxes, "torchvision.RetinaNetRegressionHead", "compute_loss")
+            or reason_of_mismatch(matcher, "torchvision.Matcher", "__call__", "set_low_quality_matches_")
+            or reason_of_mismatch(
+                obj.anchor_generator, "torchvision.AnchorGenerator", "forward"
+            )  # the same for all images
             or reason_against_coder(boxes.box_coder)  # type: ignore[union-attr]
         )
         if reason:
@@ -113,11 +115,11 @@ class RetinaNetClassLoss(Swap):
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
-        return isinstance(obj, nn.Module) and departure(obj, "torchvision.RetinaNetClassificationHead") is None
+        return isinstance(obj, nn.Module) and reason_of_mismatch(obj, "torchvision.RetinaNetClassificationHead") is None
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:
-        return departure(obj, "torchvision.RetinaNetClassificationHead", "compute_loss")
+        return reason_of_mismatch(obj, "torchvision.RetinaNetClassificationHead", "compute_loss")
 
     def compute_loss(
         self, targets: Targets, head_outputs: Mapping[str, Tensor], matched_idxs: Sequence[Tensor]
@@ -149,13 +151,13 @@ class RetinaNetDetections(Swap):
 
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:
-        if reason := departure(obj, "torchvision.RetinaNet", "postprocess_detections"):
+        if reason := reason_of_mismatch(obj, "torchvision.RetinaNet", "postprocess_detections"):
             return reason
         if obj.detections_per_img < 1 or obj.topk_candidates < 1:
             return "no limit of detections"
-        return departure(obj.anchor_generator, "torchvision.AnchorGenerator", "forward") or reason_against_coder(
-            obj.box_coder
-        )
+        return reason_of_mismatch(
+            obj.anchor_generator, "torchvision.AnchorGenerator", "forward"
+        ) or reason_against_coder(obj.box_coder)
 
     def postprocess_detections(
         self,
@@ -163,15 +165,15 @@ class RetinaNetDetections(Swap):
         anchors: Sequence[Sequence[Tensor]],
         image_shapes: Sequence[tuple[int, int]],
     ) -> list[dict[str, Tensor]]:
-        logits, codes = head_outputs["cls_logits"], head_outputs["bbox_regression"]
-        outputs = (*logits, *codes)
+        logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+        outputs = (*logits, *deltas)
         wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in outputs)
         known = len({each.dtype for each in outputs}) == 1 and len(logits) <= MAX_DECODED_LEVELS and image_shapes
         if wants_gradient or not known or RetinaNetDetections.reason_against(self):
             return super().postprocess_detections(head_outputs, anchors, image_shapes)  # type: ignore[misc]
         found = decode_detections(
             [as_level(level.contiguous()) for level in logits],
-            [as_level(level.contiguous()) for level in codes],
+            [as_level(level.contiguous()) for level in deltas],
             torch.cat(list(anchors[0])),
             num_classes=logits[0].shape[-1],
             max_candidates=self.topk_candidates,
@@ -182,7 +184,7 @@ class RetinaNetDetections(Swap):
             box_coder="torchvision",
             candidates_per_level=True,
         )
-        boxes, scores = found.boxes.to(codes[0].dtype), found.scores.to(logits[0].dtype)
+        boxes, scores = found.boxes.to(deltas[0].dtype), found.scores.to(logits[0].dtype)
         return [
             {"boxes": boxes[image, :count], "scores": scores[image, :count], "labels": found.labels[image, :count]}
             for image, count in enumerate(found.counts.tolist())

@@ -96,7 +96,7 @@ def lacks_attributes(obj: Any, swap: type[Swap]) -> bool:
     return not all(hasattr(obj, name) for kind in kinds for name in inspect.get_annotations(kind))
 
 
-def departure(obj: Any, name: str, *methods: str) -> str | None:
+def reason_of_mismatch(obj: Any, name: str, *methods: str) -> str | None:
     """Why these methods of an object are not those of "package.Class"; None if they are, be it by inheritance."""
     original, _ = parts_of_class(type(obj))
     package, _, class_name = name.partition(".")

@@ -75,22 +75,22 @@ class Finish(nn.Module):
         self.register_buffer("limits", torch.tensor([width, height, width, height], dtype=torch.float32))
 
     def flat(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
-        """Logits [B, N * C] and codes [B, N, 4]."""
-        logits, codes = (torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in levels], 1) for levels in outputs)
-        return logits, codes.unflatten(1, (-1, 4))
+        """Logits [B, N * C] and deltas [B, N, 4]."""
+        logits, deltas = (torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in levels], 1) for levels in outputs)
+        return logits, deltas.unflatten(1, (-1, 4))
 
-    def boxes(self, codes: Tensor, anchors: Tensor) -> Tensor:
+    def boxes(self, deltas: Tensor, anchors: Tensor) -> Tensor:
         """xyxy in input pixels, clipped to the input."""
-        return torch.minimum(decode_boxes(codes, anchors, self.config.box_coder).clamp(min=0), self.limits)
+        return torch.minimum(decode_boxes(deltas, anchors, self.config.box_coder).clamp(min=0), self.limits)
 
 
 class AllAnchors(Finish):
     """The box and the scores of each anchor."""
 
     def forward(self, outputs: Outputs) -> dict[str, Tensor]:
-        logits, codes = self.flat(outputs)
+        logits, deltas = self.flat(outputs)
         scores = logits.unflatten(1, (-1, self.config.num_classes)).sigmoid()
-        return {"boxes": self.boxes(codes, self.anchors), "scores": scores}
+        return {"boxes": self.boxes(deltas, self.anchors), "scores": scores}
 
 
 class FinalDetections(Finish):
@@ -131,7 +131,7 @@ class FinalDetections(Finish):
         As `effdet_fast.ops.decode_candidates_reference`, without sorting all logits.
         """
         config = self.config
-        logits, codes = self.flat(outputs)
+        logits, deltas = self.flat(outputs)
         pools = [level.shape[1:].numel() for level in outputs[0]]
         if not config.candidates_per_level:
             pools = [sum(pools)]
@@ -145,8 +145,8 @@ class FinalDetections(Finish):
             by_score = self.operators.largest(ranked, ranked.shape[1])
             ranked, order = ranked.gather(1, by_score), order.gather(1, by_score)
         rows = order // config.num_classes  # torch.div would become a division of float32 in ONNX
-        codes = codes.gather(1, rows.unsqueeze(-1).expand(-1, -1, 4))
-        return self.boxes(codes, self.anchors[rows]), ranked.sigmoid(), order - rows * config.num_classes
+        deltas = deltas.gather(1, rows.unsqueeze(-1).expand(-1, -1, 4))
+        return self.boxes(deltas, self.anchors[rows]), ranked.sigmoid(), order - rows * config.num_classes
 
 
 def _with_plain_batch_norms(module: nn.Module) -> nn.Module:

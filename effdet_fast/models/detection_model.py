@@ -77,7 +77,7 @@ class DetectionModel(nn.Module):
                 float [n, 4] xyxy in input pixels, and "labels", int64 [n] in [0, num_classes).
 
         Returns:
-            Class logits [B, A * num_classes, H_l, W_l] and box codes [B, A * 4, H_l, W_l] per level; or what `loss` gives.
+            Class logits [B, A * num_classes, H_l, W_l] and box deltas [B, A * 4, H_l, W_l] per level; or what `loss` gives.
 
         Raises:
             TypeError, ValueError: Wrong shapes or targets.

@@ -1,4 +1,4 @@
-"""What the ops on boxes share: their result, overlap and code of boxes, and the checks of their arguments."""
+"""What the ops on boxes share: their result, overlap and deltas of boxes, and the checks of their arguments."""
 
 import math
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from effdet_fast.ops._arguments import (
 from effdet_fast.ops._layout import detached
 
 _MAX_LOG_SCALE = math.log(1000 / 16)  # torchvision's
-_EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has a finite code
+_EPS = 1e-7  # effdet's coder adds it to every side, so that an empty box has finite deltas
 
 
 class Detections(NamedTuple):
@@ -57,7 +57,7 @@ def iou_with(box: Tensor, others: Tensor) -> Tensor:
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, box_coder: str | None = "effdet") -> Tensor:
-    """Codes ``[..., 4]`` of boxes (xyxy) relative to anchors (xyxy, broadcastable); ``match_anchors`` describes the coders."""
+    """Deltas ``[..., 4]`` of boxes (xyxy) relative to anchors (xyxy, broadcastable); ``match_anchors`` describes the coders."""
     if box_coder is None:
         return boxes
     start, end = boxes.unflatten(-1, (2, 2)).unbind(-2)
@@ -72,15 +72,15 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, box_coder: str | None = "effdet
     return torch.cat([offset, scale], dim=-1)
 
 
-def decode_boxes(codes: Tensor, anchors: Tensor, box_coder: str = "effdet", limited: bool = True) -> Tensor:
-    """Boxes ``[..., 4]`` (xyxy) from codes relative to anchors (xyxy, broadcastable).
+def decode_boxes(deltas: Tensor, anchors: Tensor, box_coder: str = "effdet", limited: bool = True) -> Tensor:
+    """Boxes ``[..., 4]`` (xyxy) from deltas relative to anchors (xyxy, broadcastable).
 
     torchvision limits how much larger than its anchor a box may be, effdet does not; nor does torchvision if not ``limited``.
     """
     x1, y1, x2, y2 = anchors.unbind(-1)
-    dy, dx, log_height, log_width = codes.unbind(-1)
+    dy, dx, log_height, log_width = deltas.unbind(-1)
     if box_coder == "torchvision":
-        dx, dy, log_width, log_height = codes.unbind(-1)
+        dx, dy, log_width, log_height = deltas.unbind(-1)
         if limited:
             log_width, log_height = log_width.clamp(max=_MAX_LOG_SCALE), log_height.clamp(max=_MAX_LOG_SCALE)
     width, height = x2 - x1, y2 - y1

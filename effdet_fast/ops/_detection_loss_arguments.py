@@ -21,16 +21,16 @@ from effdet_fast.ops._arguments import (
 )
 
 
-def joined_labels(labels: Tensor | Sequence[Tensor]) -> Tensor:
+def concat_labels(labels: Tensor | Sequence[Tensor]) -> Tensor:
     """[B, N] from [B, H, W, A] of each level."""
     return labels if isinstance(labels, Tensor) else torch.cat([level.flatten(1) for level in labels], 1)
 
 
-def joined_codes(codes: Tensor | Sequence[Tensor]) -> Tensor:
+def concat_deltas(deltas: Tensor | Sequence[Tensor]) -> Tensor:
     """[B, N, 4] from [B, H, W, A * 4] of each level."""
-    if isinstance(codes, Tensor):
-        return codes
-    return torch.cat([level.unflatten(3, (-1, 4)).flatten(1, 3) for level in codes], 1)
+    if isinstance(deltas, Tensor):
+        return deltas
+    return torch.cat([level.unflatten(3, (-1, 4)).flatten(1, 3) for level in deltas], 1)
 
 
 def check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder) -> tuple[float, float]:
@@ -105,7 +105,7 @@ def _of_one_dtype(op: str, outputs: list[Tensor]) -> list[Tensor]:
 def check_targets(
     op: str, cls_outputs: list[Tensor], cls_targets, box_targets, num_positives, num_classes: int, normalizer: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels [B, N] and codes [B, N, 4] of all levels, and the numbers of positives."""
+    """Labels [B, N] and deltas [B, N, 4] of all levels, and the numbers of positives."""
     first = cls_outputs[0]
     device = first.device
     batch, channels, _, _ = first.shape
@@ -121,23 +121,23 @@ def check_targets(
         sizes = [shape[2:] for shape in shapes]
         _check_target_shapes(op, "cls_targets", cls_targets, (batch, count), sizes, per_cell)
         _check_target_shapes(op, "box_targets", box_targets, (batch, count, 4), sizes, 4 * per_cell)
-        cls_targets, box_targets = joined_labels(cls_targets), joined_codes(box_targets)
+        cls_targets, box_targets = concat_labels(cls_targets), concat_deltas(box_targets)
         _check_targets(op, first, cls_targets, box_targets, num_positives, normalizer)
     return cls_targets, box_targets, num_positives
 
 
 def _check_targets(
-    op: str, first: Tensor, labels: Tensor, codes: Tensor, num_positives: Tensor, normalizer: str
+    op: str, first: Tensor, labels: Tensor, deltas: Tensor, num_positives: Tensor, normalizer: str
 ) -> None:
     """What `check_targets` did not find at once, asked piece by piece."""
     batch = first.shape[0]
     if labels.dtype not in INTEGERS:
         raise TypeError(f"{op}: cls_targets must be integer, got {dtype_name(labels.dtype)}")
-    check_floating(op, "box_targets", codes)
+    check_floating(op, "box_targets", deltas)
     check_tensor(op, "num_positives", num_positives)
     if num_positives.shape != (batch,) and not (normalizer == "batch" and num_positives.dim() == 0):
         raise ValueError(f"{op}: num_positives must have shape [{batch}], got {list(num_positives.shape)}")
-    for name, x in (("cls_targets", labels), ("box_targets", codes), ("num_positives", num_positives)):
+    for name, x in (("cls_targets", labels), ("box_targets", deltas), ("num_positives", num_positives)):
         check_same_device(op, name, x, "cls_outputs[0]", first)
         if x.requires_grad:
             raise ValueError(f"{op}: {name} must not require a gradient, got a tensor with requires_grad=True")
@@ -170,15 +170,15 @@ def check_anchors(op: str, anchors: Tensor | None, box_loss: str, first: Tensor,
         raise ValueError(f"{op}: anchors must not require a gradient, got a tensor with requires_grad=True")
 
 
-def check_target_values(op: str, labels: Tensor, codes: Tensor, anchors: Tensor | None, box_loss: str) -> None:
+def check_target_values(op: str, labels: Tensor, deltas: Tensor, anchors: Tensor | None, box_loss: str) -> None:
     """Raises ValueError for the first value that the box loss reads and that is not finite, if there is one."""
-    # Codes of background count for "huber" too, unless they are 0.
+    # Deltas of background count for "huber" too, unless they are 0.
     counts = True if box_loss == "huber" else (labels >= 0).unsqueeze(2)
-    wrong = (~codes.isfinite() & counts).any(2).nonzero()
+    wrong = (~deltas.isfinite() & counts).any(2).nonzero()
     if len(wrong):
         image, anchor = wrong[0].tolist()
         raise ValueError(
-            f"{op}: box_targets of image {image}, anchor {anchor} must be finite, got {codes[image, anchor].tolist()}"
+            f"{op}: box_targets of image {image}, anchor {anchor} must be finite, got {deltas[image, anchor].tolist()}"
         )
     if box_loss == "giou" and anchors is not None:
         wrong = (~anchors.isfinite().all(1) & (labels >= 0)).nonzero()

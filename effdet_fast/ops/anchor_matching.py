@@ -1,4 +1,4 @@
-"""Which anchor answers for which object, and with which box code: the targets of a batch of images."""
+"""Which anchor answers for which object, and with which deltas: the targets of a batch of images."""
 
 import math
 from functools import partial
@@ -29,7 +29,7 @@ class AnchorTargets(NamedTuple):
 
     Attributes:
         labels: ``[B, A]`` int64; class of the matched object, -1 for background, -2 for ignored.
-        boxes: ``[B, A, 4]``, float32 (float64 for float64 anchors); code of the matched object, 0 where there is none.
+        boxes: ``[B, A, 4]``, float32 (float64 for float64 anchors); deltas of the matched object, 0 where there is none.
         num_positives: ``[B]`` float32, matched anchors of each image.
     """
 
@@ -65,7 +65,7 @@ def match_anchors_reference(
     anchors, gt_boxes, gt_labels = anchors.detach().to(dtype), gt_boxes.detach().to(dtype), gt_labels.long()
     batch, max_boxes = gt_labels.shape
     labels = gt_labels.new_full((batch, len(anchors)), BACKGROUND)
-    codes = gt_boxes.new_zeros(batch, len(anchors), 4)
+    deltas = gt_boxes.new_zeros(batch, len(anchors), 4)
     if len(anchors) and max_boxes:
         there = _there(gt_labels, gt_counts)
         for image in range(batch):
@@ -73,9 +73,9 @@ def match_anchors_reference(
             matches = _match_image(iou, there[image], pos_iou, neg_iou, force)
             positive, row = matches >= 0, matches.clamp(min=0)
             labels[image] = torch.where(positive, gt_labels[image][row], matches)
-            code = encode_boxes(gt_boxes[image][row], anchors, box_coder)
-            codes[image] = torch.where(positive.unsqueeze(1), code, 0)
-    return AnchorTargets(labels, codes, (labels >= 0).sum(1, dtype=torch.float32))
+            encoded = encode_boxes(gt_boxes[image][row], anchors, box_coder)
+            deltas[image] = torch.where(positive.unsqueeze(1), encoded, 0)
+    return AnchorTargets(labels, deltas, (labels >= 0).sum(1, dtype=torch.float32))
 
 
 def _there(gt_labels: Tensor, gt_counts: Tensor | None) -> Tensor:
@@ -148,7 +148,7 @@ def match_anchors(
     No M x A matrix is ever in memory, and nothing waits for the device.
 
     Args:
-        anchors: ``[A, 4]``, (x1, y1, x2, y2); float16, bfloat16, float32 or float64. IoU and codes are computed in float32, in
+        anchors: ``[A, 4]``, (x1, y1, x2, y2); float16, bfloat16, float32 or float64. IoU and deltas are computed in float32, in
             float64 for float64 anchors; the IoU is rounded as PyTorch rounds the formula.
         gt_boxes: ``[B, M, 4]``, (x1, y1, x2, y2) in the anchors' units; floating. M may be 0.
         gt_labels: ``[B, M]``, class of each object; any integer dtype. A negative one marks a padding row, whose box may hold
@@ -158,7 +158,7 @@ def match_anchors(
         neg_iou: smallest IoU of an anchor that is not background; in (0, ``pos_iou``].
         force_match: see above.
         allow_low_quality_matches: see above; not together with ``force_match``.
-        box_coder: "effdet", the code (ty, tx, th, tw) with ``ty = (yc - yc_a) / h_a``, ``th = log(h / h_a)`` and 1e-7 added to
+        box_coder: "effdet", the deltas (ty, tx, th, tw) with ``ty = (yc - yc_a) / h_a``, ``th = log(h / h_a)`` and 1e-7 added to
             every side; "torchvision", (dx, dy, dw, dh) with weights 1; None, the box (x1, y1, x2, y2) itself.
         any_box: every box is taken as it is: one without area is an object too, as in effdet, and none is refused.
 
@@ -170,7 +170,7 @@ def match_anchors(
         ValueError: shapes or devices do not fit, thresholds are out of order, both rules for best anchors are asked for, the
             coder is unknown, a count is not in [0, M], or an object's box is not finite or turned inside out (x2 < x1 or
             y2 < y1). Values are looked at on the CPU; on a GPU only after ``effdet_fast.set_debug(True)``, without which
-            such a box gives codes that are NaN.
+            such a box gives deltas that are NaN.
     """
     op = "match_anchors"
     _check(op, anchors, gt_boxes, gt_labels, gt_counts)

@@ -94,16 +94,16 @@ def decode_candidates_reference(
 ) -> _Candidates:
     """Boxes ``[B, K, 4]``, scores, labels and anchor indices ``[B, K]`` of the best K logits, best first."""
     batch = cls_outputs[0].shape[0]
-    logits, codes = (
+    logits, deltas = (
         torch.cat([x.detach().permute(0, 2, 3, 1).flatten(1) for x in outputs], 1)
         for outputs in (cls_outputs, box_outputs)
     )
-    codes = codes.view(batch, anchors.shape[0], 4)
+    deltas = deltas.view(batch, anchors.shape[0], 4)
     ranked, order = logits.sort(dim=1, descending=True, stable=True)
     ranked, order = ranked[:, :max_candidates], order[:, :max_candidates]
     anchor_indices = torch.div(order, num_classes, rounding_mode="floor")
-    codes = codes.gather(1, anchor_indices.unsqueeze(-1).expand(-1, -1, 4)).to(arithmetic_dtype(codes))
-    boxes = decode_boxes(codes, anchors.to(codes.dtype)[anchor_indices], box_coder)
+    deltas = deltas.gather(1, anchor_indices.unsqueeze(-1).expand(-1, -1, 4)).to(arithmetic_dtype(deltas))
+    boxes = decode_boxes(deltas, anchors.to(deltas.dtype)[anchor_indices], box_coder)
     if clip_sizes is not None:
         limits = clip_sizes.to(boxes).flip(1).repeat(1, 2).unsqueeze(1)
         boxes = torch.minimum(boxes.clamp(min=0), limits)
@@ -164,13 +164,13 @@ def decode_detections(
     Args:
         cls_outputs: per level ``[B, A * num_classes, H, W]`` logits; float16, bfloat16, float32 or float64; NCHW or channels_last
             (other strides are copied); at most 16 levels.
-        box_outputs: per level ``[B, A * 4, H, W]`` codes, dtype of ``cls_outputs``.
+        box_outputs: per level ``[B, A * 4, H, W]`` deltas, dtype of ``cls_outputs``.
         anchors: ``[N, 4]`` (x1, y1, x2, y2), floating, ordered (level, row, column, anchor).
         num_classes: C, >= 1.
         max_candidates: how many logits go on, >= 1.
         score_threshold, iou_threshold, max_detections, method, sigma: as in :func:`batched_nms_padded`.
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
-        box_coder: "effdet": codes (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
+        box_coder: "effdet": deltas (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
         candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
         drop_empty: leave out candidates whose box has no area once it is clipped, which lay outside, before they count towards
             ``max_detections``. effdet and torchvision keep them.

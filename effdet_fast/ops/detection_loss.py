@@ -20,8 +20,8 @@ from effdet_fast.ops._detection_loss_arguments import (
     check_outputs,
     check_target_values,
     check_targets,
-    joined_codes,
-    joined_labels,
+    concat_deltas,
+    concat_labels,
 )
 from effdet_fast.ops._layout import dense
 from effdet_fast.ops.focal_loss import (
@@ -72,11 +72,11 @@ def detection_loss_reference(
     dtype = arithmetic_dtype(cls_outputs[0])
     per_cell = cls_outputs[0].shape[1] // num_classes
 
-    def joined(outputs: Sequence[Tensor]) -> Tensor:
+    def concat(outputs: Sequence[Tensor]) -> Tensor:
         return torch.cat([per_anchor_view(x, per_cell).flatten(1, 3) for x in outputs], 1).to(dtype)
 
-    logits, codes = joined(cls_outputs), joined(box_outputs)
-    labels, targets = joined_labels(cls_targets).long(), joined_codes(box_targets).to(dtype)
+    logits, deltas = concat(cls_outputs), concat(box_outputs)
+    labels, targets = concat_labels(cls_targets).long(), concat_deltas(box_targets).to(dtype)
 
     focal = sigmoid_focal_loss_reference(
         logits, labels, alpha, gamma, label_smoothing=label_smoothing, class_weight=class_weight
@@ -84,22 +84,22 @@ def detection_loss_reference(
     cls = focal.sum((1, 2))
     if box_loss == "huber":
         # A masked difference of exactly 0 has no loss, and no gradient either.
-        error = (torch.where(targets != 0, codes, 0) - targets).abs()
+        error = (torch.where(targets != 0, deltas, 0) - targets).abs()
         quadratic = error.clamp(max=delta)  # PyTorch knows no tangent of the gradient of its huber_loss
         box = (quadratic * (error - quadratic / 2)).sum((1, 2)) / 4
     else:
         positive = (labels >= 0).unsqueeze(2)
         # Other anchors get harmless numbers first: their loss is dropped, and must not bring NaN into the gradient.
-        codes, targets = torch.where(positive, codes, 0), torch.where(positive, targets, 0)
+        deltas, targets = torch.where(positive, deltas, 0), torch.where(positive, targets, 0)
         if box_loss == "giou":
             assert anchors is not None
             anchors = anchors.to(dtype)
             unlimited = decode_boxes(targets, anchors, box_coder, limited=False)
-            box = _giou_loss(decode_boxes(codes, anchors, box_coder), unlimited).unsqueeze(2)
+            box = _giou_loss(decode_boxes(deltas, anchors, box_coder), unlimited).unsqueeze(2)
         elif box_loss == "l1":
-            box = (codes - targets).abs()
+            box = (deltas - targets).abs()
         else:
-            box = F.smooth_l1_loss(codes, targets, reduction="none", beta=delta)
+            box = F.smooth_l1_loss(deltas, targets, reduction="none", beta=delta)
         box = torch.where(positive, box, 0).sum((1, 2))
 
     positives = num_positives.to(dtype)
@@ -229,10 +229,10 @@ def detection_loss(
     box_coder: str = "effdet",
     class_weight: Tensor | None = None,
 ) -> DetectionLoss:
-    """Focal loss of every logit and box loss of every code, over all levels and images in one launch that also writes gradients.
+    """Focal loss of every logit and box loss of every delta, over all levels and images in one launch that also writes gradients.
 
     The defaults are effdet's ``loss_fn``: ``cls`` is the sum of :func:`sigmoid_focal_loss` over all anchors and classes,
-    ``box`` the Huber loss summed over the codes whose target is not 0, divided by 4; both are divided by
+    ``box`` the Huber loss summed over the deltas whose target is not 0, divided by 4; both are divided by
     ``num_positives.sum() + 1``. RetinaNet as torchvision trains it is ``gamma=2, box_loss_weight=1, normalizer="per_image",
     box_coder="torchvision"`` and ``box_loss="l1"`` or "giou".
 
@@ -245,22 +245,22 @@ def detection_loss(
         cls_outputs: 1 to 8 levels of logits ``[B, A * num_classes, H, W]``, channels in the order (anchor, class); float16,
             bfloat16, float32 or float64, one dtype for all outputs (under autocast they are promoted to the widest).
             Arithmetic is in float32 (float64 for float64).
-        box_outputs: for each level the codes ``[B, A * 4, H, W]``, channels in the order (anchor, code).
+        box_outputs: for each level the deltas ``[B, A * 4, H, W]``, channels in the order (anchor, delta).
         cls_targets: integers ``[B, N]``, N the number of anchors of all levels in the order (level, row, column, anchor), or for
             each level ``[B, H, W, A]``: a class in [0, num_classes), -1 for background, -2 for ignored (no class loss).
-        box_targets: codes ``[B, N, 4]``, or for each level ``[B, H, W, A * 4]``, floating.
+        box_targets: deltas ``[B, N, 4]``, or for each level ``[B, H, W, A * 4]``, floating.
         num_positives: ``[B]``, the number of positive anchors of each image; with normalizer "batch" also one 0-d value for all.
         num_classes: number of classes.
         alpha, gamma, label_smoothing: as in :func:`sigmoid_focal_loss`.
         delta: where "huber" turns from quadratic to linear (then with slope ``delta``); the ``beta`` of "smooth_l1".
         box_loss_weight: of the box loss in ``total``.
-        box_loss: "huber" as above; or over the anchors with a label >= 0: "l1" and "smooth_l1", summed over the four codes
+        box_loss: "huber" as above; or over the anchors with a label >= 0: "l1" and "smooth_l1", summed over the four deltas
             (smooth_l1: ``e^2 / (2 delta)`` where ``|e| < delta``, else ``|e| - delta / 2``), or "giou",
             ``1 - GIoU`` of the boxes that outputs and targets stand for, as ``torchvision.ops.generalized_box_iou_loss``.
         normalizer: "batch" divides by ``num_positives.sum() + 1``; "per_image" divides each image's sums by
             ``max(1, num_positives)`` and takes the mean over images.
         anchors: ``[N, 4]`` xyxy, needed by "giou" alone, which decodes with them.
-        box_coder: what the codes mean to "giou": "effdet" is (ty, tx, th, tw), not limited; "torchvision" is (dx, dy, dw, dh)
+        box_coder: what the deltas mean to "giou": "effdet" is (ty, tx, th, tw), not limited; "torchvision" is (dx, dy, dw, dh)
             with weights of 1, where outputs (not targets) dw and dh are limited to log(1000 / 16).
         class_weight: ``[num_classes]``, floating: multiplies the focal losses of each class's logits, as in
             :func:`sigmoid_focal_loss`. No gradient flows to it.
@@ -281,7 +281,7 @@ def detection_loss(
     alpha, gamma, label_smoothing = check_focal_options(op, alpha, gamma, label_smoothing)
     delta, box_loss_weight = check_options(op, delta, box_loss_weight, box_loss, normalizer, box_coder)
     cls_outputs, box_outputs = check_outputs(op, cls_outputs, box_outputs, num_classes)
-    labels, codes, positives = check_targets(
+    labels, deltas, positives = check_targets(
         op, cls_outputs, cls_targets, box_targets, num_positives, num_classes, normalizer
     )
     first = cls_outputs[0]
@@ -299,7 +299,7 @@ def detection_loss(
         "normalizer": normalizer,
         "box_coder": box_coder,
     }
-    given = (cls_outputs, box_outputs, labels, codes, positives)
+    given = (cls_outputs, box_outputs, labels, deltas, positives)
     look_at_labels = partial(check_label_values, op, labels, num_classes)
     native = _library.is_native(first)
     if not (native and first.is_cpu):
@@ -309,18 +309,18 @@ def detection_loss(
     else:
         loss = detection_loss_reference(*given, anchors=anchors, class_weight=class_weight, **arguments)
     if may_read_values(loss.box) and not math.isfinite(loss.box.item()):  # that sees a broken target at no price
-        check_target_values(op, labels, codes, anchors, box_loss)
+        check_target_values(op, labels, deltas, anchors, box_loss)
     return loss
 
 
 def _native(
-    cls_outputs, box_outputs, labels, codes, positives, anchors, class_weight, arguments: dict[str, Any]
+    cls_outputs, box_outputs, labels, deltas, positives, anchors, class_weight, arguments: dict[str, Any]
 ) -> DetectionLoss:
     first, box_loss = cls_outputs[0], arguments["box_loss"]
     dtype = arithmetic_dtype(first)
     outputs, channels_last = zip(*map(_readable, [*cls_outputs, *box_outputs]), strict=True)
     labels = dense(labels, torch.int32 if labels.dtype == torch.int32 else torch.int64)
-    codes, positives = dense(codes, dtype), dense(positives, dtype)
+    deltas, positives = dense(deltas, dtype), dense(positives, dtype)
     anchors = dense(anchors, dtype) if anchors is not None and box_loss == "giou" else None
     class_weight = None if class_weight is None else dense(class_weight, dtype)
     options = (
@@ -335,7 +335,7 @@ def _native(
         LOSS_NORMALIZERS[arguments["normalizer"]],
         channels_last,
     )
-    given = (labels, codes, anchors, positives, class_weight)
+    given = (labels, deltas, anchors, positives, class_weight)
     if torch.is_grad_enabled() and any([x.requires_grad for x in outputs]):
         return DetectionLoss(*_DetectionLoss.apply(options, arguments, *given, *outputs))
     levels = len(cls_outputs)

@@ -223,8 +223,8 @@ def _fusion(op, inputs, weights, method, resample, size, activation, eps) -> Ten
     inputs = [in_layout(x, channels_last) for x in inputs]
     if weights is not None:
         weights = dense(weights, arithmetic_dtype(first))
-    codes = [RESAMPLES[how] for how in resample]
-    options = (FUSION_METHODS[method], eps, codes, size[0], size[1], ACTIVATIONS[activation], channels_last)
+    numbers = [RESAMPLES[how] for how in resample]
+    options = (FUSION_METHODS[method], eps, numbers, size[0], size[1], ACTIVATIONS[activation], channels_last)
     needs_gradient = any([x.requires_grad for x in inputs]) or (weights is not None and weights.requires_grad)
     if needs_gradient and torch.is_grad_enabled():
         if torch.compiler.is_compiling():  # which wants each tensor once

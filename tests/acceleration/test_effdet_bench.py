@@ -108,10 +108,10 @@ def test_targets_labelled_by_the_loader():
     assert ours.anchor_labeler is None
     labeler = AnchorLabeler(plain.anchors, CLASSES)
     target = targets(3, SIZE)
-    classes, codes, positives = labeler.batch_label_anchors(target["bbox"], target["cls"])
+    classes, deltas, positives = labeler.batch_label_anchors(target["bbox"], target["cls"])
     classes[0][:, :2] = -2
     labelled = {f"label_cls_{level}": x for level, x in enumerate(classes)}
-    labelled |= {f"label_bbox_{level}": x for level, x in enumerate(codes)}
+    labelled |= {f"label_bbox_{level}": x for level, x in enumerate(deltas)}
     labelled["label_num_positives"] = positives.unsqueeze(1)
     assert_same_losses(ours, plain, labelled)
 
@@ -143,8 +143,8 @@ def test_labels_of_no_image_with_objects():
     bench = DetBenchTrain(Outputs())
     effdet_fast.accelerate(bench)
     boxes, classes = [torch.zeros(0, 4)] * 2, [torch.zeros(0, dtype=torch.long)] * 2
-    labels, codes, positives = bench.anchor_labeler.batch_label_anchors(boxes, classes)
-    assert all((x == -1).all() for x in labels) and not any(x.any() for x in codes) and positives.tolist() == [0, 0]
+    labels, deltas, positives = bench.anchor_labeler.batch_label_anchors(boxes, classes)
+    assert all((x == -1).all() for x in labels) and not any(x.any() for x in deltas) and positives.tolist() == [0, 0]
 
 
 def test_rows_that_are_not_filtered_count():
@@ -162,7 +162,7 @@ def test_rows_that_are_not_filtered_count():
     [
         (lambda labeler: setattr(labeler.target_assigner, "_box_coder", None), "its matcher or box coder was replaced"),
         (lambda labeler: setattr(labeler.target_assigner._matcher, "_unmatched_threshold", 0.0), "match threshold 0.0"),
-        (lambda labeler: setattr(labeler.target_assigner._box_coder, "_scale_factors", [1.0] * 4), "scaled box codes"),
+        (lambda labeler: setattr(labeler.target_assigner._box_coder, "_scale_factors", [1.0] * 4), "scaled box deltas"),
     ],
 )
 def test_other_labelers_are_left_alone(change, reason):
@@ -269,15 +269,15 @@ def test_families_can_be_chosen():
 
 @pytest.mark.parametrize("box", [(20.0, 30, 20, 60), (20.0, 30, 50, 30), (0.0, 0, 0, 0)])
 def test_a_box_without_area_is_an_object_as_in_effdet(box):
-    """It takes the first anchor, with a small code for its side."""
+    """It takes the first anchor, with a small delta for its side."""
     ours, plain = pair(DetBenchTrain)
     target = targets(3, SIZE)
     target["bbox"][0, 1], target["cls"][0, 1] = torch.tensor(box), 3
     target["bbox"][1, 0], target["cls"][1, 0] = torch.tensor(box), 5
-    labels, codes, positives = plain.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
+    labels, deltas, positives = plain.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"])
     assert positives[1] == 1 and labels[0].flatten(1)[1, 0] == 4
     for actual, expected in zip(
-        ours.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"]), (labels, codes, positives), strict=True
+        ours.anchor_labeler.batch_label_anchors(target["bbox"], target["cls"]), (labels, deltas, positives), strict=True
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     assert_same_losses(ours.train(), plain.train(), target)

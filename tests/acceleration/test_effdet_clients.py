@@ -80,9 +80,9 @@ def test_a_loop_with_labels_from_the_loader():
     labeler = DetBenchTrain(model).anchor_labeler
 
     def labelled(target):
-        classes, codes, positives = labeler.batch_label_anchors(target["bbox"], target["cls"])
+        classes, deltas, positives = labeler.batch_label_anchors(target["bbox"], target["cls"])
         levels = {f"label_cls_{i}": x for i, x in enumerate(classes)} | {
-            f"label_bbox_{i}": x for i, x in enumerate(codes)
+            f"label_bbox_{i}": x for i, x in enumerate(deltas)
         }
         return {**target, **levels, "label_num_positives": positives}
 

@@ -205,8 +205,8 @@ def test_torchvisions_weights_give_its_outputs(name):
         expected = peer.head(list(peer.backbone(x).values()))
     for ours, key in zip(found, ("cls_logits", "bbox_regression"), strict=True):
         values = expected[key].shape[2]
-        joined = torch.cat([level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, values)) for level in ours], 1)
-        torch.testing.assert_close(joined, expected[key], rtol=1e-4, atol=1e-4)
+        concat = torch.cat([level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, values)) for level in ours], 1)
+        torch.testing.assert_close(concat, expected[key], rtol=1e-4, atol=1e-4)
 
 
 def test_old_and_new_names_of_torchvision_become_the_same():

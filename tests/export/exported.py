@@ -126,7 +126,7 @@ def every_anchor(detector: Detector, images: torch.Tensor) -> dict[str, np.ndarr
 
 
 def anchor_sides(detector: Detector) -> np.ndarray:
-    """[N, 1], the unit of the box codes."""
+    """[N, 1], the unit of the box deltas."""
     boxes = detector.model.anchors()
     return (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True).numpy()
 

@@ -1,4 +1,4 @@
-"""Anchors, box code and the labels made from them, against effdet."""
+"""Anchors, box deltas and the labels made from them, against effdet."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def images(batch: int, size: tuple[int, int], seed: int = 1) -> torch.Tensor:
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def joined(outputs, values: int) -> torch.Tensor:
+def concat(outputs, values: int) -> torch.Tensor:
     """[B, N, values], as torchvision's heads join their levels."""
     return torch.cat([level.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, values)) for level in outputs], 1)
 
@@ -32,8 +32,8 @@ def assert_outputs_close(pair, x) -> None:
         cls_outputs, box_outputs = pair.ours(x)
         expected = pair.peer.head(list(pair.peer.backbone(x).values()))
     for actual, wanted in (
-        (joined(cls_outputs, pair.ours.config.num_classes), expected["cls_logits"]),
-        (joined(box_outputs, 4), expected["bbox_regression"]),
+        (concat(cls_outputs, pair.ours.config.num_classes), expected["cls_logits"]),
+        (concat(box_outputs, 4), expected["bbox_regression"]),
     ):
         # A comparison of outputs that are all alike would say little.
         assert wanted.std() > 0.05
@@ -135,11 +135,11 @@ def test_post_processing_of_equal_outputs(name):
         outputs = ours(x)
         found = ours.predict(x)
     counts = [9 * level.shape[2] * level.shape[3] for level in outputs[0]]
-    logits, codes = (joined(levels, values).split(counts, 1) for levels, values in zip(outputs, (91, 4), strict=True))
+    logits, deltas = (concat(levels, values).split(counts, 1) for levels, values in zip(outputs, (91, 4), strict=True))
     anchors = [list(ours.anchors().split(counts))] * 2
     peer = copy.copy(peer)
     peer.detections_per_img = 10**6
-    expected = peer.postprocess_detections({"cls_logits": logits, "bbox_regression": codes}, anchors, [SIZE] * 2)
+    expected = peer.postprocess_detections({"cls_logits": logits, "bbox_regression": deltas}, anchors, [SIZE] * 2)
     # The limit of each level and the one of all detections have both been at work.
     assert (torch.sigmoid(logits[0]) > 0.05).flatten(1).sum(1).min() > 1000
     assert found.counts.tolist() == [300, 300] and found.boxes.shape == (2, 300, 4)

@@ -147,12 +147,12 @@ def focal_loss(device: torch.device) -> None:
 
 
 def detection_loss(device: torch.device, *, channels_last: bool) -> None:
-    pattern, codes = (random_map((16, 9 * n, 16, 16), device, channels_last) for n in (90, 4))
+    pattern, deltas = (random_map((16, 9 * n, 16, 16), device, channels_last) for n in (90, 4))
     labels = torch.randint(-2, 90, (16, 2304), device=device)
     targets = torch.randn(16, 2304, 4, device=device)
     copies, results = copies_of(pattern.shape), []
     for count in (FEW, copies):
-        cls, box = repeated(pattern, count).requires_grad_(), repeated(codes, count).requires_grad_()
+        cls, box = repeated(pattern, count).requires_grad_(), repeated(deltas, count).requires_grad_()
         given = repeated(labels, count), repeated(targets, count), torch.tensor(1e3, device=device)
         loss = ops.detection_loss([cls], [box], *given, num_classes=90).total
         results.append((loss.detach(), torch.autograd.grad(loss, [cls, box])))

@@ -93,15 +93,15 @@ def test_equals_a_slow_oracle(name, anchors, objects, oddity, rule, thresholds):
     assert next(backend, None) is None
     assert targets.labels[0].tolist() == [match if match < 0 else int(labels[0, match]) for match in matches]
     assert targets.num_positives.tolist() == [sum(match >= 0 for match in matches)]
-    for anchor, code, match in zip(anchors, targets.boxes[0], matches, strict=True):
+    for anchor, delta, match in zip(anchors, targets.boxes[0], matches, strict=True):
         if match < 0:
-            assert not code.any()
+            assert not delta.any()
         elif all(map(math.isfinite, rows[match][0])) and (anchor[2:] > anchor[:2]).all():
             expected = slow_code(boxes[0, match].tolist(), anchor.tolist(), rule["box_coder"])
             positive_sides = (boxes[0, match, 2:] > boxes[0, match, :2]).all()
-            assert rule["box_coder"] is None or not positive_sides or torch.isfinite(code).all()
+            assert rule["box_coder"] is None or not positive_sides or torch.isfinite(delta).all()
             known = ~torch.tensor(expected).isnan()
-            torch.testing.assert_close(code[known], torch.tensor(expected)[known], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(delta[known], torch.tensor(expected)[known], rtol=1e-5, atol=1e-5)
 
 
 @each_rule
@@ -211,9 +211,9 @@ def test_labels_are_effdets(backend):
         settled = torch.ones(len(anchors), dtype=torch.bool)
         settled[wanted[times > 1]] = False
         assert settled.sum() > len(anchors) - 10
-        peer_labels, peer_codes = torch.cat([c.flatten() for c in cls]), torch.cat([b.reshape(-1, 4) for b in box])
+        peer_labels, peer_deltas = torch.cat([c.flatten() for c in cls]), torch.cat([b.reshape(-1, 4) for b in box])
         assert torch.equal(targets.labels[image].cpu()[settled], peer_labels[settled])
-        torch.testing.assert_close(targets.boxes[image].cpu()[settled], peer_codes[settled], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(targets.boxes[image].cpu()[settled], peer_deltas[settled], rtol=1e-5, atol=1e-5)
 
 
 def test_labels_are_torchvisions(backend):
@@ -230,8 +230,8 @@ def test_labels_are_torchvisions(backend):
         gt, classes = boxes[image][there], labels[image][there]
         matches = matcher(box_iou(gt, anchors))
         expected = torch.where(matches >= 0, classes[matches.clamp(min=0)], matches)
-        codes = coder.encode_single(gt[matches.clamp(min=0)], anchors)
-        codes = torch.where((matches >= 0)[:, None], codes, 0)
+        deltas = coder.encode_single(gt[matches.clamp(min=0)], anchors)
+        deltas = torch.where((matches >= 0)[:, None], deltas, 0)
         assert {-2, -1} < set(expected.tolist()) or image == 2
-        one = AnchorTargets(expected[None], codes[None], (matches >= 0).sum()[None].float())
+        one = AnchorTargets(expected[None], deltas[None], (matches >= 0).sum()[None].float())
         assert_targets(AnchorTargets(*(x[image : image + 1] for x in targets)), one)

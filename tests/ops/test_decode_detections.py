@@ -83,10 +83,10 @@ def test_decodes_as_effdet_and_torchvision(backend):
     anchors_of = pytest.importorskip("effdet.anchors")
     cls_outputs, box_outputs, anchors = heads(1, 1, 1, [(6, 6)])
     arguments = [[x.to(backend.device) for x in outputs] for outputs in (cls_outputs, box_outputs)]
-    codes = box_outputs[0].permute(0, 2, 3, 1).reshape(-1, 4)
-    effdet_boxes = anchors_of.decode_box_outputs(codes, anchors[:, [1, 0, 3, 2]], output_xyxy=True)
+    deltas = box_outputs[0].permute(0, 2, 3, 1).reshape(-1, 4)
+    effdet_boxes = anchors_of.decode_box_outputs(deltas, anchors[:, [1, 0, 3, 2]], output_xyxy=True)
     coder = torchvision.models.detection._utils.BoxCoder((1.0, 1.0, 1.0, 1.0))
-    for name, expected in (("effdet", effdet_boxes), ("torchvision", coder.decode_single(codes, anchors))):
+    for name, expected in (("effdet", effdet_boxes), ("torchvision", coder.decode_single(deltas, anchors))):
         got = ops.decode_detections(
             *arguments, anchors.to(backend.device), num_classes=1, iou_threshold=1.0, max_detections=36, box_coder=name
         )

@@ -1,4 +1,4 @@
-"""Boxes that are none: match_anchors leaves out those without area and refuses the others; detection_loss refuses their codes."""
+"""Boxes that are none: match_anchors leaves out those without area and refuses the others; detection_loss refuses their deltas."""
 
 import pytest
 import torch
@@ -127,9 +127,9 @@ def test_compiled(device):
 
 
 def loss(given, **options):
-    outputs, labels, codes, positives, anchors = given
+    outputs, labels, deltas, positives, anchors = given
     levels = len(outputs) // 2
-    return detection_loss(outputs[:levels], outputs[levels:], labels, codes, positives, **options, anchors=anchors)
+    return detection_loss(outputs[:levels], outputs[levels:], labels, deltas, positives, **options, anchors=anchors)
 
 
 def loss_problem(device="cpu", dtype=torch.float32):
@@ -138,18 +138,18 @@ def loss_problem(device="cpu", dtype=torch.float32):
 
 @pytest.mark.parametrize("box_loss", ["huber", "l1", "smooth_l1", "giou"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_codes_that_count_must_be_finite(backend, box_loss, value):
+def test_deltas_that_count_must_be_finite(backend, box_loss, value):
     given = loss_problem()
-    labels, codes = given[1:3]
+    labels, deltas = given[1:3]
     labels[1, 7], labels[1, 5] = 2, -1
-    codes[1, 7, 0] = value
+    deltas[1, 7, 0] = value
     with pytest.raises(ValueError) as raised:
         loss(given, num_classes=3, box_loss=box_loss)
-    values = codes[1, 7].tolist()
+    values = deltas[1, 7].tolist()
     assert str(raised.value) == f"detection_loss: box_targets of image 1, anchor 7 must be finite, got {values}"
     # Those of other anchors count for "huber" alone, which asks no label.
-    codes[1, 7] = 0
-    codes[1, 5, 0] = value
+    deltas[1, 7] = 0
+    deltas[1, 5, 0] = value
     if box_loss == "huber":
         with pytest.raises(ValueError, match="box_targets of image 1, anchor 5 must be finite"):
             loss(given, num_classes=3, box_loss=box_loss)
@@ -157,10 +157,10 @@ def test_codes_that_count_must_be_finite(backend, box_loss, value):
         assert all(x.isfinite() for x in loss(given, num_classes=3, box_loss=box_loss))
 
 
-def test_codes_of_each_level_are_named_by_their_anchor(backend):
-    outputs, labels, codes, positives, anchors = loss_problem()
-    codes[2, 25, 0] = NAN
-    first, second = codes.split([24, 8], 1)
+def test_deltas_of_each_level_are_named_by_their_anchor(backend):
+    outputs, labels, deltas, positives, anchors = loss_problem()
+    deltas[2, 25, 0] = NAN
+    first, second = deltas.split([24, 8], 1)
     per_level = [first.unflatten(1, (4, 3, 2)).flatten(3), second.unflatten(1, (2, 2, 2)).flatten(3)]
     with pytest.raises(ValueError, match="box_targets of image 2, anchor 25 must be finite"):
         loss((outputs, labels, per_level, positives, anchors), num_classes=3)

@@ -13,9 +13,9 @@ from tests.ops.detection_problem import CHANNELS_LAST, CONTIGUOUS, assert_right,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_second_backward_writes_nothing_it_handed_out(native_backend, dtype):
-    outputs, labels, codes, positives, _ = problem([(4, 4), (3, 5)], 2, 8, dtype, native_backend.device)
+    outputs, labels, deltas, positives, _ = problem([(4, 4), (3, 5)], 2, 8, dtype, native_backend.device)
     outputs = [x.requires_grad_() for x in outputs]
-    loss = detection_loss(outputs[:2], outputs[2:], labels, codes, positives, num_classes=8)
+    loss = detection_loss(outputs[:2], outputs[2:], labels, deltas, positives, num_classes=8)
     scale = torch.tensor(4.0, device=native_backend.device)
     first = torch.autograd.grad(loss.total, outputs, scale, retain_graph=True)
     kept = [x.clone() for x in first]
@@ -47,27 +47,27 @@ def test_float16_keeps_gradients_that_a_loss_scale_brings_into_range(native_back
 
 
 def test_no_gradient_is_written_unless_wanted(monkeypatch):
-    outputs, labels, codes, positives, _ = problem([(3, 4)], 2, 5, torch.float32, torch.device("cpu"))
+    outputs, labels, deltas, positives, _ = problem([(3, 4)], 2, 5, torch.float32, torch.device("cpu"))
     from effdet_fast.ops.detection_loss import _loss_and_grads as raw
 
     wanted = []
     monkeypatch.setitem(detection_loss.__globals__, "_loss_and_grads", lambda *a: wanted.append(a[-1]) or raw(*a))
-    plain = detection_loss(outputs[:1], outputs[1:], labels, codes, positives, num_classes=5)
+    plain = detection_loss(outputs[:1], outputs[1:], labels, deltas, positives, num_classes=5)
     leaves = [x.clone().requires_grad_() for x in outputs]
     with torch.no_grad():
-        detection_loss(leaves[:1], leaves[1:], labels, codes, positives, num_classes=5)
-    trained = detection_loss(leaves[:1], leaves[1:], labels, codes, positives, num_classes=5)
+        detection_loss(leaves[:1], leaves[1:], labels, deltas, positives, num_classes=5)
+    trained = detection_loss(leaves[:1], leaves[1:], labels, deltas, positives, num_classes=5)
     assert wanted == [False, False, True] and not plain.total.requires_grad and trained.total.requires_grad
     torch.testing.assert_close(plain.total, trained.total.detach(), rtol=1e-6, atol=0)
 
 
 def test_frozen_outputs_get_no_gradient(native_backend):
-    outputs, labels, codes, positives, _ = problem([(3, 4), (2, 2)], 2, 5, torch.float64, native_backend.device)
+    outputs, labels, deltas, positives, _ = problem([(3, 4), (2, 2)], 2, 5, torch.float64, native_backend.device)
     outputs[0].requires_grad_()
     outputs[3].requires_grad_()
-    loss = detection_loss(outputs[:2], outputs[2:], labels, codes, positives, num_classes=5)
+    loss = detection_loss(outputs[:2], outputs[2:], labels, deltas, positives, num_classes=5)
     loss.total.backward()
-    _, expected = evaluate(detection_loss, outputs, labels, codes, positives, None, num_classes=5)
+    _, expected = evaluate(detection_loss, outputs, labels, deltas, positives, None, num_classes=5)
     assert torch.equal(outputs[0].grad, expected[0]) and torch.equal(outputs[3].grad, expected[3])
     assert outputs[1].grad is None and outputs[2].grad is None
 
@@ -106,25 +106,27 @@ KINDS = [
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 def test_strides(native_backend, kind, layout):
     sizes, per_cell, classes = [(4, 8), (3, 2)], 2, 8
-    outputs, labels, codes, positives, _ = problem(
+    outputs, labels, deltas, positives, _ = problem(
         sizes, per_cell, classes, torch.float32, native_backend.device, layout
     )
     views = [strided(x, kind) for x in outputs]
-    expected = detection_loss_reference(views[:2], views[2:], labels, codes, positives, num_classes=classes)
+    expected = detection_loss_reference(views[:2], views[2:], labels, deltas, positives, num_classes=classes)
     leaves = [x.detach().requires_grad_() for x in views]
-    loss = detection_loss(leaves[:2], leaves[2:], guarded(labels), guarded(codes), positives, num_classes=classes)
+    loss = detection_loss(leaves[:2], leaves[2:], guarded(labels), guarded(deltas), positives, num_classes=classes)
     torch.testing.assert_close(loss.total.detach(), expected.total, rtol=1e-5, atol=0)
     grads = torch.autograd.grad(loss.total, leaves)
     dense = [x.contiguous().requires_grad_() for x in views]
-    reference = detection_loss_reference(dense[:2], dense[2:], labels, codes, positives, num_classes=classes)
+    reference = detection_loss_reference(dense[:2], dense[2:], labels, deltas, positives, num_classes=classes)
     for mine, other in zip(grads, torch.autograd.grad(reference.total, dense), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
 def test_gradients_have_the_layout_of_the_outputs(native_backend, layout):
-    outputs, labels, codes, positives, _ = problem([(4, 3), (3, 2)], 2, 3, torch.float32, native_backend.device, layout)
-    _, grads = evaluate(detection_loss, outputs, labels, codes, positives, None, num_classes=3)
+    outputs, labels, deltas, positives, _ = problem(
+        [(4, 3), (3, 2)], 2, 3, torch.float32, native_backend.device, layout
+    )
+    _, grads = evaluate(detection_loss, outputs, labels, deltas, positives, None, num_classes=3)
     assert [grad.stride() for grad in grads] == [x.stride() for x in outputs]
 
 
@@ -136,14 +138,14 @@ def test_layouts_may_differ_between_outputs(native_backend):
 
 
 def test_ignored_anchors_have_no_class_loss_whatever_their_logits(native_backend):
-    outputs, labels, codes, positives, _ = problem([(4, 4)], 2, 3, torch.float32, native_backend.device)
+    outputs, labels, deltas, positives, _ = problem([(4, 4)], 2, 3, torch.float32, native_backend.device)
     labels[:, 5] = -2
-    expected = detection_loss(outputs[:1], outputs[1:], labels, codes, positives, num_classes=3)
+    expected = detection_loss(outputs[:1], outputs[1:], labels, deltas, positives, num_classes=3)
     for layout in (CONTIGUOUS, CHANNELS_LAST):
         cls = outputs[0].clone().contiguous(memory_format=layout)
         cls[:, 3:, 0, 2] = float("nan")  # anchor 1 of cell 2
         cls.requires_grad_()
-        loss = detection_loss([cls], outputs[1:], labels, codes, positives, num_classes=3)
+        loss = detection_loss([cls], outputs[1:], labels, deltas, positives, num_classes=3)
         torch.testing.assert_close(loss.cls.detach(), expected.cls)
         (grad,) = torch.autograd.grad(loss.cls, cls)
         assert not grad[:, 3:, 0, 2].any() and grad.isfinite().all()
@@ -166,11 +168,13 @@ def test_same_bits_every_time(native_backend):
 
 
 def test_label_types_and_one_normaliser_for_all(native_backend):
-    outputs, labels, codes, positives, _ = problem([(4, 3)], 2, 3, torch.float32, native_backend.device)
-    expected = detection_loss(outputs[:1], outputs[1:], labels, codes, positives, num_classes=3)
+    outputs, labels, deltas, positives, _ = problem([(4, 3)], 2, 3, torch.float32, native_backend.device)
+    expected = detection_loss(outputs[:1], outputs[1:], labels, deltas, positives, num_classes=3)
     for dtype in (torch.int32, torch.int16, torch.int8):
         for normaliser in (positives, positives.long(), positives.sum()):
-            loss = detection_loss(outputs[:1], outputs[1:], labels.to(dtype), codes.double(), normaliser, num_classes=3)
+            loss = detection_loss(
+                outputs[:1], outputs[1:], labels.to(dtype), deltas.double(), normaliser, num_classes=3
+            )
             assert all_equal(loss, expected)
 
 
@@ -178,13 +182,13 @@ def test_label_types_and_one_normaliser_for_all(native_backend):
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck(device, layout, with_grad, weighted):
-    outputs, labels, codes, positives, anchors = problem([(2, 3), (1, 2)], 2, 4, torch.float32, device, layout)
+    outputs, labels, deltas, positives, anchors = problem([(2, 3), (1, 2)], 2, 4, torch.float32, device, layout)
     last = [layout == CHANNELS_LAST] * 4
     arguments = (
         outputs[:2],
         outputs[2:],
         labels,
-        codes,
+        deltas,
         anchors,
         positives,
         torch.rand(4, device=device) if weighted else None,
@@ -219,11 +223,11 @@ def test_compiles_without_a_break(device, layout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_autocast_promotes_outputs_of_different_dtypes(backend, dtype):
-    outputs, labels, codes, positives, anchors = problem([(4, 3)], 2, 5, dtype, backend.device)
+    outputs, labels, deltas, positives, anchors = problem([(4, 3)], 2, 5, dtype, backend.device)
     with torch.autocast(backend.device.type, dtype):
-        same, _ = evaluate(detection_loss, outputs, labels, codes, positives, anchors, num_classes=5)
+        same, _ = evaluate(detection_loss, outputs, labels, deltas, positives, anchors, num_classes=5)
         mixed = [outputs[0], outputs[1].float()]
-        loss, grads = evaluate(detection_loss, mixed, labels, codes, positives, anchors, num_classes=5)
+        loss, grads = evaluate(detection_loss, mixed, labels, deltas, positives, anchors, num_classes=5)
     assert grads[0].dtype == dtype and grads[1].dtype == torch.float32
     torch.testing.assert_close(loss, same, rtol=1e-5, atol=0)
 

@@ -107,24 +107,24 @@ def test_any_order_of_threads(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(device, case, channels_last, dtype):
     xs, weights, grad, options = make(case, 8, dtype, device, channels_last=channels_last)
-    codes = [{"none": 0, "nearest": 1, "max_pool": 2}[how] for how in options["resample"]]
+    numbers = [{"none": 0, "nearest": 1, "max_pool": 2}[how] for how in options["resample"]]
     grad = grad.to(memory_format=LAST) if channels_last else grad
     raw = torch.ops.effdet_fast
     for method in (0, 1, 2):
         given = None if method == 2 else weights
-        arguments = (xs, given, method, 1e-4, codes, *options["size"], 1, channels_last)
+        arguments = (xs, given, method, 1e-4, numbers, *options["size"], 1, channels_last)
         torch.library.opcheck(raw.fusion.default, arguments)
         torch.library.opcheck(raw.fusion_train.default, arguments)
         out, *kept = raw.fusion_train(*arguments)
-        assert torch.equal(out, raw.fusion(*arguments)) and len(kept) == 2 * codes.count(2)
+        assert torch.equal(out, raw.fusion(*arguments)) and len(kept) == 2 * numbers.count(2)
         for needs in ([True] * len(xs) + [method != 2], [False, True] + [False] * (len(xs) - 1)):
-            arguments = (grad, xs, kept, given, method, 1e-4, codes, 1, channels_last, needs)
+            arguments = (grad, xs, kept, given, method, 1e-4, numbers, 1, channels_last, needs)
             torch.library.opcheck(raw.fusion_backward.default, arguments)
 
 
 def test_raw_op_guards_itself():
     x = torch.zeros(1, 2, 4, 4)
-    for xs, codes, size in (
+    for xs, numbers, size in (
         ([x, x], [0, 0], (4, 5)),
         ([x, x.transpose(2, 3)], [0, 0], (4, 4)),
         ([x, x.double()], [0, 0], (4, 4)),
@@ -133,7 +133,7 @@ def test_raw_op_guards_itself():
         ([x] * 5, [0] * 5, (4, 4)),
     ):
         with pytest.raises(RuntimeError, match="fusion: "):
-            torch.ops.effdet_fast.fusion(xs, None, 2, 1e-4, codes, *size, 0, False)
+            torch.ops.effdet_fast.fusion(xs, None, 2, 1e-4, numbers, *size, 0, False)
     small, taps = torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 2, 2, dtype=torch.uint8)
     for kept in ([], [small], [small, small], [taps, taps], [x, taps], [small.double(), taps]):
         with pytest.raises(RuntimeError, match="fusion_backward: kept must be "):

@@ -83,14 +83,14 @@ def test_what_the_activation_of_a_gate_cuts_off(name, backend):
 
 @pytest.mark.parametrize("box_loss", ["huber", "l1"])
 def test_what_the_detection_loss_masks(box_loss, backend):
-    labels, codes = torch.tensor([[-2, -1, 0, 1]]), torch.ones(1, 4, 4)
-    codes[0, 2, 1] = 0
-    targets = [t.to(backend.device) for t in (labels, codes, torch.ones(1))]
+    labels, deltas = torch.tensor([[-2, -1, 0, 1]]), torch.ones(1, 4, 4)
+    deltas[0, 2, 1] = 0
+    targets = [t.to(backend.device) for t in (labels, deltas, torch.ones(1))]
     options = {"num_classes": 2, "box_loss": box_loss}
     logits, outputs = torch.randn(1, 2, 2, 2), torch.randn(1, 4, 2, 2)
     ignored = (labels != -2).view(1, 1, 2, 2).expand(1, 2, 2, 2)
     loss = lambda x: ops.detection_loss([x], [outputs.to(x.device)], *targets, **options).total  # noqa: E731
     check(loss, logits, ignored, backend)
-    takes_part = codes != 0 if box_loss == "huber" else (labels >= 0).unsqueeze(2).expand(1, 4, 4)
+    takes_part = deltas != 0 if box_loss == "huber" else (labels >= 0).unsqueeze(2).expand(1, 4, 4)
     loss = lambda x: ops.detection_loss([logits.to(x.device)], [x], *targets, **options).total  # noqa: E731
     check(loss, outputs, takes_part.mT.reshape(1, 4, 2, 2), backend)

@@ -1,5 +1,5 @@
-// The memory of large tensors on the host; large_blocks.h says why it is kept.
-#include "large_blocks.h"
+// The caching allocator of CPU outputs: blocks by size, the most recently freed first.
+#include "caching_allocator.h"
 
 #include <pthread.h>
 
@@ -40,17 +40,17 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
 }
 }  // namespace
 
-LargeBlocks& LargeBlocks::instance() {
-  static LargeBlocks& blocks = *new LargeBlocks;  // never destroyed: tensors may live until the process ends
+CachingAllocator& CachingAllocator::instance() {
+  static CachingAllocator& blocks = *new CachingAllocator;  // never destroyed: tensors may live until the process ends
   return blocks;
 }
 
-LargeBlocks::LargeBlocks() {
+CachingAllocator::CachingAllocator() {
   // A process may fork while another thread holds the lock.
   pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); }, [] { instance().mutex_.unlock(); });
 }
 
-void* LargeBlocks::take(int64_t bytes) {
+void* CachingAllocator::allocate(int64_t bytes) {
   const int64_t size = block_size(bytes);
   const std::lock_guard lock(mutex_);
   const auto found = free_.lower_bound(size);
@@ -68,7 +68,7 @@ void* LargeBlocks::take(int64_t bytes) {
   return block;
 }
 
-void LargeBlocks::give_back(void* block) {
+void CachingAllocator::free(void* block) {
   const std::lock_guard lock(mutex_);
   const int64_t size = sizes_[block];
   used_bytes_ -= size;
@@ -76,13 +76,13 @@ void LargeBlocks::give_back(void* block) {
   free_.emplace_hint(free_.lower_bound(size), size, block);  // the newest of its size comes next: caches may still hold it
 }
 
-void LargeBlocks::empty() {
+void CachingAllocator::empty() {
   const std::lock_guard lock(mutex_);
   drop_down_to(0);
   max_used_ = used_bytes_;
 }
 
-void* LargeBlocks::new_block(int64_t size) {
+void* CachingAllocator::new_block(int64_t size) {
   const int64_t alignment = size < kHugePage ? kPage : kHugePage;
   void* block = std::aligned_alloc(alignment, rounded_up(size, alignment));
   if (!block) {
@@ -95,7 +95,7 @@ void* LargeBlocks::new_block(int64_t size) {
   return block;
 }
 
-void LargeBlocks::drop_down_to(int64_t bytes) {
+void CachingAllocator::drop_down_to(int64_t bytes) {
   while (free_bytes_ > bytes) {
     const auto largest = std::prev(free_.end());
     free_bytes_ -= largest->first;

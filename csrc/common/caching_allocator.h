@@ -1,5 +1,5 @@
-// Memory of tensors on the host, but for small ones, kept for later ones of their size. The C library gives such blocks back to the
-// kernel, which must clear every page of the next: in a training step that took as long as the kernels that write them.
+// A caching allocator for CPU outputs of 128 KiB and more. The C library returns such blocks to the kernel, and zeroing the fresh pages
+// of the next one costs as much as the kernel that writes it.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -8,19 +8,19 @@
 
 namespace ef {
 // One pool for the process, in the library of the CPU's kernels.
-class LargeBlocks {
+class CachingAllocator {
  public:
   static constexpr int64_t kLeast = int64_t(128) << 10;  // bytes; glibc maps no smaller ones by themselves
 
-  static LargeBlocks& instance();
+  static CachingAllocator& instance();
 
-  void* take(int64_t bytes);
-  void give_back(void* block);
-  // Frees what is kept, and counts anew how much is in use at once.
+  void* allocate(int64_t bytes);
+  void free(void* block);
+  // Returns unused blocks to the system, and counts anew how much is in use at once.
   void empty();
 
  private:
-  LargeBlocks();
+  CachingAllocator();
   void* new_block(int64_t size);
   void drop_down_to(int64_t bytes);
 

@@ -119,7 +119,7 @@ print(before - resident())
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux")
-def test_kept_memory_can_be_freed():
+def test_cached_memory_can_be_freed():
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert 90 < int(done.stdout) < 120
 
