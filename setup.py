@@ -89,7 +89,7 @@ def native_extensions() -> tuple[list[Extension], dict]:
         hidden,
         *unplaced,
     ]
-    # -O1 is for the host's part, which only launches: it compiles faster. nvcc optimises kernels fully in any case.
+    # -O1 is for the host's part, which only launches: it compiles faster. nvcc optimizes kernels fully in any case.
     cuda_flags = {
         "cxx": ["-O1", "-g0", "-std=c++20", hidden, *unplaced],
         "nvcc": ["-O1", "-std=c++20", "-Xcompiler", ",".join([hidden, *unplaced])],

@@ -1,6 +1,6 @@
 """From EfficientDet-D0's head outputs to detections: 90 classes, the best 5000 scores of an image, NMS at 0.5, 100 detections.
 
-Logits as of a trained network: background around -6, and objects whose neighbourhood of anchors scores high.
+Logits as of a trained network: background around -6, and objects whose neighborhood of anchors scores high.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A training step of a whole detector: forward, labels, loss, backward, optimiser; peers with and without `accelerate`."""
+"""A training step of a whole detector: forward, labels, loss, backward, optimizer; peers with and without `accelerate`."""
 
 import contextlib
 import copy
@@ -191,7 +191,7 @@ def workload(
     return Workload(
         ours=trained(OURS, partial(loss, model), model, dtype),
         oracle=Implementation("float64", exact_loss, tuple(exact.parameters())),
-        # Images and parameters are read, gradients written, and the optimiser reads and writes parameters, gradients, momenta.
+        # Images and parameters are read, gradients written, and the optimizer reads and writes parameters, gradients, momenta.
         bytes={STEP: 4 * (images.numel() + 7 * sum(parameter.numel() for parameter in model.parameters()))},
         # The biases before a BatchNorm have no gradient but round-off. Two values of a max-pool window may be nearly equal: then
         # round-off says which of them gets the gradient, and moves the whole. D0's was off by 2e-5 to 3e-3 in eight trials, with

@@ -46,7 +46,7 @@ def steps(peer: str, batch: int, size: int, rounds: int) -> None:
     print(json.dumps(seconds), flush=True)
 
 
-def measure(peer: str, waiting: dict[str, str], neighbours: int, arguments: argparse.Namespace) -> list[float]:
+def measure(peer: str, waiting: dict[str, str], neighbors: int, arguments: argparse.Namespace) -> list[float]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_WAIT"))}
     command = [sys.executable, "-m", "benchmarks", "contention", "--peer", peer, "--rounds", str(arguments.rounds)]
     command += ["--batch", str(arguments.batch), "--size", str(arguments.size)]
@@ -56,7 +56,7 @@ def measure(peer: str, waiting: dict[str, str], neighbours: int, arguments: argp
         assert process.stdin is not None and process.stdout is not None
         if process.stdout.readline() != "ready\n":
             raise RuntimeError(f"the process of {peer} ended")
-        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbours)]
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(neighbors)]
         try:
             process.stdin.write("go\n")
             process.stdin.flush()
@@ -72,7 +72,7 @@ def main(command_line: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="steps of each; the median counts (default: 5)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--size", type=int, default=320)
-    parser.add_argument("--neighbours", type=int, nargs="*", default=[0, 1, 2], metavar="N", help="busy processes")
+    parser.add_argument("--neighbors", type=int, nargs="*", default=[0, 1, 2], metavar="N", help="busy processes")
     parser.add_argument("--output", type=Path, default=records.RESULTS / "contention", help="folder for the record")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     arguments = parser.parse_args(command_line)
@@ -82,10 +82,10 @@ def main(command_line: list[str]) -> int:
     record = environment.describe(torch.device("cpu"), ["contention", *command_line])
     record |= {"case": f"{MODEL}, {arguments.batch} x {arguments.size}^2", "rows": []}
     print(f"{record['case']} on {record['device']['name']}; seconds of a step, median of {arguments.rounds}")
-    print(f"{'':12}{'threads wait':24}" + "".join(f"{n:>4} busy" for n in arguments.neighbours))
+    print(f"{'':12}{'threads wait':24}" + "".join(f"{n:>4} busy" for n in arguments.neighbors))
     for peer in PEERS:
         for name, waiting in WAITING.items():
-            seconds = {n: measure(peer, waiting, n, arguments) for n in arguments.neighbours}
+            seconds = {n: measure(peer, waiting, n, arguments) for n in arguments.neighbors}
             record["rows"] += [{"peer": peer, "waiting": name, "busy": n, "seconds": s} for n, s in seconds.items()]
             print(f"{peer:12}{name:24}" + "".join(f"{statistics.median(s):9.2f}" for s in seconds.values()), flush=True)
     path = arguments.output / f"{record['device']['slug']}-{record['date'][:10]}.json"

@@ -35,9 +35,9 @@ def draw(record: records.Record, op: str, folder: Path) -> Path:
             [max(0.0, timing.q80 - timing.median) * 1e3 for _, timing in there],
         ]
         positions = [i + (b - (len(bars) - 1) / 2) * height for i, _ in there]
-        colour = "#dddddd" if name == COPY else COLOURS[names.index(name) % len(COLOURS)]
+        color = "#dddddd" if name == COPY else COLOURS[names.index(name) % len(COLOURS)]
         axes.barh(
-            positions, medians, height, xerr=spread, color=colour, label=name, error_kw={"lw": 0.8, "ecolor": "#444444"}
+            positions, medians, height, xerr=spread, color=color, label=name, error_kw={"lw": 0.8, "ecolor": "#444444"}
         )
         for position, (_, timing) in zip(positions, there, strict=True):
             axes.annotate(

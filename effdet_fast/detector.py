@@ -15,7 +15,7 @@ from effdet_fast.data import Placement, normalize
 from effdet_fast.data.image_io import as_picture, open_image
 from effdet_fast.data.placement import EXACT_GAP, Size, blank_input
 from effdet_fast.device import autocast
-from effdet_fast.drawing import class_colour, draw_boxes
+from effdet_fast.drawing import class_color, draw_boxes
 from effdet_fast.evaluation import ImageResult, coco_results, image_results, letterbox_sizes
 from effdet_fast.evaluation.trained_model import TrainedModel, load_trained_model
 from effdet_fast.models.detection_model import check_detection_options
@@ -55,7 +55,7 @@ class ImageDetections:
         """A copy of `image` (the one that was predicted) with the boxes, names and scores on it."""
         picture = open_image(image)[0] if isinstance(image, str | os.PathLike) else as_picture(image)
         texts = [f"{name} {score:.2f}" for name, score in zip(self.class_names, self.scores, strict=True)]
-        return draw_boxes(picture, self.boxes, texts, [class_colour(int(label)) for label in self.labels])
+        return draw_boxes(picture, self.boxes, texts, [class_color(int(label)) for label in self.labels])
 
 
 class Detector:
@@ -121,7 +121,7 @@ class Detector:
         """Detections of one picture, or of each of a list.
 
         Files and PIL images are turned upright by their EXIF orientation first, and boxes are in pixels of the upright
-        picture. Any mode of PIL image will do; arrays are uint8 RGB [H, W, 3] or grey [H, W].
+        picture. Any mode of PIL image will do; arrays are uint8 RGB [H, W, 3] or gray [H, W].
 
         Args:
             images: a path, PIL image or array, or a list of them.

@@ -96,8 +96,8 @@ def draw_shares(sums: dict[float, list[torch.Tensor]], file: Path) -> None:
     names = [f"gamma {gamma:g}" for gamma in sums]
     left = torch.zeros(len(sums), dtype=torch.float64)
     shares = torch.stack([loss / loss.sum() for _, loss in sums.values()])
-    for part, colour, share in zip(PARTS, ("tab:green", "tab:orange", "tab:gray"), shares.T, strict=True):
-        axis.barh(names, share, left=left, label=part, color=colour)
+    for part, color, share in zip(PARTS, ("tab:green", "tab:orange", "tab:gray"), shares.T, strict=True):
+        axis.barh(names, share, left=left, label=part, color=color)
         left += share
     axis.set(xlabel="share of the classification loss", xlim=(0, 1))
     axis.invert_yaxis()

@@ -116,7 +116,7 @@ def table(rows: list[Row], epochs: int, threads: int) -> str:
         "",
         "Parameters and multiply-adds are the neck's, of one image. Times are the whole detector's, batch "
         f"{BATCH}, channels_last, float32; a tenth either way is noise. AP is of one training run each of {epochs} epochs on "
-        "the tree photographs: it says how fast a neck starts to learn, which favours those with few layers, and not what it "
+        "the tree photographs: it says how fast a neck starts to learn, which favors those with few layers, and not what it "
         "comes to.",
         "",
         "| neck | parameters | multiply-adds | forward | training step | AP | AP50 |",
@@ -130,7 +130,7 @@ def table(rows: list[Row], epochs: int, threads: int) -> str:
     lines += [
         "",
         "The paper (arXiv:1911.09070, table 6) reports fast fusion 1.26 to 1.31 times as fast as softmax on a GPU. Here "
-        "either is one fused pass, and they differ in the normalisation of two or three weights: softmax takes "
+        "either is one fused pass, and they differ in the normalization of two or three weights: softmax takes "
         f"{softmax.forward / fast.forward:.2f} times as long forward and {softmax.step / fast.step:.2f} times as long in a "
         "training step. Neither has been measured on a GPU.",
         "",

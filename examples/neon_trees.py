@@ -86,7 +86,7 @@ def draw_side_by_side(run: Path, tiles: Path, annotations: Path) -> None:
             picture, found.boxes, [f"{score:.2f}" for score in found.scores], [(255, 200, 0)] * len(found.boxes)
         )
         pair = Image.new("RGB", (2 * picture.width + 8, picture.height), "white")
-        pair.paste(draw_boxes(picture, boxes, colours=[(0, 255, 120)] * len(boxes)), (0, 0))
+        pair.paste(draw_boxes(picture, boxes, colors=[(0, 255, 120)] * len(boxes)), (0, 0))
         pair.paste(right, (picture.width + 8, 0))
         pair.save(folder / image["file_name"])
 

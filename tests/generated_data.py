@@ -1,4 +1,4 @@
-"""Generated data: small sets of coloured rectangles and ellipses on noise, with a COCO annotations file, and random objects."""
+"""Generated data: small sets of colored rectangles and ellipses on noise, with a COCO annotations file, and random objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_dataset(
 ) -> tuple[Path, Path]:
     """Writes `images` pictures and `annotations.json` under `folder`; returns (images_dir, annotations_file).
 
-    Class k has colour k; odd classes are ellipses, even ones rectangles. `category_ids[:classes]` are the file's ids.
+    Class k has color k; odd classes are ellipses, even ones rectangles. `category_ids[:classes]` are the file's ids.
     Where there are three images or more, the last one has no boxes. Image ids start at `first_image_id`, in steps of 3.
     """
     if classes > len(category_ids) or classes > len(COLOURS):

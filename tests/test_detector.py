@@ -12,7 +12,7 @@ from torch import nn
 
 from effdet_fast.data import CocoDetection
 from effdet_fast.detector import Detector
-from effdet_fast.drawing import class_colour, draw_boxes
+from effdet_fast.drawing import class_color, draw_boxes
 from effdet_fast.evaluation import evaluate
 from effdet_fast.evaluation.trained_model import TrainedModel, load_trained_model
 from effdet_fast.models import create_model, model_config
@@ -136,7 +136,7 @@ def test_predict_writes_pictures_and_results(finder, folder, tmp_path):
         drawn = Image.open(out / name)
         assert drawn.size == (300, 150) and drawn.getexif().get(0x0112, 1) == 1
         line = np.asarray(drawn.convert("RGB"))[60:110, 36:45].astype(int)
-        assert np.abs(line - class_colour(1)).sum(axis=2).min(axis=1).max() < 80
+        assert np.abs(line - class_color(1)).sum(axis=2).min(axis=1).max() < 80
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -343,6 +343,6 @@ def test_drawing():
     assert (drawn[18:30, 10:40] == [255, 0, 0]).all(axis=2).sum() > 100, "a plate above the box"
     assert np.asarray(draw_boxes(image, np.zeros((0, 4)))).max() == 0
     draw_boxes(Image.new("L", (3, 2)), [[0, 0, 3, 2], [5, 5, 1, 1]], ["a long label", ""])
-    assert len({class_colour(i) for i in range(90)}) == 90
+    assert len({class_color(i) for i in range(90)}) == 90
     with pytest.raises(ValueError, match="1 boxes need as many texts, got 2"):
         draw_boxes(image, [[0, 0, 1, 1]], ["a", "b"])

@@ -8,7 +8,7 @@
 
 namespace ef::anchor_matching {
 namespace {
-// Where it costs no synchronisation, no object's box may be broken.
+// Where it costs no synchronization, no object's box may be broken.
 template <typename T>
 void check_boxes(const Problem<T>& in) {
   for (int64_t image = 0; image < in.batch; ++image) {
@@ -32,7 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   STD_TORCH_CHECK(boxes.dim() == 3 && boxes.size(2) == 4 && boxes.is_contiguous() && boxes.scalar_type() == anchors.scalar_type(),
                   "match_anchors: boxes must be contiguous [batch, max_boxes, 4], of the anchors' dtype");
   const int64_t count = anchors.size(0), batch = boxes.size(0), max_boxes = boxes.size(1);
-  STD_TORCH_CHECK(is_plain(labels, {batch, max_boxes}, ScalarType::Long), "match_anchors: labels must be contiguous int64 [batch, max_boxes]");
+  STD_TORCH_CHECK(is_plain(labels, {batch, max_boxes}, ScalarType::Long),
+                  "match_anchors: labels must be contiguous int64 [batch, max_boxes]");
   STD_TORCH_CHECK(!counts || is_plain(*counts, {batch}, ScalarType::Long), "match_anchors: counts must be contiguous int64 [batch]");
   STD_TORCH_CHECK(most < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
   const bool is_double = anchors.scalar_type() == ScalarType::Double;

@@ -32,7 +32,7 @@ struct Problem {
 template <typename T>
 struct Targets {
   int64_t* labels;     // [batch, count]: a label, -1 background, -2 ignored
-  T* deltas;            // [batch, count, 4]
+  T* deltas;           // [batch, count, 4]
   int64_t* positives;  // [batch]; zeros at first on CUDA
 };
 

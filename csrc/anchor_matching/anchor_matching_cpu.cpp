@@ -1,7 +1,7 @@
 // Anchors lie in groups of kGroup consecutive ones, one array per coordinate, with their bounds. A box computes its largest possible
 // IoU with every group, visits the most promising group, and from then on only groups that may still hold an anchor that matters: one
-// above the threshold, or one better than the best so far. Few are left, as neighbours in the list are neighbours in the image.
-// Images run in parallel. Both loops, over groups and over the anchors of one, vectorise.
+// above the threshold, or one better than the best so far. Few are left, as neighbors in the list are neighbors in the image.
+// Images run in parallel. Both loops, over groups and over the anchors of one, vectorize.
 #include <algorithm>
 #include <limits>
 #include <memory>

@@ -1,7 +1,7 @@
 // Targets of all images without an IoU matrix; formulas in anchor_matching_math.h.
 // A thread owns one anchor, a warp 32 consecutive ones and their bounds (Group). Each lane tests one box of the image against the
-// bounds; a ballot tells which boxes the warp must look at, one after the other, lane by lane. Neighbours in the list of anchors are
-// neighbours in the image, so that most boxes are out of question for most warps. No shared memory, no barrier.
+// bounds; a ballot tells which boxes the warp must look at, one after the other, lane by lane. Neighbors in the list of anchors are
+// neighbors in the image, so that most boxes are out of question for most warps. No shared memory, no barrier.
 // best_kernel:  best[image, box] = the highest IoU of the box with any anchor, as the bits of a non-negative number, which order as it.
 // first_kernel: first[image, box] = count - the first anchor that has it. Both are maxima of integers: the order does not matter.
 // write_kernel: each anchor's own best box, forced or not, its label and its deltas.

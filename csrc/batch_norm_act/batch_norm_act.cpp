@@ -1,4 +1,4 @@
-// Tensor boundary of batch normalisation: check, allocate, dispatch the dtype once, register.
+// Tensor boundary of batch normalization: check, allocate, dispatch the dtype once, register.
 #include "batch_norm_act.h"
 
 #include <tuple>

@@ -72,7 +72,7 @@ struct Forward {
   void prepare(int64_t begin, int64_t end) { of_norm.set(norm, s, segments.lanes, begin, end); }
   void run(const Part& part) const {
     for_runs(s, part, [&](int64_t offset, int64_t count, int64_t, auto of) {
-      normalise<kActivation>(x + offset, count, segments.width, of(of_norm.mean), of(of_norm.scale), of(of_norm.bias), y + offset);
+      normalize<kActivation>(x + offset, count, segments.width, of(of_norm.mean), of(of_norm.scale), of(of_norm.bias), y + offset);
     });
   }
 };

@@ -27,7 +27,7 @@ Grid grid_for(const Shape& s, int vec) {
 
 // Calls f.template operator()<kPixels, kVec>(grid) for a shape whose buffers are all aligned, or not.
 template <typename scalar_t, class F>
-void specialise(const Shape& s, bool aligned, F&& f) {
+void specialize(const Shape& s, bool aligned, F&& f) {
   constexpr int kVec = kVecSize<scalar_t>;
   const bool pixels = s.inner == 1, vectors = aligned && (pixels ? s.c : s.inner) % kVec == 0;
   const Grid grid = grid_for(s, vectors ? kVec : 1);
@@ -56,7 +56,7 @@ template <typename scalar_t>
 void launch_stats(Cuda device, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials,
                   const Statistics<acc_t<scalar_t>>& statistics) {
   using A = acc_t<scalar_t>;
-  specialise<scalar_t>(s, is_vec_aligned(x), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(x), [&]<bool kPixels, int kVec>(const Grid& grid) {
     launch("batch_norm_stats", batch_norm_stats_kernel<kPixels, kVec, scalar_t>, grid.blocks, kThreads,
            sum_bytes<kPixels, kVec, A>(grid.layout), device, s, grid.layout, x, partials);
     launch("batch_norm_finish_stats", batch_norm_finish_stats_kernel<kPixels, A>, finish_blocks(s), dim3(kFinishChannels, kFinishRows),
@@ -66,7 +66,7 @@ void launch_stats(Cuda device, const Shape& s, const scalar_t* x, acc_t<scalar_t
 
 template <typename scalar_t>
 void launch_forward(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, scalar_t* y) {
-  specialise<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
     dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
       launch("batch_norm_act", batch_norm_act_kernel<kPixels, kVec, kActivation, scalar_t>, grid.blocks, kThreads, 0, device, s,
              grid.layout, norm, x, y);
@@ -84,7 +84,7 @@ void launch_train(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm
 template <typename scalar_t>
 void launch_sums(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const Gradients<scalar_t>& in) {
   using A = acc_t<scalar_t>;
-  specialise<scalar_t>(s, is_vec_aligned(in.grad, in.x), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(in.grad, in.x), [&]<bool kPixels, int kVec>(const Grid& grid) {
     dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
       launch("batch_norm_act_sums", batch_norm_act_sums_kernel<kPixels, kVec, kActivation, scalar_t>, grid.blocks, kThreads,
              sum_bytes<kPixels, kVec, A>(grid.layout), device, s, grid.layout, norm, in.grad, in.x, in.partials);
@@ -97,7 +97,7 @@ void launch_sums(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm,
 template <typename scalar_t>
 void launch_grad_input(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* grad, const scalar_t* x,
                        const acc_t<scalar_t>* sums, double factor, scalar_t* grad_x) {
-  specialise<scalar_t>(s, is_vec_aligned(grad, x, grad_x), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(grad, x, grad_x), [&]<bool kPixels, int kVec>(const Grid& grid) {
     dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
       launch("batch_norm_act_grad_input", batch_norm_act_grad_input_kernel<kPixels, kVec, kActivation, scalar_t>, grid.blocks, kThreads, 0,
              device, s, grid.layout, norm, grad, x, sums, factor, grad_x);

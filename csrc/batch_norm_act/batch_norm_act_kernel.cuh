@@ -1,4 +1,4 @@
-// Batch normalisation with activation over dense [n, c, inner]; formulas in batch_norm_act_math.h.
+// Batch normalization with activation over dense [n, c, inner]; formulas in batch_norm_act_math.h.
 // A thread walks one strided row of 16-byte vectors (kVec = 1 where channels or addresses do not allow it) and never leaves its
 // channels, whose constants it computes once:
 //   channels_last (kPixels): kVec channels of every `rows`-th pixel of a slab; a block is `columns` such threads side by side times

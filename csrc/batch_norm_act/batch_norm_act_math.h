@@ -1,4 +1,4 @@
-// Batch normalisation of one value, then an activation, and the gradient:
+// Batch normalization of one value, then an activation, and the gradient:
 //   z = (x - mean) scale + bias,  scale = weight / sqrt(var + eps),  y = act(z)
 //   g = grad act'(z),  grad_bias = sum g,  grad_weight = sum g (x - mean) / sqrt(var + eps)
 //   grad_x = scale (g - mean of g - (x - mean) / sqrt(var + eps) * mean of g (x - mean) / sqrt(var + eps))

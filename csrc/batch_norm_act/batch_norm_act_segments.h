@@ -126,7 +126,7 @@ EF_CPU_CLONES void add_moments(const scalar_t* __restrict x, int64_t count, int6
 }
 
 template <Activation kActivation, typename scalar_t, class Of>
-EF_CPU_CLONES void normalise(const scalar_t* __restrict x, int64_t count, int64_t width, Of mean, Of scale, Of bias,
+EF_CPU_CLONES void normalize(const scalar_t* __restrict x, int64_t count, int64_t width, Of mean, Of scale, Of bias,
                              scalar_t* __restrict y) {
   using A = acc_t<scalar_t>;
   for (int64_t i = 0; i < count; i += width) {

@@ -29,7 +29,7 @@ int64_t block_size(int64_t bytes) {
 void prefer_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (bytes < kHugePage) return;
-  // Whole pages, so that neighbours in the heap join, and a huge page may lie across both.
+  // Whole pages, so that neighbors in the heap join, and a huge page may lie across both.
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + uintptr_t(bytes) + kPage - 1) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -95,7 +95,7 @@ inline bool is_dense_like(const Tensor& x, const Tensor& other, bool channels_la
   return has_size_of(x, other) && x.scalar_type() == other.scalar_type() && is_dense(x, channels_last);
 }
 
-// Where it costs no synchronisation: every label, int64 or int32, is a class, -1 (background) or -2 (ignored).
+// Where it costs no synchronization: every label, int64 or int32, is a class, -1 (background) or -2 (ignored).
 inline void check_labels(const Tensor& labels, int64_t classes, const char* op) {
   if (!labels.is_cpu()) return;
   const auto check = [&](const auto* values) {

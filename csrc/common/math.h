@@ -1,4 +1,4 @@
-// Scalar functions shared by the ops' formulas, and the activations an op can carry. They are branch-free: loops over them vectorise on
+// Scalar functions shared by the ops' formulas, and the activations an op can carry. They are branch-free: loops over them vectorize on
 // the host, and on a GPU they cost a few instructions where the exactly rounded ones take a branch to a slow path.
 #pragma once
 #include <cmath>

@@ -63,7 +63,7 @@ int64_t bytes_of(const Sizes& sizes, ScalarType dtype) {
   return bytes;
 }
 
-// Uninitialised. By plain functions of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
+// Uninitialized. By plain functions of PyTorch's: a call of its dispatcher costs several times as much as a small allocation.
 template <class Sizes>
 Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype, [[maybe_unused]] int64_t bytes) {
 #if defined(EF_EMULATE_CUDA)
@@ -73,8 +73,9 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
   const DeviceId device = device_of(like);
 #if defined(EF_CACHING_ALLOCATOR)
   if (like.is_cpu() && bytes >= CachingAllocator::kLeast) {
-    return torch::stable::from_blob(CachingAllocator::instance().allocate(bytes), {sizes.data(), sizes.size()}, {strides.data(), strides.size()},
-                                    like.device(), dtype, [](void* block) { CachingAllocator::instance().free(block); });
+    return torch::stable::from_blob(CachingAllocator::instance().allocate(bytes), {sizes.data(), sizes.size()},
+                                    {strides.data(), strides.size()}, like.device(), dtype,
+                                    [](void* block) { CachingAllocator::instance().free(block); });
   }
 #endif
   AtenTensorHandle handle;
@@ -84,13 +85,13 @@ Tensor allocate_strided(const Tensor& like, const Sizes& sizes, const Sizes& str
 #endif
 }
 
-// Uninitialised tensor on the device of `like`, dense.
+// Uninitialized tensor on the device of `like`, dense.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, bool channels_last = false) {
   const int64_t bytes = bytes_of(sizes, dtype);  // first: strides of sizes that are none would overflow
   return allocate_strided(like, sizes, dense_strides(sizes, channels_last), dtype, bytes);
 }
 
-// Uninitialised tensor with the sizes, strides (of a dense tensor), dtype and device of `like`.
+// Uninitialized tensor with the sizes, strides (of a dense tensor), dtype and device of `like`.
 inline Tensor allocate_like(const Tensor& like) {
   return allocate_strided(like, like.sizes(), like.strides(), like.scalar_type(), bytes_of(like.sizes(), like.scalar_type()));
 }

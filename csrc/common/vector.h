@@ -76,7 +76,7 @@ struct Same {
   EF_HD A operator[](int64_t) const { return value; }
 };
 
-// The sum of each channel's lanes: neighbours in planes, else every `channels`-th.
+// The sum of each channel's lanes: neighbors in planes, else every `channels`-th.
 template <typename A>
 EF_CPU_CLONES void fold(const A* __restrict lanes, int64_t count, int64_t channels, bool planes, A* __restrict out) {
   if (!planes) {

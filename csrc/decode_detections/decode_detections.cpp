@@ -29,8 +29,8 @@ Problem<scalar_t> problem_of(const std::vector<Tensor>& cls_outputs, const std::
     const Tensor &logits = cls_outputs[i], &deltas = box_outputs[i];
     STD_TORCH_CHECK(logits.dim() == 4 && deltas.dim() == 4 && logits.size(0) == problem.batch && deltas.size(0) == problem.batch &&
                         logits.size(1) == problem.channels() && deltas.size(1) == problem.anchors_per_cell * 4 &&
-                        logits.size(2) == deltas.size(2) && logits.size(3) == deltas.size(3) && logits.scalar_type() == first.scalar_type() &&
-                        deltas.scalar_type() == first.scalar_type(),
+                        logits.size(2) == deltas.size(2) && logits.size(3) == deltas.size(3) &&
+                        logits.scalar_type() == first.scalar_type() && deltas.scalar_type() == first.scalar_type(),
                     "decode_candidates: outputs must be [batch, anchors * classes, h, w] and [batch, anchors * 4, h, w] of one dtype");
     const int64_t cells = logits.size(2) * logits.size(3);
     problem.levels[i] = {const_data<scalar_t>(logits), const_data<scalar_t>(deltas), cells, problem.cells,

@@ -8,7 +8,7 @@ namespace ef::decode_detections {
 template <typename scalar_t>
 struct Level {
   const scalar_t* logits;  // [batch, anchors * classes, cells], or [batch, cells, anchors * classes] in channels_last
-  const scalar_t* deltas;   // [batch, anchors * 4, cells], or [batch, cells, anchors * 4]
+  const scalar_t* deltas;  // [batch, anchors * 4, cells], or [batch, cells, anchors * 4]
   int64_t cells;           // rows * columns
   int64_t first_cell;      // number of cells in the levels before
   bool logits_channels_last, deltas_channels_last;

@@ -1,5 +1,5 @@
 // One pass over the logits: a list holds the best found so far, twice as many as wanted; whenever it is full the better half stays, and
-// the worst of that half is a bar for all that follows. Blocks of logits below the bar are skipped by a loop that vectorises; few of
+// the worst of that half is a bar for all that follows. Blocks of logits below the bar are skipped by a loop that vectorizes; few of
 // the others remain after the first thousands. An image of a small batch is cut into pieces, whose lists are joined. Which logits come
 // out does not depend on the order of the pass, as no two are equal in the order of is_before.
 #include <algorithm>

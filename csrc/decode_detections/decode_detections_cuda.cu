@@ -7,7 +7,7 @@
 
 namespace ef::decode_detections {
 namespace {
-constexpr int64_t kMaxBlocks = 132 * 8;  // fills the largest part
+constexpr int64_t kMaxBlocks = 132 * 8;   // fills the largest part
 constexpr int64_t kLogitsPerThread = 32;  // at least, before another block pays
 }  // namespace
 

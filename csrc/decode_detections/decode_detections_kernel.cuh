@@ -5,7 +5,7 @@
 // collect_kernel then gathers what is not below the cut, in any order, and rank_kernel gives each its rank by counting those before
 // it, and decodes it there. A thread reads 16 bytes at a time. Bytes: one read of the logits per
 // pass of the key (3 in float32) and one to collect; the rest is small. Key histograms are kept in shared memory; a thread joins equal
-// neighbours, as most logits share their first digit.
+// neighbors, as most logits share their first digit.
 #pragma once
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
@@ -117,7 +117,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) extend_cut_kernel(State<T>* states, Digit digit, bool is_first, Count wanted) {
   State<T>& state = states[blockIdx.x];
   if (state.is_exact) return;
-  Count* sums = shared_memory<Count>();  // [kThreads], over neighbouring bins
+  Count* sums = shared_memory<Count>();  // [kThreads], over neighboring bins
   Count sum = 0;
   for (int k = 0; k < kBinsPerThread; ++k) sum += state.bins[threadIdx.x * kBinsPerThread + k];
   sums[threadIdx.x] = sum;

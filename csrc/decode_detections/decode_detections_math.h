@@ -1,6 +1,6 @@
 // The order of candidates and the decoding of boxes. Scalar formulas: no memory, no torch.
 //   key(x): unsigned integers in the order of the logits; NaN above all, -0 as 0.
-//   effdet: centre = (ty, tx) * size_a + centre_a, size = exp((th, tw)) * size_a      torchvision: (dx, dy, dw, dh), dw and dh bounded
+//   effdet: center = (ty, tx) * size_a + center_a, size = exp((th, tw)) * size_a      torchvision: (dx, dy, dw, dh), dw and dh bounded
 #pragma once
 #include <cmath>
 #include <cstring>

@@ -152,7 +152,8 @@ void forward_part(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* filt
     if (results == 2) job.in[job.rows] = rows.row(part.n, first + s.kernel);
     job.out = in_place ? out.line(part.n, oy) : lines;
     job.out_below = results == 1 ? nullptr : in_place ? out.line(part.n, oy + 1) : lines + size;
-    for (int i = 0; i < std::max(results, s.stride); ++i) job.prefetch_in[i] = in.prefetch(part.n, first + s.kernel + results - 1 + i, s.stride);
+    for (int i = 0; i < std::max(results, s.stride); ++i)
+      job.prefetch_in[i] = in.prefetch(part.n, first + s.kernel + results - 1 + i, s.stride);
     job.prefetch_out = out.prefetch(part.n, oy + 1, 1);
     convolve(s.kernel, s.stride, job);
     for (int i = 0; i < results && !in_place; ++i) store_line(out, part.n, oy + i, lines + i * size);

@@ -85,7 +85,7 @@ __device__ unsigned inside(int64_t first, int64_t columns) {
 }
 
 // values[i] = row[i step] where `valid` has bit i, else zero. `wide`: kCenter columns from kBefore on are one aligned vector.
-// `kSteps`: each address is a step from the one before, which the counts of instructions favour in all kernels but one.
+// `kSteps`: each address is a step from the one before, which the counts of instructions favor in all kernels but one.
 template <int kBefore, int kCenter, bool kSteps = true, int kCount, int kVec, typename scalar_t, typename A>
 __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, bool wide, A (&values)[kCount][kVec]) {
   if constexpr (kVec == 1) {

@@ -1,4 +1,4 @@
-// Grids, specialisations and launches of the depthwise kernels; each file depthwise_conv_cuda*.cu compiles them for some types.
+// Grids, specializations and launches of the depthwise kernels; each file depthwise_conv_cuda*.cu compiles them for some types.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -42,7 +42,7 @@ bool is_wide(const Level<scalar_t>& level) {
 
 // Calls f.template operator()<kernel, stride, vec>().
 template <typename scalar_t, class F>
-void specialise(const Shape& s, bool pairs, F&& f) {
+void specialize(const Shape& s, bool pairs, F&& f) {
   const auto with_filter = [&]<int kKernel, int kStride>() {
     pairs ? f.template operator()<kKernel, kStride, kPair<scalar_t>>() : f.template operator()<kKernel, kStride, 1>();
   };
@@ -85,7 +85,7 @@ dim3 marching_grid(int levels, Tasks<scalar_t>& tasks, const Cells& cells, const
 
 template <typename scalar_t>
 void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
-  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
+  specialize<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
     Tasks<scalar_t> tasks = tasks_of(levels);
     const dim3 grid = marching_grid(
         levels.count, tasks, [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.ow, kColumns<scalar_t>); },
@@ -97,7 +97,7 @@ void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t*
 
 template <typename scalar_t>
 void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight) {
-  specialise<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
+  specialize<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
     constexpr int kOutputs = std::max(1, kColumns<scalar_t> / kStride);  // so that kColumns columns of the input are a thread's
     Tasks<scalar_t> tasks = tasks_of(levels);
     const dim3 grid = marching_grid(
@@ -125,7 +125,7 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
   const int taps = any.kernel * any.kernel;
   Tasks<scalar_t> tasks = tasks_of(levels);
   int64_t chunks = 0;
-  specialise<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
+  specialize<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
     const dim3 block = weight_block(any, kVec);
     for (int i = 0; i < levels.count; ++i) {
       Task<scalar_t>& task = tasks.task[i];

@@ -61,7 +61,7 @@ struct Problem {
   bool with_grad;  // whether every output's gradient is wanted, or none
 };
 
-// What the gradients of the classes' and the boxes' sums are multiplied by, apart from the normaliser.
+// What the gradients of the classes' and the boxes' sums are multiplied by, apart from the normalizer.
 template <typename scalar_t>
 EF_HD acc_t<scalar_t> cls_scale(const Problem<scalar_t>& p) {
   using A = acc_t<scalar_t>;

@@ -1,5 +1,5 @@
 // A unit is a run of pixels of one level of one image: of all anchors where the channels are innermost, of one anchor where the pixels
-// are. There, rows of classes of neighbouring background anchors make one long loop, and the few positives are done by themselves;
+// are. There, rows of classes of neighboring background anchors make one long loop, and the few positives are done by themselves;
 // here, each class is a loop over pixels that compares their labels. Threads take the next unit when they are done with one, as units
 // differ in size; sums are kept per unit and added in order, so the result does not depend on the threads.
 #include <algorithm>
@@ -33,7 +33,7 @@ EF_CPU_CLONES acc_t<scalar_t> background_run(const scalar_t* __restrict x, const
   return sum;
 }
 
-// One class of one anchor at m neighbouring pixels. Returns the sum of the losses.
+// One class of one anchor at m neighboring pixels. Returns the sum of the losses.
 template <Modulator kModulator, bool kGrad, typename scalar_t>
 EF_CPU_CLONES acc_t<scalar_t> pixel_run(const scalar_t* __restrict x, const int32_t* __restrict labels, int32_t label, int64_t m,
                                         const focal_loss::Parameters<acc_t<scalar_t>> p, acc_t<scalar_t> scale, scalar_t* __restrict grad) {

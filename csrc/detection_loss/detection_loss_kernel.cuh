@@ -3,7 +3,7 @@
 // gridDim-th tile. A thread owns, in a tile of
 //   classes, channels innermost   kSteps 16-byte vectors of logits; one may straddle anchors. Their first anchor and class come from one
 //                                 division and are stepped from there
-//   classes, pixels innermost     16 bytes of neighbouring pixels of one anchor, whose labels it keeps for kClasses classes
+//   classes, pixels innermost     16 bytes of neighboring pixels of one anchor, whose labels it keeps for kClasses classes
 //   boxes                         one anchor
 // Vectors of nothing but background, nearly all, take a shorter way (focal_loss_vector.cuh). Other strides, sizes and addresses, and
 // 2^30 classes, take vectors of one element. Bytes per logit of size s: 2 s with the gradient, s without; labels add 8 / classes (pixels
@@ -32,8 +32,8 @@ struct Tiles {
 
 // The logits of a vector whatever their labels: the sum of their losses, and their gradients. weight(k): of the class of logit k.
 template <Modulator kModulator, int kVec, typename scalar_t, class Weight>
-__device__ acc_t<scalar_t> labelled(const Vec<scalar_t, kVec>& x, const Marks& marks, const focal_loss::Parameters<acc_t<scalar_t>>& p,
-                                    const Weight& weight, acc_t<scalar_t> scale, Vec<scalar_t, kVec>& grad) {
+__device__ acc_t<scalar_t> labeled(const Vec<scalar_t, kVec>& x, const Marks& marks, const focal_loss::Parameters<acc_t<scalar_t>>& p,
+                                   const Weight& weight, acc_t<scalar_t> scale, Vec<scalar_t, kVec>& grad) {
   using A = acc_t<scalar_t>;
   A sum = 0;
 #pragma unroll
@@ -57,7 +57,7 @@ __device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level
   auto at = focal_loss::Place<label_t, int>::of(labels + image * p.anchors + level.first_anchor, first, p.classes);
   const int64_t left = ceil_div(n - first, int64_t(kThreads * kVec));
   const int steps = left < kSteps ? int(left) : kSteps;
-  A of_background = 0, of_labelled = 0;
+  A of_background = 0, of_labeled = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
@@ -66,14 +66,14 @@ __device__ acc_t<scalar_t> channels_tile(const Problem<scalar_t>& p, const Level
       of_background += background<kModulator>(in, p.focal, slope, out);
     } else {
       const auto weight = [&](int k) { return class_weight_at(p.class_weight, at.column + k, classes); };
-      of_labelled += labelled<kModulator>(in, focal_loss::marks_of<kVec>(at, classes), p.focal, weight, scale, out);
+      of_labeled += labeled<kModulator>(in, focal_loss::marks_of<kVec>(at, classes), p.focal, weight, scale, out);
     }
     if (p.with_grad) store_vec<kVec>(grad, out);
     x += kThreads * kVec;
     grad += kThreads * kVec;
     at.advance(stride, classes);
   }
-  return p.focal.alpha_negative * of_background + of_labelled;
+  return p.focal.alpha_negative * of_background + of_labeled;
 }
 
 // The same logit by logit, with any strides.
@@ -120,7 +120,7 @@ __device__ acc_t<scalar_t> pixels_tile(const Problem<scalar_t>& p, const Level<s
   scalar_t* grad = level.cls.grad + (image * p.per_cell * p.classes + channel) * level.pixels + pixel;
   const focal_loss::Slope<A> slope(p.focal, scale * p.focal.alpha_negative);
   const int count = p.classes - first < kClasses ? int(p.classes - first) : kClasses;
-  A of_background = 0, of_labelled = 0;
+  A of_background = 0, of_labeled = 0;
 #pragma unroll 1
   for (int c = 0; c < count; ++c) {
     const Vec<scalar_t, kVec> in = load_vec<kVec>(x);
@@ -132,13 +132,13 @@ __device__ acc_t<scalar_t> pixels_tile(const Problem<scalar_t>& p, const Level<s
 #pragma unroll
       for (int k = 0; k < kVec; ++k) marks.positive |= (positive[k] >> c & 1) << k;
       const A weight = class_weight_at(p.class_weight, first + c, p.classes);
-      of_labelled += labelled<kModulator>(in, marks, p.focal, [&](int) { return weight; }, scale, out);
+      of_labeled += labeled<kModulator>(in, marks, p.focal, [&](int) { return weight; }, scale, out);
     }
     if (p.with_grad) store_vec<kVec>(grad, out);
     x += level.cls.channel_stride;
     grad += level.pixels;
   }
-  return p.focal.alpha_negative * of_background + of_labelled;
+  return p.focal.alpha_negative * of_background + of_labeled;
 }
 
 template <typename scalar_t>

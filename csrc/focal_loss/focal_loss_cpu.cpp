@@ -1,5 +1,5 @@
 // Rows are cut into chunks of about kChunk logits. With labels a row is first done as background, then its one positive is mended: the
-// inner loop has no branch and vectorises. Sums are kept per chunk, then added in order: the result does not depend on the threads.
+// inner loop has no branch and vectorizes. Sums are kept per chunk, then added in order: the result does not depend on the threads.
 #include <algorithm>
 
 #include "../common/parallel.h"

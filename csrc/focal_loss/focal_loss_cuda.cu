@@ -14,7 +14,7 @@ unsigned block_count(int64_t n, int vec) { return unsigned(std::min(kMaxBlocks, 
 
 // Calls f.template operator()<modulator, is soft, vector size>() for a problem whose buffers are all aligned, or not.
 template <typename scalar_t, class F>
-void specialise(const Problem<scalar_t>& problem, bool aligned, F&& f) {
+void specialize(const Problem<scalar_t>& problem, bool aligned, F&& f) {
   dispatch_modulator(problem.options.gamma, [&]<Modulator kModulator>() {
     constexpr int kVec = kVecSize<scalar_t>;
     if (problem.soft) {
@@ -38,7 +38,7 @@ int64_t partial_count(Cuda, int64_t rows, int64_t classes) { return block_count(
 template <typename scalar_t>
 void launch_forward(Cuda device, const Problem<scalar_t>& problem, scalar_t* loss) {
   const bool aligned = is_vec_aligned(problem.logits, problem.soft, loss);
-  specialise(problem, aligned, [&]<Modulator kModulator, bool kSoft, int kVec>() {
+  specialize(problem, aligned, [&]<Modulator kModulator, bool kSoft, int kVec>() {
     launch("focal_loss", focal_loss_kernel<kModulator, kSoft, kVec, scalar_t>, block_count(problem.rows * problem.classes, kVec), kThreads,
            0, device, problem, parameters(problem), loss);
   });
@@ -46,7 +46,7 @@ void launch_forward(Cuda device, const Problem<scalar_t>& problem, scalar_t* los
 
 template <typename scalar_t>
 void launch_sum(Cuda device, const Problem<scalar_t>& problem, acc_t<scalar_t>* partials, acc_t<scalar_t>* sum) {
-  specialise(problem, is_vec_aligned(problem.logits, problem.soft), [&]<Modulator kModulator, bool kSoft, int kVec>() {
+  specialize(problem, is_vec_aligned(problem.logits, problem.soft), [&]<Modulator kModulator, bool kSoft, int kVec>() {
     const unsigned blocks = block_count(problem.rows * problem.classes, kVec);
     launch("focal_loss_sum", focal_loss_sum_kernel<kModulator, kSoft, kVec, scalar_t>, blocks, kThreads, kSumBytes, device, problem,
            parameters(problem), partials);
@@ -58,7 +58,7 @@ template <typename scalar_t>
 void launch_backward(Cuda device, const Problem<scalar_t>& problem, const scalar_t* grad_loss, const acc_t<scalar_t>* grad_sum,
                      scalar_t* grad_logits) {
   const bool aligned = is_vec_aligned(problem.logits, problem.soft, grad_loss, grad_logits);
-  specialise(problem, aligned, [&]<Modulator kModulator, bool kSoft, int kVec>() {
+  specialize(problem, aligned, [&]<Modulator kModulator, bool kSoft, int kVec>() {
     launch("focal_loss_backward", focal_loss_backward_kernel<kModulator, kSoft, kVec, scalar_t>,
            block_count(problem.rows * problem.classes, kVec), kThreads, 0, device, problem, parameters(problem), grad_loss, grad_sum,
            grad_logits);

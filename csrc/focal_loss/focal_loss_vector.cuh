@@ -1,4 +1,4 @@
-// A vector of neighbouring logits of dense [rows, classes]: where it lies, what the labels say about it, and the short way through one
+// A vector of neighboring logits of dense [rows, classes]: where it lies, what the labels say about it, and the short way through one
 // that is all background. Nearly all are, so a warp seldom takes the long way; of two formulas side by side it would pay for both.
 #pragma once
 #include "../common/vec.cuh"
@@ -37,8 +37,8 @@ inline constexpr int64_t kMaxClasses = int64_t(1) << 30;  // fewer than these ha
 // Whether none of the logits from a place on is positive or ignored. Unsure of a vector that may have more than two rows, it says no.
 template <int kVec, typename label_t>
 __device__ bool all_background(const Place<label_t, int>& at, int classes) {
-  const bool labelled = (at.label[0] & at.label[at.column + kVec > classes ? 1 : 0]) != -1;
-  return !labelled & (classes >= kVec);
+  const bool labeled = (at.label[0] & at.label[at.column + kVec > classes ? 1 : 0]) != -1;
+  return !labeled & (classes >= kVec);
 }
 
 // Which logits from a place on are positive, and which ignored: a bit for each.

@@ -1,8 +1,8 @@
 // Weighted fusion of dense [n, h, w, c] tensors (NCHW: images of one channel); formulas in fusion_math.h.
 // A thread owns one 16-byte vector of channels of a pixel (kVec = 1 where channels or alignment do not allow it) at a fixed column, and
-// steps down the rows of the batch: the column arithmetic is done once, neighbouring lanes read neighbouring addresses.
+// steps down the rows of the batch: the column arithmetic is done once, neighboring lanes read neighboring addresses.
 // Besides the inputs and weights, the maxima of max_pool and one byte each that says which tap they are is kept for the backward; each
-// thread normalises the 2 to 4 weights itself.
+// thread normalizes the 2 to 4 weights itself.
 // Backward, pass 1, over cells (fusion.h): a thread visits its cell's children, recomputes their sum, and so has at once the gradient
 // of the inputs without resampling, of the nearest inputs (the sum over the children) and its part of the weights' gradient.
 // Pass 2, for max_pool (and nearest inputs of a second size): gathers from the gradient of the sum that pass 1 stored, and the kept

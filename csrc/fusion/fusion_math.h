@@ -1,5 +1,5 @@
-// Formulas of the weighted fusion: normalised weights and their chain rule, and which pixels a resampling reads. No memory, no torch.
-//   out = act(sum_i v_i r_i)    r_i = input i resampled    v = normalised weights
+// Formulas of the weighted fusion: normalized weights and their chain rule, and which pixels a resampling reads. No memory, no torch.
+//   out = act(sum_i v_i r_i)    r_i = input i resampled    v = normalized weights
 //   fast     v_i = relu(w_i) / (sum_j relu(w_j) + eps)     dL/dw_i = [w_i > 0] (d_i - sum_j d_j v_j) / (sum_j relu(w_j) + eps)
 //   softmax  v_i = exp(w_i) / sum_j exp(w_j)               dL/dw_i = v_i (d_i - sum_j d_j v_j)         with d_i = dL/dv_i
 //   sum      v_i = 1
@@ -8,7 +8,7 @@
 #include "../common/math.h"
 
 namespace ef::fusion {
-// What the weights are normalised by: v_i = weight(w, i).
+// What the weights are normalized by: v_i = weight(w, i).
 template <typename A>
 struct Normalizer {
   FusionMethod method;
@@ -50,8 +50,8 @@ EF_HD void weight_gradients(const A* w, int count, FusionMethod method, A eps, A
   for (int i = 0; i < kMaxFusionInputs; ++i) mean += i < count ? grad[i] * normalizer.weight(w, i) : A(0);
   for (int i = 0; i < kMaxFusionInputs; ++i) {
     if (i >= count) continue;
-    const A centred = grad[i] - mean;
-    grad[i] = method == FusionMethod::kSoftmax ? normalizer.weight(w, i) * centred : (w[i] <= A(0) ? A(0) : centred / normalizer.divisor);
+    const A centered = grad[i] - mean;
+    grad[i] = method == FusionMethod::kSoftmax ? normalizer.weight(w, i) * centered : (w[i] <= A(0) ? A(0) : centered / normalizer.divisor);
   }
 }
 

@@ -170,7 +170,7 @@ __attribute__((noinline)) void copy_columns(const scalar_t* line, int64_t w, int
 }
 
 // As pool_row for an image of one channel and its rows [row, end) of windows, from right to left: a window's last tap is the first of
-// its neighbour to the right. Lines outside repeat their neighbour; columns outside are -infinity, which counts only as a first tap, so
+// its neighbor to the right. Lines outside repeat their neighbor; columns outside are -infinity, which counts only as a first tap, so
 // that this one has the number of the next. The maximum of each line by itself, then of the three: shorter chains than nine in a row.
 template <bool kTaps, typename scalar_t>
 EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t row, int64_t end, int64_t first, int64_t m,
@@ -291,7 +291,7 @@ EF_HD V given(const V& grad, const Numbers& taps, int number) {
 }
 
 // As unpool_row for an image of one channel: the lines in the first two tap rows of its windows' rows [row, end). A place in an even
-// column is the first tap of one window and the last of its neighbour to the left, in an odd column the middle tap of one.
+// column is the first tap of one window and the last of its neighbor to the left, in an odd column the middle tap of one.
 template <typename scalar_t>
 EF_CPU_CLONES void unpool_lines(const scalar_t* grad, const uint8_t* taps, int64_t row, int64_t end, int64_t m, int64_t h, int64_t w,
                                 acc_t<scalar_t> factor, scalar_t* out) {

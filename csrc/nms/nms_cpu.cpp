@@ -1,5 +1,5 @@
 // A candidate is tested against the kept boxes of its class only: O(n * kept). Kept boxes lie in packets of kLanes, one array per
-// coordinate, whose unused lanes are NaN and overlap nothing: the test is a loop of fixed length without branches, and vectorises.
+// coordinate, whose unused lanes are NaN and overlap nothing: the test is a loop of fixed length without branches, and vectorizes.
 // nms: classes run in parallel; a large class is cut into tiles, whose test against what is kept so far runs in parallel.
 // nms_padded: images run in parallel, each in score order with a list of kept boxes per class, until it has enough.
 #include <algorithm>

@@ -5,7 +5,7 @@
 
 namespace ef::nms {
 namespace {
-constexpr int64_t kSmall = 1024;         // up to here a block per image takes all its boxes
+constexpr int64_t kSmall = 1024;        // up to here a block per image takes all its boxes
 constexpr int64_t kMaxInShared = 1024;  // kept boxes that shared memory holds
 
 bool is_small(int64_t n) { return n <= kSmall; }

@@ -25,7 +25,7 @@ Grid grid_for(const Shape& s, int vec) {
 
 // Calls f.template operator()<kPixels, kVec>(grid) for a shape whose buffers are all aligned, or not.
 template <typename scalar_t, class F>
-void specialise(const Shape& s, bool aligned, F&& f) {
+void specialize(const Shape& s, bool aligned, F&& f) {
   constexpr int kVec = kVecSize<scalar_t>;
   const bool pixels = s.channels > 1, vectors = aligned && (pixels ? s.channels : s.pixels) % kVec == 0;
   const Grid grid = grid_for(s, vectors ? kVec : 1);
@@ -50,7 +50,7 @@ int64_t part_count(Cuda, const Shape& s) { return ceil_div(s.pixels, part_size(s
 template <typename scalar_t>
 void launch_reduce(Cuda device, const Shape& s, const Reduction<scalar_t>& in) {
   using A = acc_t<scalar_t>;
-  specialise<scalar_t>(s, is_vec_aligned(in.x, in.grad), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(in.x, in.grad), [&]<bool kPixels, int kVec>(const Grid& grid) {
     in.grad ? reduce<kPixels, kVec, true>(device, s, grid, in) : reduce<kPixels, kVec, false>(device, s, grid, in);
   });
   launch("squeeze_excite_finish", squeeze_excite_finish_kernel<A>, dim3(unsigned(ceil_div(s.gates(), kWarpSize))),
@@ -62,7 +62,7 @@ template <typename scalar_t>
 void launch_scale(Cuda device, const Shape& s, const scalar_t* x, const acc_t<scalar_t>* gate, const acc_t<scalar_t>* grad_mean,
                   scalar_t* y) {
   const auto factor = acc_t<scalar_t>(1.0 / double(s.pixels));
-  specialise<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
     const auto run = [&](auto kernel) {
       launch("squeeze_excite_scale", kernel, grid.blocks, kThreads, 0, device, s, grid.layout, x, gate, grad_mean, factor, y);
     };

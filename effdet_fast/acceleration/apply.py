@@ -46,7 +46,7 @@ def accelerate(model: nn.Module, *, only: Sequence[str] | None = None) -> Report
     """Makes the modules of a model that are known run on this package's ops, in place.
 
     Parameters, buffers, state-dict keys and their order, hooks, `isinstance` and references to modules stay as they are, so
-    optimisers, checkpoints, DDP, EMA copies, pickles, AMP and `torch.compile` go on working. `torch.fx`, `torch.jit.trace` and
+    optimizers, checkpoints, DDP, EMA copies, pickles, AMP and `torch.compile` go on working. `torch.fx`, `torch.jit.trace` and
     `torch.jit.script` find the original. Results are the same up to the round-off of float32. A second call adds to the first.
 
     Args:

@@ -1,4 +1,4 @@
-"""Modules that only call their parts one after the other: neighbours among the parts become one op."""
+"""Modules that only call their parts one after the other: neighbors among the parts become one op."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effdet_fast.acceleration.depthwise_conv import DepthwiseConv, convolve, is_depthwise
 from effdet_fast.acceleration.swap import Swap, activation_name, has_hooks, is_exactly, is_one_of, parts_of_class
-from effdet_fast.nn.batch_norm_act import normalise
+from effdet_fast.nn.batch_norm_act import normalize
 
 # The parts, in the order in which `forward` calls them, of chains that are no `nn.Sequential`.
 PARTS = {
@@ -45,7 +45,7 @@ def norm_then_activation(first: nn.Module, second: nn.Module) -> Callable[[Tenso
     activation = activation_name(second)
     if activation is None or not is_exactly(first, nn.BatchNorm2d) or has_hooks(first):
         return None
-    return lambda x: normalise(first, x, activation)  # type: ignore[arg-type]
+    return lambda x: normalize(first, x, activation)  # type: ignore[arg-type]
 
 
 def activation_then_conv(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -56,16 +56,16 @@ def activation_then_conv(first: nn.Module, second: nn.Module) -> Callable[[Tenso
 
 
 class Chain(Swap):
-    """Runs a chain's parts, two neighbours as one wherever `fuse` knows how."""
+    """Runs a chain's parts, two neighbors as one wherever `fuse` knows how."""
 
     @staticmethod
     def fuse(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor] | None:
-        """What two neighbours do, as one op; None, as here, if it cannot be one."""
+        """What two neighbors do, as one op; None, as here, if it cannot be one."""
         return None
 
     @classmethod
     def fits(cls, obj: Any) -> bool:
-        """Neighbours can be one op that are not already neighbours in one of its parts.
+        """Neighbors can be one op that are not already neighbors in one of its parts.
 
         An activation between two that could take it belongs to the one before it, also where that one is not asked for.
         """
@@ -87,7 +87,7 @@ class Chain(Swap):
 def operations(
     modules: list[nn.Module], kinds: tuple[type[Chain], ...]
 ) -> Iterator[tuple[type[Chain] | None, Callable[[Any], Any]]]:
-    """What to call, in order: two neighbours as one and the kind that fuses them, or a module."""
+    """What to call, in order: two neighbors as one and the kind that fuses them, or a module."""
     place = 0
     while place < len(modules):
         kind: type[Chain] | None = None

@@ -104,7 +104,7 @@ class TrainBench(DetBench):
 
     def forward(self, x: Tensor, target: dict[str, Any]) -> dict[str, Tensor]:
         class_out, box_out = self.model(x)
-        if self.anchor_labeler is None:  # whoever loads the data has labelled the anchors
+        if self.anchor_labeler is None:  # whoever loads the data has labeled the anchors
             per_level = (
                 [target[f"{name}_{i}"] for i in range(self.num_levels)] for name in ("label_cls", "label_bbox")
             )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effdet_fast.acceleration.swap import Swap, activation_name, has_hooks
-from effdet_fast.nn.batch_norm_act import normalise
+from effdet_fast.nn.batch_norm_act import normalize
 
 
 class NormAct(Swap):
@@ -21,7 +21,7 @@ class NormAct(Swap):
     @classmethod
     def reason_against(cls, obj: Any) -> str | None:
         if type(obj.drop) is not nn.Identity:
-            return "it drops between normalisation and activation"
+            return "it drops between normalization and activation"
         if has_hooks(obj.act):
             return "a hook on its activation"
         if type(obj.act) is not nn.Identity and activation_name(obj.act) is None:
@@ -31,4 +31,4 @@ class NormAct(Swap):
     def forward(self, x: Tensor) -> Tensor:
         if NormAct.reason_against(self):
             return super().forward(x)  # type: ignore[misc]
-        return normalise(self, x, activation_name(self.act))  # type: ignore[arg-type]
+        return normalize(self, x, activation_name(self.act))  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ def patch_torchvision() -> Patch:
     - `sigmoid_focal_loss` is the same up to round-off for targets in [0, 1]. Where torchvision's gradient is not a number
       (`gamma` below 1 and a certain prediction), ours is its limit 0.
 
-    Whatever ours do not take goes to torchvision's function, which then raises its own errors: quantised boxes, targets that
+    Whatever ours do not take goes to torchvision's function, which then raises its own errors: quantized boxes, targets that
     need a gradient, and devices without our kernels. `torch.jit.trace`, `torch.jit.script` and `torch.fx` get torchvision's too.
 
     Returns:

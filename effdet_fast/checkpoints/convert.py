@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from effdet_fast.checkpoints.files import SAFETENSORS, read_content, read_tensors, shorten, write_content
 from effdet_fast.checkpoints.format import describe, description_of
 from effdet_fast.checkpoints.identify import Identity, identify_backbone, identify_detector
-from effdet_fast.checkpoints.names import NAMINGS, StateDict, backbone_of, recognise, strip_prefixes
+from effdet_fast.checkpoints.names import NAMINGS, StateDict, backbone_of, recognize, strip_prefixes
 from effdet_fast.checkpoints.names.torchvision import torchvision_names
 from effdet_fast.files import check_writable, refuse_existing
 from effdet_fast.models import DetectorConfig, model_config
@@ -137,7 +137,7 @@ def convert_state_dict(state_dict: StateDict, to: str, *, model: str | DetectorC
     if to not in TARGETS:
         raise ValueError(f"convert: to must be one of {list(TARGETS)}, got {to!r}")
     state_dict = strip_prefixes(state_dict)
-    naming = recognise(state_dict)
+    naming = recognize(state_dict)
     if naming is None:
         known = ", ".join(row.name for row in NAMINGS)
         raise ValueError(f"convert: unknown names; understood are {known}. The keys are {shorten(list(state_dict))}")

@@ -30,7 +30,7 @@ def describe(
         config: Of the model.
         class_names: By label.
         category_ids: The training file's category of each label.
-        depth: Bits of the values of the deep grey pictures that it was trained on; None if there were none.
+        depth: Bits of the values of the deep gray pictures that it was trained on; None if there were none.
     """
     return {
         "format": FORMAT,

@@ -150,7 +150,7 @@ def check_boxes(annotations: CocoAnnotations) -> None:
     sizes = np.repeat(annotations.sizes, np.diff(annotations.first), axis=0).astype(np.float64)
     x, y, w, h = annotations.bbox.T
     finite = np.isfinite(annotations.bbox).all(axis=1)
-    _refuse_normalised(annotations.path, annotations.bbox[finite], annotations.sizes)
+    _refuse_normalized(annotations.path, annotations.bbox[finite], annotations.sizes)
     with np.errstate(invalid="ignore", over="ignore"):
         empty = finite & ((w <= 0) | (h <= 0))
         inside_w = np.minimum(x + w, sizes[:, 1]) - np.maximum(x, 0)
@@ -172,7 +172,7 @@ def check_boxes(annotations: CocoAnnotations) -> None:
         warnings.warn(f"{annotations.path}: annotations {found.text()}", stacklevel=3)
 
 
-def _refuse_normalised(path: str, bbox: np.ndarray, sizes: np.ndarray) -> None:
+def _refuse_normalized(path: str, bbox: np.ndarray, sizes: np.ndarray) -> None:
     x, y, w, h = bbox.T
     within = (x >= 0) & (y >= 0) & (x + w <= 1.001) & (y + h <= 1.001)
     if len(bbox) and within.all() and (bbox % 1 != 0).any() and (w * h > 0).any() and sizes.min() > 1:

@@ -32,7 +32,7 @@ class CocoDetection(Dataset):
         annotations_file: COCO JSON.
         category_ids: the category of each label, as a model already trained has them; None takes the file's, sorted.
         check_images: read every picture's header now. Without it only missing sizes are read.
-        depth: bits of the values of grey pictures of more than 8 bits, 8, 10, 12, 14 or 16; the upper 8 are kept. "auto"
+        depth: bits of the values of gray pictures of more than 8 bits, 8, 10, 12, 14 or 16; the upper 8 are kept. "auto"
             takes the least that fits the largest value of all of them, which are decoded for that now; None lets each picture
             decide.
 

@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 # Nothing else is decoded, whatever a file is called: for PostScript Pillow would run a program on it.
 _DECODED = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF", "TGA")
 
-DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give to a grey value
+DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras give to a gray value
 
 Size = tuple[int, int]
 
@@ -48,7 +48,7 @@ def open_image(
         annotated_size: (height, width) from the annotations file, if known.
         wanted_size: (height, width) that is enough, or a function of the full size that gives it; a JPEG may then be
             decoded at 1/2, 1/4 or 1/8 of its size, never smaller than that.
-        depth: bits of the values of deep grey pictures, of which the upper 8 are kept; see `to_rgb`.
+        depth: bits of the values of deep gray pictures, of which the upper 8 are kept; see `to_rgb`.
 
     Returns:
         The picture, and its full upright (height, width), which the picture falls short of where it was reduced.
@@ -85,7 +85,7 @@ def largest_value(path: str | os.PathLike[str]) -> int:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether a picture is grey with integers of more than 8 bits."""
+    """Whether a picture is gray with integers of more than 8 bits."""
     return image.mode.startswith("I")
 
 
@@ -97,7 +97,7 @@ def depth_of(value: int) -> int:
 def to_rgb(image: Image.Image, depth: int | None = None) -> Image.Image:
     """8-bit RGB of any Pillow picture; see `open_image` for transparency.
 
-    Of a deep grey picture `depth` says how many bits its values have, one of `DEPTHS`: the upper 8 are kept, what has more is
+    Of a deep gray picture `depth` says how many bits its values have, one of `DEPTHS`: the upper 8 are kept, what has more is
     white. None keeps 8 bits as they are where no value has more, else the upper 8 of 16: two pictures of one camera may then
     differ.
     """

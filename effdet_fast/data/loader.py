@@ -95,14 +95,14 @@ def create_loader(
     """A loader of `Batch` for training (shuffled, augmented) or evaluation (in order, letterboxed, each image once).
 
     Batches depend on (seed, epoch, index) alone, not on the number of workers. Images come as uint8, padded with the
-    mean colour; `normalize` them on the device.
+    mean color; `normalize` them on the device.
 
     Args:
         dataset: images and boxes.
         image_size: (height, width) of the model's input; one number for both.
         batch_size: images per batch and rank. Training batches are always full, evaluation's last one need not be.
         training: shuffle and augment. The flips, jitter and `drop_last` are for training only.
-        mean, std: the model's, in 0..1; kept on the loader for whoever normalises.
+        mean, std: the model's, in 0..1; kept on the loader for whoever normalizes.
         workers: processes; 0 loads in this one.
         rank, world_size: this process's share.
         hflip, vflip: probabilities.

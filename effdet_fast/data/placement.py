@@ -118,6 +118,6 @@ def fit(size: Size, output: Size, factor: float = 1.0) -> Size:
 
 
 def blank_input(image_size: Size, mean: Sequence[float]) -> np.ndarray:
-    """uint8 [H, W, 3] full of padding: the mean colour (given in 0..1), which is nought after normalising."""
-    colour = np.clip(np.round(np.asarray(mean, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
-    return np.tile(colour, (*image_size, 1))
+    """uint8 [H, W, 3] full of padding: the mean color (given in 0..1), which is nought after normalizing."""
+    color = np.clip(np.round(np.asarray(mean, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
+    return np.tile(color, (*image_size, 1))

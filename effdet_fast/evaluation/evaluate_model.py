@@ -42,7 +42,7 @@ def evaluate_model(
         score_threshold: None takes the model's own; EfficientDets keep every detection.
         iou_threshold: of the NMS; None takes the model's own.
         max_detections: per image. COCO's numbers count 100 at most; with another limit those at that limit come beside them.
-        rank, world_size: with more than one, torch.distributed must be initialised.
+        rank, world_size: with more than one, torch.distributed must be initialized.
         progress: a bar on rank 0.
 
     Returns:

@@ -21,9 +21,9 @@ class TrainedModel:
         model: the detector, channels_last on `device`.
         class_names: by label.
         category_ids: the training file's category of each label.
-        mean, std: RGB normalisation in 0..1.
+        mean, std: RGB normalization in 0..1.
         image_size: (height, width) of the model's input.
-        depth: bits of the values of the deep grey pictures that it was trained on, see `data.image_io.to_rgb`; None if none were.
+        depth: bits of the values of the deep gray pictures that it was trained on, see `data.image_io.to_rgb`; None if none were.
     """
 
     model: DetectionModel

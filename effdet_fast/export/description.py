@@ -43,13 +43,13 @@ def describe(detector: Detector, end_to_end: Mapping[str, Any] | None) -> dict[s
         "class_names": detector.class_names,
         "category_ids": detector.category_ids,
         "image_size": [height, width],
-        "input": f"images: uint8 [batch, 3, {height}, {width}], RGB, 0 to 255; the graph normalises by mean and std",
+        "input": f"images: uint8 [batch, 3, {height}, {width}], RGB, 0 to 255; the graph normalizes by mean and std",
         "mean": list(detector.mean),
         "std": list(detector.std),
         "preprocessing": f"scale the upright picture (h, w) by min({height} / h, {width} / w), bilinear with antialiasing, put "
         "it at the top left, fill the rest with padding_colour",
         **(
-            {} if detector.depth is None else {"depth": f"of grey values of {detector.depth} bits the upper 8 are kept"}
+            {} if detector.depth is None else {"depth": f"of gray values of {detector.depth} bits the upper 8 are kept"}
         ),
         "padding_colour": blank_input((1, 1), detector.mean)[0, 0].tolist(),
         "outputs": {name: text.format(**sizes) for name, text in outputs.items()},

@@ -32,7 +32,7 @@ class Operators(Protocol):
 
 
 class ExportedGraph(nn.Module):
-    """Normalises, runs a copy of the detector's model on the CPU, and finishes its outputs.
+    """Normalizes, runs a copy of the detector's model on the CPU, and finishes its outputs.
 
     Args:
         detector: Whose model; it stays as it is.

@@ -37,7 +37,7 @@ def export_model(
 ) -> dict[str, Any]:
     """Writes a detector in standard operators: an ONNX file (opset 18), or a program of `torch.export`.
 
-    The file takes RGB bytes, uint8 [B, 3, H, W] for any B >= 1 and the (H, W) of the model, and normalises them itself.
+    The file takes RGB bytes, uint8 [B, 3, H, W] for any B >= 1 and the (H, W) of the model, and normalizes them itself.
     Its outputs, by name, are
 
     - "boxes" float32 [B, N, 4] and "scores" float32 [B, N, C] of all anchors and classes, for non-maximum suppression

@@ -25,9 +25,9 @@ def generate_anchors(config: DetectorConfig) -> torch.Tensor:
     Order: level, row, column, anchor of the cell, as in head outputs permuted to [B, H, W, A]. Anchors may reach outside
     of the image. Two styles:
 
-    - "efficientdet": cell (i, j) is centred on ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side /
+    - "efficientdet": cell (i, j) is centered on ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side /
       feature side and need not be whole. Of a cell's anchors, the aspect ratio changes fastest.
-    - "retinanet", torchvision's: centres are (j * stride_x, i * stride_y) with strides rounded down; sides of the square
+    - "retinanet", torchvision's: centers are (j * stride_x, i * stride_y) with strides rounded down; sides of the square
       anchors are cut to whole numbers, halves of all sides rounded. The scale changes fastest.
     """
     cells = {"efficientdet": _efficientdet_cells, "retinanet": _retinanet_cells}[config.anchor_style]
@@ -35,14 +35,14 @@ def generate_anchors(config: DetectorConfig) -> torch.Tensor:
     sizes = feature_sizes(config.image_size, config.min_level, config.max_level)
     for level, (height, width) in enumerate(sizes, start=config.min_level):
         first, stride, half = cells(config, level, width, height)
-        centre_x = first[0] + np.arange(width) * stride[0]
-        centre_y = first[1] + np.arange(height) * stride[1]
-        centres = np.stack(np.meshgrid(centre_x, centre_y), axis=-1).reshape(-1, 1, 2)
-        levels.append(np.concatenate([centres - half, centres + half], axis=-1).reshape(-1, 4))
+        center_x = first[0] + np.arange(width) * stride[0]
+        center_y = first[1] + np.arange(height) * stride[1]
+        centers = np.stack(np.meshgrid(center_x, center_y), axis=-1).reshape(-1, 1, 2)
+        levels.append(np.concatenate([centers - half, centers + half], axis=-1).reshape(-1, 4))
     return torch.from_numpy(np.concatenate(levels).astype(np.float32))
 
 
-_Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # first centre [2], stride [2], half sides [A, 2]; each (x, y)
+_Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # first center [2], stride [2], half sides [A, 2]; each (x, y)
 
 
 def _efficientdet_cells(config: DetectorConfig, level: int, width: int, height: int) -> _Cells:

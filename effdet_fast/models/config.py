@@ -101,7 +101,7 @@ class DetectorConfig:
             2 put odd pixels; ResNets are always symmetric.
         backbone_bn_eps: eps of the backbone's BatchNorms; None takes what the backbone's published weights were trained with.
         frozen_batch_norm: Whether the backbone's BatchNorms keep their statistics, weights and biases in training.
-        redundant_bias: Whether convolutions followed by a normalisation have a bias (EfficientDet's released weights do).
+        redundant_bias: Whether convolutions followed by a normalization have a bias (EfficientDet's released weights do).
         drop_path_rate: Stochastic depth of the backbone's last block in training; earlier blocks get less, linearly.
         gradient_checkpointing: Keep only each block's input in the forward pass and compute the block again in the
             backward pass: less memory, more time, the same gradients.
@@ -125,7 +125,7 @@ class DetectorConfig:
         candidates_per_level: ... so many of each level.
         nms_iou: Non-maximum suppression drops boxes of the same class above this IoU.
         max_detections: Detections per image.
-        mean, std: Normalisation of RGB in 0..1: (x / 255 - mean) / std.
+        mean, std: Normalization of RGB in 0..1: (x / 255 - mean) / std.
     """
 
     name: str

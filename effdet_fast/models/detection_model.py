@@ -71,7 +71,7 @@ class DetectionModel(nn.Module):
         """Raw head outputs of all levels, finest first; or, with targets, the training loss.
 
         Args:
-            images: float [B, 3, H, W], RGB, normalised with the configuration's mean and std; (H, W) is
+            images: float [B, 3, H, W], RGB, normalized with the configuration's mean and std; (H, W) is
                 `config.image_size`.
             targets: The objects: a pair of `loss`'s gt_boxes and gt_labels, or for each image a dict with "boxes",
                 float [n, 4] xyxy in input pixels, and "labels", int64 [n] in [0, num_classes).
@@ -98,7 +98,7 @@ class DetectionModel(nn.Module):
     def predict(self, images: torch.Tensor) -> Detections:
         """Detections of images as `forward` takes them, with the configuration's thresholds and clipped to the image.
 
-        What comes back is `detect`'s; nothing synchronises with the host.
+        What comes back is `detect`'s; nothing synchronizes with the host.
 
         Raises:
             RuntimeError: The model is in training mode, where BatchNorms and drop path would give other detections.
@@ -128,7 +128,7 @@ class DetectionModel(nn.Module):
         )
 
     def loss(self, outputs: Outputs, gt_boxes: torch.Tensor, gt_labels: torch.Tensor) -> DetectionLoss:
-        """Training loss of `forward`'s outputs. Labels are made on the device; nothing synchronises with the host.
+        """Training loss of `forward`'s outputs. Labels are made on the device; nothing synchronizes with the host.
 
         Args:
             outputs: What `forward` returned.

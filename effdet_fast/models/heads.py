@@ -31,10 +31,10 @@ class LevelsConv2d(nn.Conv2d):
 
 
 class Head(nn.Module):
-    """`head_repeats` times convolution, normalisation and activation, then a prediction layer.
+    """`head_repeats` times convolution, normalization and activation, then a prediction layer.
 
     EfficientDet's is `head="separable"` with `head_norm="batch"`: BatchNorms are each level's own. RetinaNet's is
-    `head="conv"` with no normalisation, or with "group", whose GroupNorms are shared as the convolutions are.
+    `head="conv"` with no normalization, or with "group", whose GroupNorms are shared as the convolutions are.
 
     Args:
         num_outputs: Outputs per anchor.
@@ -85,11 +85,11 @@ class Head(nn.Module):
     def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
         """[B, anchors_per_cell * num_outputs, H_l, W_l] per level, outputs of one anchor adjacent."""
         for repeat, conv in enumerate(self.conv_rep):
-            levels = self._normalised(repeat, conv(levels))
+            levels = self._normalized(repeat, conv(levels))
         return self.predict(levels)
 
-    def _normalised(self, repeat: int, levels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Normalised and activated."""
+    def _normalized(self, repeat: int, levels: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Normalized and activated."""
         if self.norm == "batch":  # with the activation in it
             return [norm(x) for norm, x in zip(self.bn_rep[repeat], levels, strict=True)]  # type: ignore[call-overload]
         if self.norm == "group":

@@ -43,7 +43,7 @@ def create_model(
     backbone_checkpoint: str | os.PathLike[str] | None = None,
     **config_overrides: Any,
 ) -> DetectionModel:
-    """Builds a detector with freshly initialised, or loaded, weights.
+    """Builds a detector with freshly initialized, or loaded, weights.
 
     Args:
         name: One of `list_models()`. A "tf_" prefix is accepted: effdet calls `tf_efficientdet_d0` what is

@@ -1,4 +1,4 @@
-"""Batch normalisation with the activation that follows it, as modules."""
+"""Batch normalization with the activation that follows it, as modules."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         group = self._group() if self.training and self.synchronized else None
-        return normalise(self, input, self.activation, group)
+        return normalize(self, input, self.activation, group)
 
     def _group(self) -> dist.ProcessGroup | None:
         """The processes to share statistics with, if there are any others."""
@@ -78,7 +78,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, activation={self.activation!r}{shared}"
 
 
-def normalise(
+def normalize(
     norm: nn.BatchNorm2d, input: Tensor, activation: str | None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """What a BatchNorm does to its input and to its own buffers, and an activation after it, in one op."""
@@ -105,7 +105,7 @@ def normalise(
 
 
 class FrozenBatchNormAct2d(nn.Module):
-    """Batch normalisation by constants, followed by an activation, through :func:`effdet_fast.ops.batch_norm_act`.
+    """Batch normalization by constants, followed by an activation, through :func:`effdet_fast.ops.batch_norm_act`.
 
     Statistics, scales and shifts are buffers, so nothing of it is trained or decayed, and no mode changes it. State-dict keys
     are those of torchvision's ``FrozenBatchNorm2d``: ``weight``, ``bias``, ``running_mean`` and ``running_var``; a

@@ -48,7 +48,7 @@ def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, cont
 
 @contextlib.contextmanager
 def _keeping_statistics(block: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode normalise with their batch's statistics and forget them."""
+    """BatchNorms in training mode normalize with their batch's statistics and forget them."""
     norms = [
         module
         for module in block.modules()

@@ -8,7 +8,7 @@ from effdet_fast.ops.squeeze_excite import squeeze_excite
 class SqueezeExcite(nn.Module):
     """:func:`effdet_fast.ops.squeeze_excite` with its parameters, named as in timm and effdet.
 
-    ``conv_reduce`` and ``conv_expand`` are ordinary 1 x 1 convolutions, so that what initialises those initialises these; only
+    ``conv_reduce`` and ``conv_expand`` are ordinary 1 x 1 convolutions, so that what initializes those initializes these; only
     their parameters are used.
 
     Args:

@@ -25,7 +25,7 @@ _debug = False
 
 
 def set_debug(enabled: bool) -> None:
-    """Also checks the values of tensors on a GPU (labels in range and the like), at the price of a synchronisation per call."""
+    """Also checks the values of tensors on a GPU (labels in range and the like), at the price of a synchronization per call."""
     global _debug
     _debug = bool(enabled)
 
@@ -36,7 +36,7 @@ def device_type(x: Tensor) -> str:
 
 
 def may_read_values(x: Tensor) -> bool:
-    """Whether a tensor has values that may be looked at without costing a synchronisation nobody asked for."""
+    """Whether a tensor has values that may be looked at without costing a synchronization nobody asked for."""
     if torch.compiler.is_compiling() or not (x.is_cpu or (_debug and not x.is_meta)):
         return False
     # FakeTensorMode, make_fx and vmap call with tensors that stand for others.

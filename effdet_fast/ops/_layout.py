@@ -30,7 +30,7 @@ def detached(x: Tensor) -> Tensor:
 
 
 def empty_in_layout(x: Tensor, sizes: tuple[int, ...], channels_last: bool) -> Tensor:
-    """Uninitialised, of the dtype and on the device of x."""
+    """Uninitialized, of the dtype and on the device of x."""
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last))
 
 

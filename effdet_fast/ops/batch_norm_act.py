@@ -1,4 +1,4 @@
-"""Batch normalisation and the activation that follows it, as one operator that keeps nothing but its input."""
+"""Batch normalization and the activation that follows it, as one operator that keeps nothing but its input."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ _batch_norm_act_train = _library.define(
         *_statistics_like(x),
     ),
 )
-# The sums over the batch of d loss / d (normalised x * weight + bias), and of the same times the normalised x: the gradients of
+# The sums over the batch of d loss / d (normalized x * weight + bias), and of the same times the normalized x: the gradients of
 # bias and weight.
 _batch_norm_act_sums = _library.define(
     f"batch_norm_act_sums(Tensor grad, Tensor x, Tensor mean, Tensor var, {_AFFINE}) -> Tensor",
@@ -148,7 +148,7 @@ _batch_norm_act_train_backward = _library.define(
 
 
 class _BatchStatistics(torch.autograd.Function):
-    """Normalises by the statistics of x itself."""
+    """Normalizes by the statistics of x itself."""
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, momentum, weight, bias, eps, activation, channels_last):
@@ -179,7 +179,7 @@ class _BatchStatistics(torch.autograd.Function):
 
 
 class _GivenStatistics(torch.autograd.Function):
-    """Normalises by the statistics given: constants, or those of the batches of all processes of a group, of `count` values."""
+    """Normalizes by the statistics given: constants, or those of the batches of all processes of a group, of `count` values."""
 
     @staticmethod
     def forward(ctx, x, mean, var, weight, bias, eps, activation, channels_last, group, count):
@@ -245,12 +245,12 @@ def batch_norm_act(
     Args:
         x: ``[N, C, H, W]``; float16, bfloat16, float32 or float64; any strides. Contiguous and channels_last are read in
             place, and the output has the same memory format. Arithmetic is in float32 (float64 for float64).
-        running_mean: ``[C]``; normalises where ``training`` is False, else it is moved to the batch's mean: ``running + momentum
+        running_mean: ``[C]``; normalizes where ``training`` is False, else it is moved to the batch's mean: ``running + momentum
             * (batch - running)``. None where the batch's statistics are not to be kept.
         running_var: ``[C]``, likewise; moved to the unbiased variance.
         weight: ``[C]``, or None for 1.
         bias: ``[C]``, or None for 0. Both, and the running statistics, have the dtype of ``x`` or, for half precision, float32.
-        training: normalise by the mean and the (biased) variance of the batch.
+        training: normalize by the mean and the (biased) variance of the batch.
         momentum: share of the batch in the running statistics; a number or a 0-d tensor.
         eps: added to the variance, > 0; 0 is allowed without ``training``, where the variances are known not to be.
         activation: None, "silu", "relu" or "relu6".

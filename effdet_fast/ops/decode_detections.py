@@ -170,7 +170,8 @@ def decode_detections(
         max_candidates: how many logits go on, >= 1.
         score_threshold, iou_threshold, max_detections, method, sigma: as in :func:`batched_nms_padded`.
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
-        box_coder: "effdet": deltas (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most log(1000 / 16).
+        box_coder: "effdet": deltas (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most
+            log(1000 / 16).
         candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
         drop_empty: leave out candidates whose box has no area once it is clipped, which lay outside, before they count towards
             ``max_detections``. effdet and torchvision keep them.

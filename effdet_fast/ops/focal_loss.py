@@ -130,7 +130,7 @@ def sigmoid_focal_loss(
         gamma: focusing exponent, >= 0.
         reduction: "none" (shape of ``inputs``), "mean" over all elements, or "sum".
         label_smoothing: s, in [0, 1].
-        normalizer: divides a "sum"; a number, or a 0-d tensor on the device of ``inputs`` (no synchronisation).
+        normalizer: divides a "sum"; a number, or a 0-d tensor on the device of ``inputs`` (no synchronization).
         class_weight: ``[C]``, C the last dimension of ``inputs``; floating, on the device of ``inputs``; used in the dtype of the
             arithmetic. None weighs all classes alike. It does not change what "mean" divides by. No gradient flows to it.
 

@@ -150,14 +150,14 @@ def weighted_fusion(
 ) -> Tensor:
     """``activation(sum_i w_i * resample_i(x_i))``, in one pass forward.
 
-    The ``w_i`` are normalised in float32 (float64 for float64 inputs): "fast" is ``relu(w_i) / (sum_j relu(w_j) + eps)``,
+    The ``w_i`` are normalized in float32 (float64 for float64 inputs): "fast" is ``relu(w_i) / (sum_j relu(w_j) + eps)``,
     "softmax" is ``softmax(w)_i``, "sum" takes 1 for each. effdet calls them "fastattn", "attn" and "sum".
 
     Args:
         inputs: 2 to 4 tensors ``[N, C, H_i, W_i]`` of one dtype (float16, bfloat16, float32, float64; under autocast mixed dtypes
             are promoted to the widest); NCHW and channels_last are read in place, other strides are copied. The layout of the
             first input is that of the result; inputs in another one are copied. Arithmetic is in float32 (float64 for float64).
-        weights: ``[len(inputs)]``, floating, not normalised; None for method "sum", which has none.
+        weights: ``[len(inputs)]``, floating, not normalized; None for method "sum", which has none.
         method: "fast", "softmax" or "sum".
         resample: for each input how it is brought to ``size``: "none"; "nearest", which reads index ``floor(i * H_i / H)``
             (exact integers, any ratio); or "max_pool", of kernel 3 and stride 2 with TensorFlow's SAME padding (-inf; one row or

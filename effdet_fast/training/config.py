@@ -165,7 +165,7 @@ class TrainConfig:
     depth: int | Literal["auto"] | None = option(
         DATA,
         "auto",
-        "8, 10, 12, 14 or 16: bits of the values of grey pictures of more than 8 bits, of which the upper 8 are used",
+        "8, 10, 12, 14 or 16: bits of the values of gray pictures of more than 8 bits, of which the upper 8 are used",
         default="auto, from the largest value of all of them",
         metavar="BITS",
         rule=Rule("auto or a number of bits", lambda x: x == "auto" or isinstance(x, int)),
@@ -223,13 +223,13 @@ class TrainConfig:
                 raise ValueError(f"train: {name} is missing")
 
     def learning_rate(self, global_batch: int) -> float:
-        """The given rate, or the optimiser's default for `global_batch` images per step."""
+        """The given rate, or the optimizer's default for `global_batch` images per step."""
         if self.lr is not None:
             return self.lr
         return 0.08 * global_batch / 64 if self.optimizer == "sgd" else 1e-3
 
     def decay(self) -> float:
-        """The given weight decay, or the optimiser's default."""
+        """The given weight decay, or the optimizer's default."""
         if self.weight_decay is not None:
             return self.weight_decay
         return 4e-5 if self.optimizer == "sgd" else 1e-2

@@ -137,7 +137,7 @@ def _leave() -> None:
 def wrap_model(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
     """The model whose forward pass makes backward average the gradients over the processes.
 
-    The loss of each process is normalised by its own positives, as effdet does, and the gradients are then averaged.
+    The loss of each process is normalized by its own positives, as effdet does, and the gradients are then averaged.
     """
     if processes.world_size == 1:
         return model

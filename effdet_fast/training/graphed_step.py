@@ -46,12 +46,12 @@ class GraphedStep(TrainingStep):
     - Batches with fewer objects are padded. One with more than ever before takes three eager steps and a new capture.
     - Random numbers are those of the eager step: each replay reads the state of PyTorch's generator, so ``torch.manual_seed``
       before a step means the same as ever.
-    - Loading an optimiser's state, thawing or moving parameters, switching modes and other options of the optimiser lead to a
+    - Loading an optimizer's state, thawing or moving parameters, switching modes and other options of the optimizer lead to a
       new capture by themselves. After any other change that Python would see, call `reset`.
     - Hooks, prints and all else that is no launch happen in eager steps only.
 
     Where capture is impossible, steps run eagerly, and one warning names the reason, which is `fallback_reason` from then on: no
-    GPU, several processes, an optimiser that is neither fused nor capturable, a step that waits for the GPU, a failed capture. A
+    GPU, several processes, an optimizer that is neither fused nor capturable, a step that waits for the GPU, a failed capture. A
     batch of another image shape or dtype than the captured one runs eagerly too, with one warning for the first of them.
 
     Not yet run on a GPU.
@@ -92,7 +92,7 @@ class GraphedStep(TrainingStep):
         self.prepare()
         self._drop_outdated(gt_labels.shape[1])
         if self._changes > MAX_CHANGES:
-            self._give_up("an option of the optimiser, or a parameter, changes again and again")
+            self._give_up("an option of the optimizer, or a parameter, changes again and again")
             return self.compute(images, gt_boxes, gt_labels)
         if self._captured is None and self._warm < WARMUP_STEPS:
             return self._warm_up(images, gt_boxes, gt_labels)

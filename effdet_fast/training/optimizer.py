@@ -1,4 +1,4 @@
-"""How weights move: optimiser, learning rate, moving average, and how a step with non-finite gradients is skipped."""
+"""How weights move: optimizer, learning rate, moving average, and how a step with non-finite gradients is skipped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def create_optimizer(
     """SGD with Nesterov momentum ("sgd") or AdamW ("adamw"), in their fused forms.
 
     The fused forms take a device-side flag that skips the step (`set_skip_flag`), so a bad batch costs no host
-    synchronisation.
+    synchronization.
     """
     groups = parameter_groups(model, weight_decay)
     if name == "adamw":
@@ -55,7 +55,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class DeviceLearningRates:
-    """The learning rates of an optimiser's groups as float32 scalars on a device, where a CUDA graph reads them.
+    """The learning rates of an optimizer's groups as float32 scalars on a device, where a CUDA graph reads them.
 
     Args:
         optimizer: A fused or capturable one. Its groups hold these tensors from now on; schedulers of PyTorch write into
@@ -81,12 +81,12 @@ class DeviceLearningRates:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimiser takes a skip flag: the fused ones do, as ``torch.amp.GradScaler`` asks them to."""
+    """Whether the optimizer takes a skip flag: the fused ones do, as ``torch.amp.GradScaler`` asks them to."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def why_not_capturable(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why a CUDA graph cannot hold the steps of an optimiser; None if it can."""
+    """Why a CUDA graph cannot hold the steps of an optimizer; None if it can."""
     for group in optimizer.param_groups:
         if not (group.get("fused") or group.get("capturable")):
             ways = " or ".join(f"{flag}=True" for flag in ("fused", "capturable") if flag in group)
@@ -151,7 +151,7 @@ class ModelEma:
     """Moving average of the parameters of `model`; buffers (BatchNorm statistics) are copied, being averages already.
 
     The decay of update t is ``min(decay, (1 + t) / (10 + t))``, so that short runs are not dominated by their initial
-    weights. A few fused passes over the parameters per step, no host synchronisation.
+    weights. A few fused passes over the parameters per step, no host synchronization.
 
     Args:
         model: The model to follow; `module` is a copy of it in evaluation mode.
@@ -168,7 +168,7 @@ class ModelEma:
         self._buffer_pairs = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     def update(self) -> None:
-        """Move the averages towards the parameters; call once after each optimiser step."""
+        """Move the averages towards the parameters; call once after each optimizer step."""
         self.count_update()
         self.move()
 

@@ -52,7 +52,7 @@ class Reporter:
         )
         if (deepest := data.train_loader.coco.deepest) is not None:
             print(
-                f"grey values go up to {deepest}: taken as {data.train_loader.coco.depth} bits (see --depth)",
+                f"gray values go up to {deepest}: taken as {data.train_loader.coco.depth} bits (see --depth)",
                 flush=True,
             )
 

@@ -54,7 +54,7 @@ class TrainResult:
 def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
     """Train a detector on COCO-format data; under torchrun, together with the other processes.
 
-    The loss of each process is normalised by the positives of its own images, as effdet does; gradients are averaged.
+    The loss of each process is normalized by the positives of its own images, as effdet does; gradients are averaged.
 
     Args:
         config: All options; or

@@ -21,7 +21,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def _mix(value: int) -> int:
-    """SplitMix64's finaliser: neighbouring inputs give unrelated seeds."""
+    """SplitMix64's finaliser: neighboring inputs give unrelated seeds."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

@@ -47,9 +47,9 @@ class Detector(Protocol):
 
 
 class TrainingStep:
-    """Forward, labels, loss, backward, clipping, optimiser and moving average of one batch, called with that batch.
+    """Forward, labels, loss, backward, clipping, optimizer and moving average of one batch, called with that batch.
 
-    A non-finite loss or gradient leaves the weights as they were, decided on the device, where the optimiser can: those with
+    A non-finite loss or gradient leaves the weights as they were, decided on the device, where the optimizer can: those with
     ``fused=True``, and with "fp16" all.
 
     Args:

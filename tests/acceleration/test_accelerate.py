@@ -82,7 +82,7 @@ def test_restore_undoes_it(model, x):
     assert [set(module.__dict__) for module in model.modules()] == attributes
 
 
-def test_an_optimiser_made_before_goes_on(model, x):
+def test_an_optimizer_made_before_goes_on(model, x):
     plain = copy.deepcopy(model)
     runs = []
     for each, accelerated in ((model, True), (plain, False)):

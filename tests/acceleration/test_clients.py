@@ -145,7 +145,7 @@ def test_timms_running_mean_of_a_model():
 
 
 @pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
-def test_synchronised_batch_norm_can_still_be_made(convert):
+def test_synchronized_batch_norm_can_still_be_made(convert):
     torch.manual_seed(0)
     plain, accelerated = (convert(model).eval() for model in both(timm.create_model("mobilenetv3_small_050")))
     kinds = [[isinstance(m, nn.SyncBatchNorm) for m in model.modules()] for model in (accelerated, plain)]

@@ -102,7 +102,7 @@ def test_a_loss_out_of_range_stays(name):
     assert [row.reason for row in effdet_fast.accelerate(plain).left_alone] == [f"{name} -0.5"]
 
 
-def test_targets_labelled_by_the_loader():
+def test_targets_labeled_by_the_loader():
     """With anchors to ignore, and the numbers of positives in a shape of its own."""
     ours, plain = pair(DetBenchTrain, False)
     assert ours.anchor_labeler is None
@@ -110,10 +110,10 @@ def test_targets_labelled_by_the_loader():
     target = targets(3, SIZE)
     classes, deltas, positives = labeler.batch_label_anchors(target["bbox"], target["cls"])
     classes[0][:, :2] = -2
-    labelled = {f"label_cls_{level}": x for level, x in enumerate(classes)}
-    labelled |= {f"label_bbox_{level}": x for level, x in enumerate(deltas)}
-    labelled["label_num_positives"] = positives.unsqueeze(1)
-    assert_same_losses(ours, plain, labelled)
+    labeled = {f"label_cls_{level}": x for level, x in enumerate(classes)}
+    labeled |= {f"label_bbox_{level}": x for level, x in enumerate(deltas)}
+    labeled["label_num_positives"] = positives.unsqueeze(1)
+    assert_same_losses(ours, plain, labeled)
 
 
 @pytest.mark.parametrize("form", ["padded", "lists"])

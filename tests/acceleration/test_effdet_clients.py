@@ -14,7 +14,7 @@ from tests.acceleration.effdet_benches import CLASSES, images, model_of, targets
 STEPS, BATCH = 5, 4
 
 
-def train(bench, size, *, lr=0.01, layout=torch.contiguous_format, dtype=torch.float32, autocast=False, labelled=None):
+def train(bench, size, *, lr=0.01, layout=torch.contiguous_format, dtype=torch.float32, autocast=False, labeled=None):
     """effdet's loop: `output = bench(input, target)`, `output['loss'].backward()`. Another batch each step; drop path seeded."""
     torch.manual_seed(5)
     optimizer = torch.optim.SGD(bench.parameters(), lr=lr, momentum=0.9, weight_decay=4e-5)
@@ -23,8 +23,8 @@ def train(bench, size, *, lr=0.01, layout=torch.contiguous_format, dtype=torch.f
     for step in range(STEPS):
         input = images(BATCH, size, seed=step).to(dtype=dtype, memory_format=layout)
         target = targets(BATCH, size, seed=step)
-        if labelled is not None:
-            target = labelled(target)
+        if labeled is not None:
+            target = labeled(target)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             output = bench(input, target)
         optimizer.zero_grad()
@@ -79,14 +79,14 @@ def test_a_loop_with_labels_from_the_loader():
     model = tiny(size=size)
     labeler = DetBenchTrain(model).anchor_labeler
 
-    def labelled(target):
+    def labeled(target):
         classes, deltas, positives = labeler.batch_label_anchors(target["bbox"], target["cls"])
         levels = {f"label_cls_{i}": x for i, x in enumerate(classes)} | {
             f"label_bbox_{i}": x for i, x in enumerate(deltas)
         }
         return {**target, **levels, "label_num_positives": positives}
 
-    losses, expected, *_ = runs(model, size, create_labeler=False, labelled=labelled)
+    losses, expected, *_ = runs(model, size, create_labeler=False, labeled=labeled)
     assert_losses(losses, expected, 1e-5)
 
 

@@ -177,8 +177,8 @@ def test_what_ours_do_not_take_is_torchvisions(calls):
     found, scores, classes = some_boxes()
     logits, targets = torch.randn(5, 3), torch.rand(5, 3)
     with effdet_fast.patch_torchvision():
-        quantised = torch.quantize_per_tensor(found, 1.0, 0, torch.quint8)
-        kept = torchvision.ops.nms(quantised, torch.quantize_per_tensor(scores, 0.01, 0, torch.quint8), 0.5)
+        quantized = torch.quantize_per_tensor(found, 1.0, 0, torch.quint8)
+        kept = torchvision.ops.nms(quantized, torch.quantize_per_tensor(scores, 0.01, 0, torch.quint8), 0.5)
         by_float_class = torchvision.ops.batched_nms(found, scores, classes.float(), 0.5)
         wide = torchvision.ops.sigmoid_focal_loss(logits, targets.double())
         torchvision.ops.sigmoid_focal_loss(logits, targets.requires_grad_(), reduction="sum").backward()

@@ -8,7 +8,7 @@ from benchmarks.__main__ import main
 
 @pytest.mark.slow
 def test_steps_beside_busy_processes_are_timed_and_written_down(tmp_path, capsys):
-    command = ["contention", "--rounds", "2", "--batch", "2", "--size", "64", "--neighbours", "0", "1"]
+    command = ["contention", "--rounds", "2", "--batch", "2", "--size", "64", "--neighbors", "0", "1"]
     assert main([*command, "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert capsys.readouterr().out.splitlines()[-1] == str(path)

@@ -13,7 +13,7 @@ import torch
 import effdet_fast
 from effdet_fast.checkpoints import convert
 from effdet_fast.checkpoints.convert import convert_state_dict
-from effdet_fast.checkpoints.names import recognise
+from effdet_fast.checkpoints.names import recognize
 from effdet_fast.cli.convert_command import TARGETS
 from effdet_fast.cli.main import main
 from effdet_fast.models import create_model, list_models, load_backbone_checkpoint, load_checkpoint
@@ -131,7 +131,7 @@ def test_zylo117s_unread_fusion_weights_are_left_out_of_large_models():
     """D6 adds without weights, but its files hold them. Eight cells and no other tensors are enough to see that."""
     weights = {"bifpn.7.p6_w1": torch.ones(2), "bifpn.7.conv7_down.bn.bias": torch.ones(2)}
     weights |= {f"bifpn.{cell}.p3_w1": torch.ones(2) for cell in range(7)} | {"backbone_net.model.x": torch.ones(1)}
-    renamed = recognise(weights).our_names(weights)
+    renamed = recognize(weights).our_names(weights)
     assert "fpn.cell.7.fnode.7.after_combine.conv.bn.bias" in renamed
     assert not any("edge_weights" in key for key in renamed)
 
@@ -315,7 +315,7 @@ def test_safetensors_without_the_package(effdet_weights, tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
-def test_every_model_is_recognised_by_its_weights(name):
+def test_every_model_is_recognized_by_its_weights(name):
     with torch.device("meta"):
         model = create_model(name, 7)
     converted = convert_state_dict(model.state_dict(), "effdet_fast")

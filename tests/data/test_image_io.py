@@ -44,8 +44,8 @@ def gradient(height=48, width=64):
 def test_every_mode_becomes_rgb(tmp_path, mode, suffix):
     picture = Image.fromarray(gradient())
     if mode.startswith("I"):
-        grey = np.asarray(picture.convert("L"))
-        picture = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.int32) * 257)
+        gray = np.asarray(picture.convert("L"))
+        picture = Image.fromarray(gray.astype(np.uint16) * 257 if mode == "I;16" else gray.astype(np.int32) * 257)
     else:
         picture = picture.convert(mode)
     path = tmp_path / f"picture{suffix}"
@@ -186,18 +186,18 @@ def deep(path, values):
     return path
 
 
-def grey(path, depth):
+def gray(path, depth):
     return np.asarray(open_image(path, depth=depth)[0])[0, :, 0].tolist()
 
 
 def test_the_upper_bits_of_deep_pictures_are_kept(tmp_path):
     path = deep(tmp_path / "a.png", [0, 16, 1000, 2000, 4095, 65535])
-    assert grey(path, 12) == [0, 1, 62, 125, 255, 255]
-    assert grey(path, 16) == grey(path, None) == [0, 0, 3, 7, 15, 255]
-    assert grey(path, 8) == [0, 16, 255, 255, 255, 255]
-    assert np.asarray(as_picture(Image.open(path), 12))[0, :, 0].tolist() == grey(path, 12)
+    assert gray(path, 12) == [0, 1, 62, 125, 255, 255]
+    assert gray(path, 16) == gray(path, None) == [0, 0, 3, 7, 15, 255]
+    assert gray(path, 8) == [0, 16, 255, 255, 255, 255]
+    assert np.asarray(as_picture(Image.open(path), 12))[0, :, 0].tolist() == gray(path, 12)
     Image.fromarray(np.array([[7, 200]], np.uint8)).save(tmp_path / "b.png")
-    assert grey(tmp_path / "b.png", 12) == [7, 200]
+    assert gray(tmp_path / "b.png", 12) == [7, 200]
     assert largest_value(path) == 65535 and read_header(path) == ((1, 6), True)
     assert [depth_of(value) for value in (0, 255, 256, 1023, 4095, 16383, 16384, 70000)] == [
         8,

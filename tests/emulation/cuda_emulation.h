@@ -1,6 +1,6 @@
 // Runs CUDA kernels on a CPU: each thread of a block is a fiber, blocks run one after another. Test-only.
 // Shared memory starts as NaN bytes; the order of the threads is shuffled by seed, so that a missing barrier shows; launch limits are
-// checked as a device would; a barrier that some threads never reach is an error. Not modelled: races between blocks, coalescing,
+// checked as a device would; a barrier that some threads never reach is an error. Not modeled: races between blocks, coalescing,
 // the rounding of intrinsics, and warp functions with a partial mask (all threads of a warp that have not returned take part).
 #pragma once
 #include <algorithm>

@@ -206,7 +206,7 @@ def test_a_few_steps_learn_two_boxes():
     x = torch.zeros(2, 3, 64, 64)
     x[0, 0, 7:40, 9:42] = 2.0
     x[1, 2, 19:58, 23:60] = 2.0
-    # Off the centres of anchors: a coordinate whose delta is exactly zero is left out of the box loss.
+    # Off the centers of anchors: a coordinate whose delta is exactly zero is left out of the box loss.
     gt_boxes = torch.tensor([[[9.0, 7.0, 42.0, 40.0]], [[23.0, 19.0, 60.0, 58.0]]])
     gt_labels = torch.tensor([[3], [1]])
     losses = []

@@ -32,7 +32,7 @@ def batch(size: tuple[int, int] = SIZE) -> tuple[torch.Tensor, tuple[torch.Tenso
 
 
 def take_steps(model: DetectionModel, forward=None, layout=torch.contiguous_format, lr: float = 1e-3) -> list[float]:
-    """Losses before, between and after three optimiser steps; asserts that every parameter has a finite gradient."""
+    """Losses before, between and after three optimizer steps; asserts that every parameter has a finite gradient."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     images, targets = batch(model.config.image_size)
     images = images.to(memory_format=layout)

@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def peer_model(name: str, image_size: tuple[int, int], num_classes: int = 91) -> RetinaNet:
-    """torchvision's RetinaNet of one of our names; it takes images as ours do, normalised and of this size."""
+    """torchvision's RetinaNet of one of our names; it takes images as ours do, normalized and of this size."""
     second = name.endswith("_v2")
     depth = int(name.split("_")[1].removeprefix("resnet"))
     backbone = resnet_fpn_backbone(

@@ -1,4 +1,4 @@
-"""Batch normalisation with activation on every backend, against a float64 oracle and against PyTorch's own."""
+"""Batch normalization with activation on every backend, against a float64 oracle and against PyTorch's own."""
 
 import pytest
 import torch

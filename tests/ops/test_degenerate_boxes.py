@@ -1,4 +1,4 @@
-"""Boxes that are none: match_anchors leaves out those without area and refuses the others; detection_loss refuses their deltas."""
+"""Boxes that are none: match_anchors leaves out those without area, refuses the others; detection_loss refuses their deltas."""
 
 import pytest
 import torch

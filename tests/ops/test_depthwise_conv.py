@@ -109,7 +109,7 @@ def test_wide_rows_take_every_tile(backend, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
 def test_every_width_and_vectors_with_a_rest(native_backend, kernel, stride, channels_last):
-    """Tiles of one, four and eight columns that overlap, of one or two rows; strips that read their neighbours; channels beyond
+    """Tiles of one, four and eight columns that overlap, of one or two rows; strips that read their neighbors; channels beyond
     whole vectors."""
     if native_backend.name == "emulated":
         pytest.skip("about the tiles of the CPU kernels")
@@ -130,7 +130,7 @@ def test_every_half_precision_number_is_read_and_rounded_as_pytorch_does(native_
     weight[:, 0, 1, 1] = torch.tensor([1, 1.37, 3e-4, 900, -1, -2.5, 7e-5, 1 / 3], dtype=dtype)
     if channels_last:
         x = every.view(-1, 1, 1, 8).permute(0, 3, 1, 2)
-    else:  # with neighbours, which must be finite
+    else:  # with neighbors, which must be finite
         x = torch.where(every.isfinite(), every, 0).view(-1, 8, 1, 16)
     x, weight = x.to(native_backend.device), weight.to(native_backend.device)
     expected = (x.float() * weight[:, :, 1, 1].float().view(1, 8, 1, 1)).to(dtype)

@@ -268,7 +268,7 @@ def test_modules_load_what_they_replace():
     torch.testing.assert_close(separable(x), expected)
 
 
-def test_initialisation_is_that_of_conv2d():
+def test_initialization_is_that_of_conv2d():
     torch.manual_seed(3)
     conv = nn.Conv2d(8, 8, 5, groups=8)
     torch.manual_seed(3)

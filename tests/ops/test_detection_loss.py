@@ -66,7 +66,7 @@ def test_targets_are_deltas_whatever_the_box_loss(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [3, 8, 9, 20])
 def test_one_anchor_that_is_not_background(backend, dtype, layout, label, classes):
-    """Vectors of background only take a way of their own; here each of 32 neighbours in turn is the one they must not miss."""
+    """Vectors of background only take a way of their own; here each of 32 neighbors in turn is the one they must not miss."""
     given = problem([(4, 8)], 2, classes, dtype, backend.device, layout, batch=32, positives=0.0)
     outputs, labels, deltas, positives, anchors = given
     labels.fill_(-1)

@@ -167,13 +167,13 @@ def test_same_bits_every_time(native_backend):
         assert_same_in_every_run(partial(evaluate, detection_loss, *given, num_classes=20), repeats)
 
 
-def test_label_types_and_one_normaliser_for_all(native_backend):
+def test_label_types_and_one_normalizer_for_all(native_backend):
     outputs, labels, deltas, positives, _ = problem([(4, 3)], 2, 3, torch.float32, native_backend.device)
     expected = detection_loss(outputs[:1], outputs[1:], labels, deltas, positives, num_classes=3)
     for dtype in (torch.int32, torch.int16, torch.int8):
-        for normaliser in (positives, positives.long(), positives.sum()):
+        for normalizer in (positives, positives.long(), positives.sum()):
             loss = detection_loss(
-                outputs[:1], outputs[1:], labels.to(dtype), deltas.double(), normaliser, num_classes=3
+                outputs[:1], outputs[1:], labels.to(dtype), deltas.double(), normalizer, num_classes=3
             )
             assert all_equal(loss, expected)
 

@@ -218,7 +218,7 @@ def test_equals_effdet(backend, weight_method, method, size, node):
         torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-5)
 
 
-def test_weights_are_normalised_in_float32(backend):
+def test_weights_are_normalized_in_float32(backend):
     """In half precision a peer rounds 1e-3 + 1e-4 to a sum that is off by 1 part in 2000."""
     xs = [torch.full((1, 1, 1, 1), 1024.0, dtype=torch.bfloat16, device=backend.device) for _ in range(2)]
     weights = torch.tensor([1e-3, 3e-3], device=backend.device)

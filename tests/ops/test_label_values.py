@@ -1,4 +1,4 @@
-"""Labels that are no class: refused by public functions and raw ops alike, wherever that costs no synchronisation."""
+"""Labels that are no class: refused by public functions and raw ops alike, wherever that costs no synchronization."""
 
 import pytest
 import torch

@@ -138,7 +138,7 @@ def _load_optimizer(step):
 
 
 CHANGES = {
-    "loaded optimiser": _load_optimizer,
+    "loaded optimizer": _load_optimizer,
     "weight decay": lambda step: step.optimizer.param_groups[0].update(weight_decay=0.1),
     "frozen parameter": lambda step: step.detector.backbone[0].weight.requires_grad_(False),
     "mode": lambda step: step.detector.backbone[1].eval(),
@@ -176,7 +176,7 @@ def test_schedulers_and_assigned_rates_lead_to_none():
 def test_what_changes_at_every_step_ends_the_attempts():
     replayed, _ = twins(tiny, "sgd")
     with pytest.warns(
-        UserWarning, match="an option of the optimiser, or a parameter, changes again and again"
+        UserWarning, match="an option of the optimizer, or a parameter, changes again and again"
     ) as caught:
         for i, batch in enumerate(batches((32, 32), 3, (2,) * (MAX_CHANGES + 3))):
             replayed.optimizer.param_groups[0]["momentum"] = 0.9 - 0.01 * i
@@ -266,7 +266,7 @@ def test_objects_of_the_wrong_shape_are_named():
         (lambda p: torch.optim.AdamW(p, capturable=True), None),
     ],
 )
-def test_which_optimisers_can_be_captured(make, reason):
+def test_which_optimizers_can_be_captured(make, reason):
     found = why_not_capturable(make(nn.Linear(2, 2).parameters()))
     assert found == reason if reason is None else re.match(reason, found)
 

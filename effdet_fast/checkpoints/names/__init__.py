@@ -68,7 +68,7 @@ NAMINGS = (
 )
 
 
-def recognise(keys: Iterable[str]) -> Naming | None:
+def recognize(keys: Iterable[str]) -> Naming | None:
     """The naming that a state dict's keys (without wrappers' prefixes) follow."""
     keys = list(keys)
     return next((naming for naming in NAMINGS if any(re.match(naming.sign, key) for key in keys)), None)
@@ -77,7 +77,7 @@ def recognise(keys: Iterable[str]) -> Naming | None:
 def with_our_names(state_dict: StateDict) -> StateDict:
     """The tensors of any known naming under ours; those of an unknown one as they are."""
     state_dict = strip_prefixes(state_dict)
-    naming = recognise(state_dict)
+    naming = recognize(state_dict)
     return state_dict if naming is None else naming.our_names(state_dict)
 
 

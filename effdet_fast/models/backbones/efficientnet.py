@@ -268,7 +268,7 @@ class EfficientNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialises as the TensorFlow models do: normal with variance 2 / fan-out, BatchNorm scale 1, biases 0."""
+        """Initializes as the TensorFlow models do: normal with variance 2 / fan-out, BatchNorm scale 1, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels

@@ -15,7 +15,7 @@ STRIDES = (8, 16, 32)
 def timm_backbone(
     name: str, image_size: tuple[int, int], batch_norm_eps: float | None = None, frozen_batch_norm: bool = False
 ) -> nn.Module:
-    """A timm model's feature extractor without its head, freshly initialised; state-dict keys are timm's.
+    """A timm model's feature extractor without its head, freshly initialized; state-dict keys are timm's.
 
     Args:
         name: timm's name.

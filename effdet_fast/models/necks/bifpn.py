@@ -88,7 +88,7 @@ class NodeConv(SeparableConv2d):
 
 
 class Node(nn.Module):
-    """One BiFPN node: fuse, activate, convolve, normalise."""
+    """One BiFPN node: fuse, activate, convolve, normalize."""
 
     def __init__(self, inputs: list[NodeInput], in_channels: list[int], config: DetectorConfig) -> None:
         super().__init__()

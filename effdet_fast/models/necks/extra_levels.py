@@ -21,7 +21,7 @@ def batch_norm(channels: int, activation: str | None = None) -> BatchNormAct2d:
 
 
 def plain_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution with bias and without normalisation, initialised as FPNs are."""
+    """Convolution with bias and without normalization, initialized as FPNs are."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
