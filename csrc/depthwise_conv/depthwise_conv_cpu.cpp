@@ -1,5 +1,14 @@
 // Cuts the work into parts that depend on the shapes only, does them on several threads line by line, and adds the weight gradient's
-// parts in order: the results do not depend on the threads.
+// parts in order: the results do not depend on the threads. A part of the forward:
+//
+//     x, any layout and dtype           ring of k lines                   a tile                        y
+//     columns x channels of a part      [column][lane], acc_t, prologue   8 columns x 1 vector
+//                                       +------------------+
+//     row iy     |############| ------> | line of iy       | \
+//     row iy + 1 |############| ------> | line of iy + 1   |  >--> sums of k x k products  ------>  | row oy |
+//     row iy + 2 |############| ------> | line of iy + 2   | /     in registers
+//                                       +------------------+
+//     row iy + 3 |............|         replaces line iy, which no later row of y reads
 #include "../common/parallel.h"
 #include "depthwise_conv_lines.h"
 

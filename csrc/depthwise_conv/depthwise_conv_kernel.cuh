@@ -4,6 +4,13 @@
 // Forward and grad input: a thread owns kVec channels x a few columns and marches down a slab of rows, with the rows that are not yet
 // complete as accumulators in registers, so that every row is loaded once per slab and column group; lanes lie along the channels
 // (channels_last) or along the columns. Bytes per element of size e: forward 2 e, grad input 2 e (3 e with a prologue).
+//
+//     a slab of x, rows from top to bottom       registers of the thread (k 3, s 1: three rows of y not yet complete)
+//     row m     |..[columns, borders]..| ------> sum of y row m      += weight row 0 x values
+//                 the next row is asked for      sum of y row m - 1  += weight row 1 x values
+//                 before this one is used        sum of y row m - 2  += weight row 2 x values ------> y row m - 2
+//     row m + 1 |..[columns, borders]..| ------> ... and the sum of row m - 2 begins anew as that of row m + 1
+//
 // The gradient of the filter lies in depthwise_conv_grad_weight_kernel.cuh.
 // The maps travel with the launch as a table; each has a range of blocks, so that a block finds its map once and it is the same for all
 // of its threads.

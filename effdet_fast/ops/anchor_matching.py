@@ -25,7 +25,7 @@ from effdet_fast.ops._layout import dense, detached
 
 
 class AnchorTargets(NamedTuple):
-    """What the heads should say at each of A anchors, for a batch of B images.
+    """The targets of a detector's heads at A anchors, for a batch of B images.
 
     Attributes:
         labels: ``[B, A]`` int64; class of the matched object, -1 for background, -2 for ignored.
@@ -57,7 +57,7 @@ def match_anchors_reference(
     box_coder: str | None = "effdet",
     any_box: bool = False,
 ) -> AnchorTargets:
-    """:func:`match_anchors` in plain PyTorch: image by image, from the whole IoU matrix."""
+    """Reference for :func:`match_anchors`: image by image, from the whole IoU matrix."""
     if not any_box:
         gt_labels = _labels_of_objects("match_anchors", anchors, gt_boxes, gt_labels, gt_counts)
     force = _force_rule(force_match, allow_low_quality_matches)
@@ -131,7 +131,10 @@ def match_anchors(
     box_coder: str | None = "effdet",
     any_box: bool = False,
 ) -> AnchorTargets:
-    """Assigns each anchor of each image the object it overlaps most, if it overlaps it enough, and encodes that object's box.
+    """Match each anchor to the object it overlaps most, if it overlaps it enough, and encode that object's box.
+
+    The rule of Faster R-CNN and RetinaNet (Ren et al., arXiv:1506.01497, section 3.1.2; Lin et al., arXiv:1708.02002, section 4),
+    as in effdet's ``AnchorLabeler`` and torchvision's ``Matcher``.
 
     With an anchor's highest IoU q over the objects of an image (of equal ones the first object's): q >= ``pos_iou`` makes it
     positive, ``neg_iou`` <= q < ``pos_iou`` ignored, anything less background. No object is left without an anchor:

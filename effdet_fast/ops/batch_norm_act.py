@@ -37,7 +37,7 @@ def batch_norm_act_reference(
     activation: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The formula in plain PyTorch, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for :func:`batch_norm_act`, differentiable by PyTorch. Half precision is computed in float32."""
     if not training or (x.numel() == 0 and group is None):
         return _from_statistics(x, *_fixed_statistics(x, running_mean, running_var), weight, bias, eps, activation)
     mean, var, count = _batch_statistics(x, group)
@@ -237,7 +237,10 @@ def batch_norm_act(
     activation: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """``activation(F.batch_norm(x, ...))``: ``z = (x - mean) / sqrt(var + eps) * weight + bias``, then the activation.
+    """Normalize each channel of a batch and apply an activation, in one operator.
+
+    ``activation(F.batch_norm(x, ...))``: ``z = (x - mean) / sqrt(var + eps) * weight + bias``, then the activation (Ioffe and
+    Szegedy, Batch Normalization, arXiv:1502.03167).
 
     For the backward pass only ``x`` and its statistics are kept; the activation is computed anew. Forward reads ``x`` twice
     (once with ``training=False``) and writes the result; backward reads ``x`` and the gradient twice and writes one.

@@ -41,7 +41,7 @@ def decode_detections_reference(
     candidates_per_level: bool = False,
     drop_empty: bool = False,
 ) -> Detections:
-    """:func:`decode_detections` in plain PyTorch; in float64 where the inputs are."""
+    """Reference for :func:`decode_detections`; in float64 where the inputs are."""
     options = (clip_sizes, num_classes, max_candidates, box_coder)
     boxes, scores, labels, anchor_indices = _candidates(
         decode_candidates_reference, cls_outputs, box_outputs, anchors, options, candidates_per_level
@@ -152,7 +152,10 @@ def decode_detections(
     candidates_per_level: bool = False,
     drop_empty: bool = False,
 ) -> Detections:
-    """Detections of a batch from the raw outputs of a detector's heads, which are read where they lie.
+    """Turn the raw outputs of a detector's heads into detections: take the best scores, decode their boxes, suppress overlaps.
+
+    What effdet's ``DetBenchPredict`` and torchvision's ``RetinaNet.postprocess_detections`` do; boxes are coded as in R-CNN
+    (Girshick et al., arXiv:1311.2524, appendix C).
 
     Per image, the ``max_candidates`` largest logits over all levels, anchors and classes are found, of equal ones those that come
     first in the order (level, row, column, anchor, class); their scores are sigmoids, their boxes are decoded from their anchors

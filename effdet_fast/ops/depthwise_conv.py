@@ -44,7 +44,7 @@ def depthwise_conv2d_reference(
     *,
     prologue: str | None = None,
 ) -> Tensor:
-    """The same in plain PyTorch: activation, padding and grouped convolution, one after the other."""
+    """Reference for :func:`depthwise_conv2d`: activation, padding and ``F.conv2d`` one after the other."""
     geometry = _geometry("depthwise_conv2d", x, weight, stride, padding, dilation)
     return _pytorch(x, weight, bias, geometry, prologue)
 
@@ -138,7 +138,9 @@ def depthwise_conv2d(
     *,
     prologue: str | None = None,
 ) -> Tensor:
-    """``F.conv2d(prologue(x), weight, bias, stride, padding, dilation, groups=C)`` without a copy for padding or activation.
+    """Convolve each channel with a filter of its own, without a copy for padding or the activation before it.
+
+    ``F.conv2d(prologue(x), weight, bias, stride, padding, dilation, groups=C)`` (Howard et al., MobileNets, arXiv:1704.04861).
 
     Filters of 3 x 3 and 5 x 5 with stride 1 or 2 and dilation 1 run on kernels of our own; everything else (other sizes,
     dilation, a channel multiplier) gives the same result through PyTorch.
@@ -195,7 +197,7 @@ def depthwise_separable_conv2d_reference(
     prologue: str | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """The same in plain PyTorch."""
+    """Reference for :func:`depthwise_separable_conv2d`."""
     y = depthwise_conv2d_reference(x, depthwise_weight, None, stride, padding, dilation, prologue=prologue)
     return ACTIVATION_FUNCTIONS[activation](F.conv2d(y, pointwise_weight, bias))
 
@@ -212,7 +214,9 @@ def depthwise_separable_conv2d(
     prologue: str | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``activation(pointwise(depthwise_conv2d(x)) + bias)``: one filter per channel, then a 1 x 1 convolution that mixes them.
+    """Convolve each channel with a filter of its own, then mix the channels by a 1 x 1 convolution.
+
+    ``activation(pointwise(depthwise_conv2d(x)) + bias)``.
 
     The pointwise part is a matrix product through PyTorch's library. Arguments, dtypes, layouts and errors are those of
     :func:`depthwise_conv2d`, and:

@@ -35,7 +35,7 @@ def depthwise_conv2d_levels_reference(
     *,
     prologue: str | None = None,
 ) -> list[Tensor]:
-    """The same in plain PyTorch, one map after the other."""
+    """Reference for :func:`depthwise_conv2d_levels`: convolves the maps one by one with ``F.conv2d``."""
     return [depthwise_conv2d_reference(x, weight, bias, stride, padding, prologue=prologue) for x in xs]
 
 
@@ -134,8 +134,9 @@ def depthwise_conv2d_levels(
     *,
     prologue: str | None = None,
 ) -> list[Tensor]:
-    """:func:`depthwise_conv2d` of each map with one filter, in one launch; one more for their gradients, one for the filter's.
+    """Convolve all levels of a pyramid with one depthwise filter in one pass.
 
+    :func:`depthwise_conv2d` of each map in one launch; one more for their gradients, one for the filter's.
     What it spares is launches: a detector's pyramid has five levels, and all but the first are small.
 
     Args:

@@ -67,7 +67,7 @@ def detection_loss_reference(
     box_coder: str = "effdet",
     class_weight: Tensor | None = None,
 ) -> DetectionLoss:
-    """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for :func:`detection_loss`: any device, differentiable by PyTorch. Half precision is computed in float32."""
     batch = cls_outputs[0].shape[0]
     dtype = arithmetic_dtype(cls_outputs[0])
     per_cell = cls_outputs[0].shape[1] // num_classes
@@ -229,7 +229,7 @@ def detection_loss(
     box_coder: str = "effdet",
     class_weight: Tensor | None = None,
 ) -> DetectionLoss:
-    """Focal loss of every logit and box loss of every delta, over all levels and images in one launch that also writes gradients.
+    """Compute a detector's class and box loss over all levels and images in one pass, which also writes the gradients.
 
     The defaults are effdet's ``loss_fn``: ``cls`` is the sum of :func:`sigmoid_focal_loss` over all anchors and classes,
     ``box`` the Huber loss summed over the deltas whose target is not 0, divided by 4; both are divided by

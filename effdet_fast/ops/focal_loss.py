@@ -35,7 +35,7 @@ def sigmoid_focal_loss_reference(
     normalizer: float | Tensor | None = None,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for :func:`sigmoid_focal_loss`: any device, differentiable by PyTorch. Half precision is computed in float32."""
     x = inputs.to(arithmetic_dtype(inputs))
     ignored = None
     if targets.is_floating_point():
@@ -113,7 +113,9 @@ def sigmoid_focal_loss(
     normalizer: float | Tensor | None = None,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """Focal loss ``alpha_t * (1 - p_t)**gamma * BCE(x, t_s)``, in one pass forward and one backward.
+    """Compute the sigmoid focal loss from integer labels or soft targets, in one pass forward and one backward.
+
+    ``alpha_t * (1 - p_t)**gamma * BCE(x, t_s)`` (Lin et al., Focal Loss for Dense Object Detection, arXiv:1708.02002).
 
     The first five arguments are those of ``torchvision.ops.sigmoid_focal_loss``. With ``p = sigmoid(x)``:
     ``p_t = p t + (1 - p)(1 - t)``, ``alpha_t = alpha t + (1 - alpha)(1 - t)``; the cross entropy alone sees the smoothed target

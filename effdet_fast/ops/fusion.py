@@ -32,7 +32,7 @@ def weighted_fusion_reference(
     activation: str | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    """The formula in plain PyTorch: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for :func:`weighted_fusion`: any device, differentiable by PyTorch. Half precision is computed in float32."""
     resample = ["none"] * len(inputs) if resample is None else list(resample)
     size = None if size is None else (size[0], size[1])
     size = _output_size("weighted_fusion_reference", [x.shape for x in inputs], resample, size)
@@ -148,7 +148,9 @@ def weighted_fusion(
     activation: str | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    """``activation(sum_i w_i * resample_i(x_i))``, in one pass forward.
+    """Fuse pyramid features of different sizes by learned weights, in one pass.
+
+    ``activation(sum_i w_i * resample_i(x_i))`` (Tan, Pang and Le, EfficientDet, arXiv:1911.09070, section 3.3).
 
     The ``w_i`` are normalized in float32 (float64 for float64 inputs): "fast" is ``relu(w_i) / (sum_j relu(w_j) + eps)``,
     "softmax" is ``softmax(w)_i``, "sum" takes 1 for each. effdet calls them "fastattn", "attn" and "sum".

@@ -24,12 +24,12 @@ _MAX_IN_ORDER = (
 
 
 def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`nms` in plain PyTorch, one box after the other."""
+    """Reference for :func:`nms`: one box after the other."""
     return batched_nms_reference(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
 
 
 def batched_nms_reference(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`batched_nms` in plain PyTorch, one box after the other."""
+    """Reference for :func:`batched_nms`: one box after the other."""
     order = scores.argsort(descending=True, stable=True)
     ranked, classes = boxes.detach().to(arithmetic_dtype(boxes))[order], idxs.to(boxes.device)[order]
     keep = torch.ones_like(classes, dtype=torch.bool)
@@ -53,7 +53,7 @@ def batched_nms_padded_reference(
     method: str = "hard",
     sigma: float = 0.5,
 ) -> Detections:
-    """:func:`batched_nms_padded` in plain PyTorch: the best box left of every image at once, ``max_detections`` times."""
+    """Reference for :func:`batched_nms_padded`: takes the best box left of every image, ``max_detections`` times."""
     check_choice("batched_nms_padded_reference", "method", method, NMS_METHODS)
     boxes, scores, labels = boxes.detach(), scores.detach(), labels.to(boxes.device).long()
     if method != "hard":
@@ -97,7 +97,7 @@ _nms_padded = _library.define(
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Keeps the boxes that no kept box of a higher score overlaps with an IoU above the threshold.
+    """Suppress boxes that overlap a better one: an IoU above the threshold with a kept box of a higher score drops a box.
 
     The result is that of ``torchvision.ops.nms`` on the CPU for every input, bit by bit in the IoU: float32 arithmetic (float64
     for float64 boxes; float16 and bfloat16 are computed in float32) compared with ``iou_threshold`` as a float64. A box with NaN
@@ -127,7 +127,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """:func:`nms` among the boxes of each class; the result of torchvision's loop over the classes, for every input.
+    """Suppress overlapping boxes within each class, as ``torchvision.ops.batched_nms`` does in a loop over the classes.
 
     Classes are compared by id, so coordinates may be negative and ids of any size.
 
@@ -174,7 +174,7 @@ def batched_nms_padded(
     method: str = "hard",
     sigma: float = 0.5,
 ) -> Detections:
-    """:func:`batched_nms` of every image of a batch at once, cut to the best ``max_detections``; output shapes are fixed.
+    """Suppress overlapping boxes within each class of a whole batch, and give the best of each image in outputs of fixed shape.
 
     Never waits for the device and can be captured in a CUDA graph (with the labels on the device: copying them there waits). An
     image equals ``batched_nms`` (or ``soft_nms``) of its boxes above the score threshold, truncated. Work stops at

@@ -31,7 +31,7 @@ def soft_nms_reference(
     score_threshold: float = 0.001,
     max_detections: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`soft_nms` in plain PyTorch, one box after the other; in float64 where the boxes are."""
+    """Reference for :func:`soft_nms`: one box after the other; in float64 where the boxes are."""
     check_choice("soft_nms_reference", "method", method, SOFT_NMS_METHODS)
     labels = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs.to(boxes.device).long()
     max_kept = max(1, len(scores)) if max_detections is None else max_detections
@@ -134,7 +134,9 @@ def soft_nms(
     score_threshold: float = 0.001,
     max_detections: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Takes the best box, lowers the scores of the boxes of its class that overlap it, and so on.
+    """Lower the scores of boxes that overlap a better one of their class, instead of dropping them.
+
+    Takes the best box, lowers the scores of those that overlap it, and so on (Bodla et al., Soft-NMS, arXiv:1704.04503).
 
     A box of score s that overlaps the one just taken goes on with s times
     ``gaussian``: exp(-IoU^2 / sigma);  ``linear``: 1 - IoU where IoU > ``iou_threshold``, 1 elsewhere. It is dropped as soon as

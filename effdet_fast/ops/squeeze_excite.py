@@ -37,7 +37,7 @@ def squeeze_excite_reference(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """The formula in plain PyTorch, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for :func:`squeeze_excite`, differentiable by PyTorch. Half precision is computed in float32."""
     dtype = arithmetic_dtype(x)
     reduce_weight, reduce_bias, expand_weight, expand_bias = _to(
         dtype, reduce_weight, reduce_bias, expand_weight, expand_bias
@@ -125,7 +125,9 @@ def squeeze_excite(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """``x * sigmoid(conv_expand(activation(conv_reduce(mean of x over H and W))))`` with 1 x 1 convolutions.
+    """Scale each channel by a gate that is computed from the means of all channels.
+
+    ``x * sigmoid(conv_expand(activation(conv_reduce(mean of x over H and W))))`` with 1 x 1 convolutions.
 
     Forward reads ``x`` twice and writes the result; backward reads ``x`` once and the gradient twice and writes one. Only ``x``
     and what belongs to a channel is kept for it.
