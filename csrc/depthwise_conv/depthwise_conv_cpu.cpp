@@ -4,9 +4,9 @@
 //     x, any layout and dtype           ring of k lines                   a tile                        y
 //     columns x channels of a part      [column][lane], acc_t, prologue   8 columns x 1 vector
 //                                       +------------------+
-//     row iy     |############| ------> | line of iy       | \
-//     row iy + 1 |############| ------> | line of iy + 1   |  >--> sums of k x k products  ------>  | row oy |
-//     row iy + 2 |############| ------> | line of iy + 2   | /     in registers
+//     row iy     |############| ------> | line of iy       | --+
+//     row iy + 1 |############| ------> | line of iy + 1   | --+--> sums of k x k products ------> | row oy |
+//     row iy + 2 |############| ------> | line of iy + 2   | --+    in registers
 //                                       +------------------+
 //     row iy + 3 |............|         replaces line iy, which no later row of y reads
 #include "../common/parallel.h"
