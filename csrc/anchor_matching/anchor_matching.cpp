@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> match(const Tensor& anchors, const Tensor& bo
   STD_TORCH_CHECK(is_plain(labels, {batch, max_boxes}, ScalarType::Long),
                   "match_anchors: labels must be contiguous int64 [batch, max_boxes]");
   STD_TORCH_CHECK(!counts || is_plain(*counts, {batch}, ScalarType::Long), "match_anchors: counts must be contiguous int64 [batch]");
-  STD_TORCH_CHECK(most < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
+  STD_TORCH_CHECK(max_boxes < (int64_t(1) << 31), "match_anchors: an image has at most 2^31 - 1 boxes");
   const bool is_double = anchors.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(is_double || anchors.scalar_type() == ScalarType::Float, "match_anchors: dtype must be float32 or float64");
 
