@@ -1,6 +1,7 @@
 """Building and importing the package: what the build says, and what happens without a compiled extension."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -124,3 +125,11 @@ def test_only_coco_metrics_need_pycocotools():
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith("no pycocotools"), done.stdout + done.stderr
+
+
+def test_each_step_of_the_workflow_is_a_make_target():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    commands = re.findall(r"run: (.*)", workflow)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert commands[-1] == "make test"
+    assert all(command.removeprefix("make ") in targets for command in commands)
