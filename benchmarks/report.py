@@ -51,7 +51,7 @@ def generate_best(everything: list[Record]) -> str:
         compared = [row for row in records.shown(rows) if row.speed_up]
         if compared:
             best = max(compared, key=lambda row: (row.phase == "both", row.speed_up))
-            gains = sorted(row.speed_up or 0 for row in compared)
+            gains = sorted(row.speed_up or 0 for row in compared if row.phase == best.phase)
             phase = "" if best.phase == "forward" else ", with backward"
             lines.append(_best_row(f"{op}: {best.case}{phase}", best, f"{gains[0]:.2f}x to {gains[-1]:.2f}x"))
     for row in newest_steps.rows if newest_steps else []:

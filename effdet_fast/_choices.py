@@ -118,7 +118,7 @@ def told() -> list[str]:
 
 
 def difference(theirs: str) -> str | None:
-    """How the choices and limits that a library tells are not these, in words; None where they are."""
+    """How a library's choices and limits differ from this package's, in words; None where they are equal."""
     ours, others = told(), re.findall(r"\w+\([^)]*\)", theirs)
     if not others:
         return "it does not say what its numbers mean"

@@ -114,9 +114,10 @@ EF_HD T sigmoid(T x) {
   return quotient_of(T(1), T(1) + exp_of(-x));
 }
 
-// The pointwise activations. NaN passes through, as in PyTorch: by how comparisons are written, and in SiLU as a factor.
+// The pointwise activations. NaN gives NaN, as in PyTorch: comparisons are false for it, so that x is returned, and SiLU divides x.
 template <Activation kActivation, typename T>
 EF_HD T activate(T x) {
+  static_assert(count_of(Activation{}) == 4, "a branch for the new activation");
   if constexpr (kActivation == Activation::kSilu) return quotient_of(x, T(1) + exp_of_number(-x));
   if constexpr (kActivation == Activation::kRelu) return x < T(0) ? T(0) : x;
   if constexpr (kActivation == Activation::kRelu6) return x < T(0) ? T(0) : (x > T(6) ? T(6) : x);
@@ -126,6 +127,7 @@ EF_HD T activate(T x) {
 // The gradient for x from that for activate(x). What is cut off gets 0 even where `grad` is NaN, as in PyTorch.
 template <Activation kActivation, typename T>
 EF_HD T activate_backward(T grad, T x) {
+  static_assert(count_of(Activation{}) == 4, "a branch for the new activation");
   if constexpr (kActivation == Activation::kSilu) {
     const T s = quotient_of(T(1), T(1) + exp_of_number(-x));
     return grad * (s * (T(1) + x * (T(1) - s)));
@@ -138,6 +140,7 @@ EF_HD T activate_backward(T grad, T x) {
 // Calls f.template operator()<Activation::...>() for a number from Python.
 template <class F>
 void dispatch_activation(int64_t activation, F&& f) {
+  static_assert(count_of(Activation{}) == 4, "a branch for the new activation");
   switch (static_cast<Activation>(activation)) {
     case Activation::kSilu:
       return f.template operator()<Activation::kSilu>();

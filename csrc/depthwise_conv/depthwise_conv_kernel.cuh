@@ -1,6 +1,6 @@
 // Depthwise convolution, k x k, stride s, of one or several maps [n, c, h, w] in either layout; `a` = prologue(x), 0 outside.
 //   forward      y[oy, ox] = bias + sum over ky, kx of weight[ky, kx] a[oy s - top + ky, ox s - left + kx]
-//   grad input   a thread owns the columns that s kColumns outputs begin at, and adds each gradient row to the k rows it reaches
+//   grad input   a thread owns s kColumns neighboring columns of x, and adds each row of grad to the k rows of grad_x that it reaches
 // Forward and grad input: a thread owns kVec channels x a few columns and marches down a slab of rows, with the rows that are not yet
 // complete as accumulators in registers, so that every row is loaded once per slab and column group; lanes lie along the channels
 // (channels_last) or along the columns. Bytes per element of size e: forward 2 e, grad input 2 e (3 e with a prologue).
@@ -75,6 +75,7 @@ __device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
       for (int v = 0; v < kVec; ++v) x[i][v] = activate<kPrologue>(x[i][v]);
     }
   };
+  static_assert(count_of(Activation{}) == 4, "a branch for the new activation");
   if (prologue > Activation::kSilu) {  // by order: of equalities nvcc makes a table of jumps, dearer than the usual case deserves
     prologue == Activation::kRelu ? apply.template operator()<Activation::kRelu>() : apply.template operator()<Activation::kRelu6>();
   } else if (prologue > Activation::kNone) {
@@ -156,8 +157,8 @@ __device__ inline RowRange rows_inside(int64_t first, int count, int64_t height,
   return {int(begin), unsigned(begin < end ? end - begin : 0)};
 }
 
-// Columns of one row after the other of a map, as load_columns reads them. With `kAhead` the next row is asked for before this one's
-// arithmetic, which then hides the wait: as they lie in memory, columns take few registers.
+// Reads the columns of one row of a map after the other, as load_columns does. `kAhead` loads the next row before this one's arithmetic,
+// which then hides the latency; the loaded columns stay in the storage dtype, and so take few registers.
 template <int kBefore, int kCenter, int kCount, int kVec, bool kSteps, bool kAhead, typename scalar_t>
 class Rows {
  public:
@@ -368,6 +369,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
             for (int j = 0; j < kOwned * kVec; ++j) {
               const A value = z[j / kVec][j % kVec];
               A& grad = row[j / kVec][j % kVec];
+              static_assert(count_of(Activation{}) == 4, "a branch for the new activation");
               grad = prologue == Activation::kSilu   ? activate_backward<Activation::kSilu>(grad, value)
                      : prologue == Activation::kRelu ? activate_backward<Activation::kRelu>(grad, value)
                                                      : activate_backward<Activation::kRelu6>(grad, value);

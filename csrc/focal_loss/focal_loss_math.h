@@ -53,7 +53,7 @@ EF_HD Logistic<acc_t> logistic(acc_t z) {
   return {y, one_minus_y, positive_part(z) + l, -positive_part(-z) - l};
 }
 
-// What the derivative is made of, times a factor that the caller would multiply it by.
+// Coefficients of the derivative, times `factor` (the upstream gradient and alpha), which saves a multiplication per logit.
 template <typename acc_t>
 struct Slope {
   acc_t unit, gamma, half_smoothing;

@@ -1,5 +1,5 @@
-// A vector of neighboring logits of dense [rows, classes]: where it lies, what the labels say about it, and the short way through one
-// that is all background. Nearly all are, so a warp seldom takes the long way; of two formulas side by side it would pay for both.
+// A vector of neighboring logits of dense [rows, classes]: where it lies, what the labels say about it, and the short path through one
+// that is all background. Most vectors are, so that most warps run the short path alone; one whose threads diverge pays for both.
 #pragma once
 #include "../common/vec.cuh"
 #include "focal_loss_math.h"
@@ -34,7 +34,7 @@ struct Place {
 };
 inline constexpr int64_t kMaxClasses = int64_t(1) << 30;  // fewer than these have int for a column
 
-// Whether none of the logits from a place on is positive or ignored. Unsure of a vector that may have more than two rows, it says no.
+// Whether none of the logits from a place on is positive or ignored. Two labels are looked at: false where more rows may be in a vector.
 template <int kVec, typename label_t>
 __device__ bool all_background(const Place<label_t, int>& at, int classes) {
   const bool labeled = (at.label[0] & at.label[at.column + kVec > classes ? 1 : 0]) != -1;

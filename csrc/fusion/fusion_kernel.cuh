@@ -108,6 +108,7 @@ __device__ void activate_values(Activation activation, Values<A, kVec>& value, V
       }
     }
   };
+  static_assert(count_of(Activation{}) == 4, "a branch for the new activation");
   if (activation == Activation::kSilu) return apply.template operator()<Activation::kSilu>();
   if (activation == Activation::kRelu) return apply.template operator()<Activation::kRelu>();
   if (activation == Activation::kRelu6) return apply.template operator()<Activation::kRelu6>();

@@ -28,7 +28,7 @@ class Naming(NamedTuple):
 
     Attributes:
         name: What messages call it.
-        sign: Matches from the start a key that, after all namings before this one, only it has.
+        sign: Regex for the start of a key. `NAMINGS` are tried in order, and no later one's files may have such a key.
         our_names: Renames its tensors. Keys it does not know stay as they are.
         is_detector: Whether files hold whole detectors, or backbones.
     """
