@@ -55,7 +55,13 @@ class TrainConfig:
     )
     val_annotations: str | None = option(DATA, None, "COCO-format JSON of the validation images", metavar="FILE")
     epochs: int = option(RECIPE, 50, "passes over the training images", metavar="N", rule=AT_LEAST_1)
-    batch_size: int = option(RECIPE, 16, "images per process and step; a resumed run keeps their product with the number of processes", metavar="N", rule=AT_LEAST_1)
+    batch_size: int = option(
+        RECIPE,
+        16,
+        "images per process and step; a resumed run keeps their product with the number of processes",
+        metavar="N",
+        rule=AT_LEAST_1,
+    )
     image_size: tuple[int, int] | None = option(
         MODEL,
         None,
@@ -123,7 +129,7 @@ class TrainConfig:
     workers: int = option(
         DATA,
         default_workers,
-        "data-loading processes per training process, by default no more than processors; 0 loads in the training process",
+        "data-loading processes per training process; 0 loads in the training process; by default at most one a processor",
         metavar="N",
         rule=AT_LEAST_0,
     )
