@@ -61,7 +61,7 @@ def test_what_the_user_has_set_stays(variables):
 FREED = """
 import torch
 import effdet_fast
-from tests.ops.test_large_outputs import resident
+from tests.ops.test_caching_allocator import resident
 
 effdet_fast.tune_cpu()
 tensors = [torch.ones(10 << 20) for _ in range(10)]

@@ -88,7 +88,7 @@ def test_they_can_be_shared_with_other_processes():
 
 
 MANY_SIZES = """
-from tests.ops.test_large_outputs import output, resident
+from tests.ops.test_caching_allocator import output, resident
 
 output(90)
 before = resident()
@@ -107,7 +107,7 @@ def test_no_more_is_kept_than_was_in_use():
 
 FREED = """
 import effdet_fast
-from tests.ops.test_large_outputs import output, resident
+from tests.ops.test_caching_allocator import output, resident
 
 y = output(90)
 output(100)
@@ -127,7 +127,7 @@ def test_cached_memory_can_be_freed():
 WASTED = """
 import sys
 import torch
-from tests.ops.test_large_outputs import output, output_of, resident
+from tests.ops.test_caching_allocator import output, output_of, resident
 
 output(1)
 x = torch.ones(1, 1, 1, int(float(sys.argv[1]) * 2**18))
