@@ -3,7 +3,10 @@
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from tests.emulation.build import ROOT, build
 
@@ -12,6 +15,17 @@ def check(library: Path, *names: str) -> subprocess.CompletedProcess:
     """Runs the self-tests of the ops named, or of all, on the emulated library."""
     command = [sys.executable, "-m", "tests.emulation.check", str(library), *names]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def parameters(damages: list[tuple[str, ...]]) -> list:
+    """Each compiles an op: the first two of an op are for `make test`, the others for `make test-full`."""
+    seen: Counter[str] = Counter()
+    found = []
+    for i, damage in enumerate(damages):
+        seen[damage[0]] += 1
+        marks = [pytest.mark.slow] if seen[damage[0]] > 2 else []
+        found.append(pytest.param(damage, id=f"{damage[0]}-{i}", marks=marks))
+    return found
 
 
 def assert_noticed(folder: Path, op: str, self_test: str, file: str, sound: str, damaged: str) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from tests.emulation.build import INCLUDE, ROOT, build
-from tests.emulation.damage import assert_noticed, check
+from tests.emulation.damage import assert_noticed, check, parameters
 
 # (op, self-test, file, the text to damage, what it becomes)
 DAMAGES = [
@@ -114,7 +114,7 @@ def test_a_removed_barrier_is_noticed():
     assert done.returncode == 1, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=[f"{d[0]}-{i}" for i, d in enumerate(DAMAGES)])
+@pytest.mark.parametrize("damage", parameters(DAMAGES))
 def test_a_damaged_kernel_is_noticed(tmp_path, damage):
     assert_noticed(tmp_path, *damage)
 

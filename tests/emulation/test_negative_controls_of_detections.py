@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.emulation.damage import assert_noticed
+from tests.emulation.damage import assert_noticed, parameters
 
 # (op, self-test, file, the text to damage, what it becomes)
 DAMAGES = [
@@ -38,6 +38,6 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=[f"{d[0]}-{i}" for i, d in enumerate(DAMAGES)])
+@pytest.mark.parametrize("damage", parameters(DAMAGES))
 def test_a_damaged_kernel_is_noticed(tmp_path, damage):
     assert_noticed(tmp_path, *damage)
