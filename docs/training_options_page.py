@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest.mock import patch
 
 from effdet_fast.training import config, options
@@ -15,12 +16,12 @@ another value; the others may be given anew beside `--resume`.
 """
 
 
-def row(name: str) -> str:
-    option = options.options_of(TrainConfig)[name]
-    flag = "model-option" if name == "model_options" else name.replace("_", "-")
+def row(field: dataclasses.Field) -> str:
+    option: options.Option = field.metadata["option"]
+    flag = "model-option" if field.name == "model_options" else field.name.replace("_", "-")
     flags = f"`--{flag}`, `--no-{flag}`" if option.negatable else f"`--{flag}`"
     with patch.object(config.os, "cpu_count", return_value=4):  # the same page on every machine
-        default = options.default_in_words(TrainConfig, name)
+        default = options.default_in_words(field)
     values = option.rule.words if option.rule else ""
     return f"| {flags} | {option.help} | {values} | {default} | {'kept' if option.fixed else ''} |"
 
@@ -28,7 +29,7 @@ def row(name: str) -> str:
 def page() -> str:
     parts = [HEAD]
     for group in options.GROUPS:
-        rows = [row(name) for name, option in options.options_of(TrainConfig).items() if option.group == group]
+        rows = [row(field) for field in dataclasses.fields(TrainConfig) if field.metadata["option"].group == group]
         table = ["| flag | what it does | must be | default | on resume |", "| --- | --- | --- | --- | --- |", *rows]
         parts.append(f"## {group[0].upper()}{group[1:]}\n\n" + "\n".join(table) + "\n")
     return "\n".join(parts)

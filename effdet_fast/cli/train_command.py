@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import types
 import typing
 from typing import Any
 
@@ -15,27 +17,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Every flag is a field of `TrainConfig`; one that is not given is left out, so that --resume sees what is."""
     parser.argument_default = argparse.SUPPRESS
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    types = typing.get_type_hints(TrainConfig)
-    for name, option in options_of(TrainConfig).items():
-        group, text = groups[option.group], help_text(TrainConfig, name)
-        if name == "model_options":
-            add_model_option(group, text)
+    hints = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        option, text = field.metadata["option"], help_text(field)
+        if field.name == "model_options":
+            add_model_option(groups[option.group], text)
         else:
-            group.add_argument(f"--{name.replace('_', '-')}", help=text, **_parsing(option, types[name]))
+            flag = f"--{field.name.replace('_', '-')}"
+            groups[option.group].add_argument(flag, help=text, **_parsing(option, hints[field.name]))
 
 
 def _parsing(option: Option, annotation: Any) -> dict[str, Any]:
     """How argparse reads a value of that type."""
     if annotation is bool:
         return {"action": argparse.BooleanOptionalAction if option.negatable else "store_true"}
-    if typing.get_origin(annotation) is typing.Literal:
-        return {"choices": typing.get_args(annotation)}
-    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] or [annotation]
-    if typing.get_origin(annotation) is tuple:
-        kinds = [annotation]
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)] if is_union else [annotation]
     if len(kinds) > 1:  # a number or a word
         return {"metavar": option.metavar}
     (kind,) = kinds
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
     if typing.get_origin(kind) is tuple:
         count = len(option.metavar) if isinstance(option.metavar, tuple) else "+"
         return {"type": typing.get_args(kind)[0], "nargs": count, "metavar": option.metavar}
@@ -45,7 +47,8 @@ def _parsing(option: Option, annotation: Any) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> int:
     from effdet_fast.training import train
 
-    given = {name: value for name, value in vars(options).items() if name in options_of(TrainConfig)}
+    known = options_of(TrainConfig)
+    given = {name: value for name, value in vars(options).items() if name in known}
     if "image_size" in given:
         given["image_size"] = image_size(given["image_size"])
     if given.get("depth", "auto").isdecimal():

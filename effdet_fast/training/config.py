@@ -269,8 +269,9 @@ def config_for_resume(saved: dict[str, Any], given: dict[str, Any]) -> TrainConf
     """
     config_from_options(given)
     saved = {**TrainConfig().to_dict(), **saved}
+    options = options_of(TrainConfig)
     changed = []
-    for name, declared in options_of(TrainConfig).items():
+    for name, declared in options.items():
         if not declared.fixed or name not in given:
             continue
         before, after = _plain(saved[name]), _plain(given[name])
@@ -283,7 +284,7 @@ def config_for_resume(saved: dict[str, Any], given: dict[str, Any]) -> TrainConf
             f"train: a resumed run cannot change {', '.join(changed)}; "
             "to start a new run from those weights, pass them as checkpoint instead of resume"
         )
-    known = {name: value for name, value in saved.items() if name in options_of(TrainConfig)}
+    known = {name: value for name, value in saved.items() if name in options}
     return TrainConfig(**{**known, "overwrite": False, **given})
 
 

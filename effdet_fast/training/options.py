@@ -72,24 +72,24 @@ def options_of(config_class: Any) -> dict[str, Option]:
     return {field.name: field.metadata["option"] for field in dataclasses.fields(config_class)}
 
 
-def default_in_words(config_class: Any, name: str) -> str:
+def default_in_words(field: dataclasses.Field) -> str:
     """What help and docs say of a default; empty if there is nothing to say."""
-    option = options_of(config_class)[name]
+    option: Option = field.metadata["option"]
     if option.default is not None:
         return option.default
-    value = getattr(config_class(), name)
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if isinstance(value, bool):
         return "yes" if value else "no" if option.negatable else ""
     return " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
 
 
-def help_text(config_class: Any, name: str) -> str:
+def help_text(field: dataclasses.Field) -> str:
     """The help of a flag, or of an argument of the class."""
-    option, default = options_of(config_class)[name], default_in_words(config_class, name)
-    return f"{option.help} (default: {default})" if default else option.help
+    text, default = field.metadata["option"].help, default_in_words(field)
+    return f"{text} (default: {default})" if default else text
 
 
 def docstring(config_class: Any) -> str:
     """The class's docstring with its options as arguments."""
-    options = (f"    {name}: {help_text(config_class, name)}." for name in options_of(config_class))
+    options = (f"    {field.name}: {help_text(field)}." for field in dataclasses.fields(config_class))
     return "\n".join([config_class.__doc__ or "", "", "Args:", *options, ""])
