@@ -3,7 +3,6 @@
 import hashlib
 import json
 import mmap
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ def read_build_info(library: Path) -> dict[str, Any] | None:
     try:
         # Mapped, as importing the package asks this of CUDA's library, which has 16 MB for each architecture.
         with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = re.search(MARK.encode() + rb"(\{[^\0]*\})\0", content)
-            return json.loads(found[1]) if found else None
+            begin = content.find(f"{MARK}{{".encode())  # much faster than a regular expression
+            return json.loads(content[begin + len(MARK) : content.find(b"\0", begin)]) if begin >= 0 else None
     except (OSError, ValueError):
         return None
 
