@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks import records
 
-COLOURS = ["#0b6e4f", "#b5651d", "#6a4c93", "#1f77b4", "#999999", "#c44e52"]
+COLORS = ["#0b6e4f", "#b5651d", "#6a4c93", "#1f77b4", "#999999", "#c44e52"]
 COPY = "copy of as many bytes"
 
 
@@ -35,7 +35,7 @@ def draw(record: records.Record, op: str, folder: Path) -> Path:
             [max(0.0, timing.q80 - timing.median) * 1e3 for _, timing in there],
         ]
         positions = [i + (b - (len(bars) - 1) / 2) * height for i, _ in there]
-        color = "#dddddd" if name == COPY else COLOURS[names.index(name) % len(COLOURS)]
+        color = "#dddddd" if name == COPY else COLORS[names.index(name) % len(COLORS)]
         axes.barh(
             positions, medians, height, xerr=spread, color=color, label=name, error_kw={"lw": 0.8, "ecolor": "#444444"}
         )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-COLOURS = ((220, 40, 40), (40, 200, 60), (50, 80, 230), (230, 210, 40), (200, 60, 210), (40, 210, 210))
+COLORS = ((220, 40, 40), (40, 200, 60), (50, 80, 230), (230, 210, 40), (200, 60, 210), (40, 210, 210))
 
 
 def make_dataset(
@@ -29,7 +29,7 @@ def make_dataset(
     Class k has color k; odd classes are ellipses, even ones rectangles. `category_ids[:classes]` are the file's ids.
     Where there are three images or more, the last one has no boxes. Image ids start at `first_image_id`, in steps of 3.
     """
-    if classes > len(category_ids) or classes > len(COLOURS):
+    if classes > len(category_ids) or classes > len(COLORS):
         raise ValueError(f"make_dataset: {classes} classes need as many category ids, got {list(category_ids)}")
     rng = np.random.default_rng(seed)
     height, width = size
@@ -46,7 +46,7 @@ def make_dataset(
             w, h = int(rng.integers(width // 6, width // 3)), int(rng.integers(height // 6, height // 3))
             x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
             shape = draw.ellipse if label % 2 else draw.rectangle
-            shape((x, y, x + w - 1, y + h - 1), fill=COLOURS[label])
+            shape((x, y, x + w - 1, y + h - 1), fill=COLORS[label])
             annotation_rows.append(
                 {
                     "id": len(annotation_rows) + 1,
