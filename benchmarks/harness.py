@@ -121,7 +121,10 @@ def _steps_alone(
     row: Row, case: Case, dtype: torch.dtype, layout: str, errors: dict[str, float], min_rounds: int
 ) -> Iterator[Row]:
     for tuned, alone in measure_alone(case, dtype, layout, list(errors), min_rounds).items():
-        timings = {name: Timing.of(steps.seconds, errors[name], steps.peak_bytes) for name, steps in alone.items()}
+        timings = {
+            name: replace(Timing.of(steps.seconds, errors[name], steps.peak_bytes), first=steps.first_seconds)
+            for name, steps in alone.items()
+        }
         profiles = {name: steps.profile for name, steps in alone.items()}
         yield replace(row, timings=timings, profiles=profiles, tuned=tuned)
 

@@ -22,6 +22,7 @@ class Timing:
     rounds: int
     error: float | None = None  # relative error of the results against the oracle
     peak_bytes: int | None = None  # None where it is not measured (on a CPU all but training steps)
+    first: float | None = None  # the first step of a process, compiling included; None where it is not measured
 
     @staticmethod
     def of(samples: list[float], error: float | None = None, peak_bytes: int | None = None) -> "Timing":

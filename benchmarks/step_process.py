@@ -5,7 +5,9 @@ may find memory at hand for which, alone, the kernel clears pages in every step,
 """
 
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +24,13 @@ WARMUP, PASSES = 3, 2
 
 
 class Steps(NamedTuple):
-    """Seconds of each step; most memory resident in them beyond that before the first, None where it cannot be told."""
+    """Seconds of each step; most memory resident in them beyond that before the first, None where it cannot be told.
+
+    `first_seconds` are those of a new process's first step, with nothing in the cache of torch.compile.
+    """
 
     seconds: list[float]
+    first_seconds: float
     peak_bytes: int | None
     profile: Profile
 
@@ -41,16 +47,25 @@ def measure_alone(
     """
     turns = [(tuned, name) for name in names for tuned in (False, True)]
     results: dict[bool, dict[str, Steps]] = {tuned: {} for tuned in (False, True)}
-    for number in range(PASSES):
-        for tuned, name in turns if number % 2 == 0 else reversed(turns):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                steps = pool.apply(_steps, (case, dtype, layout, name, rounds, torch.get_num_threads(), tuned))
-            earlier = results[tuned].get(name)
-            results[tuned][name] = steps._replace(seconds=earlier.seconds + steps.seconds) if earlier else steps
+    first: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(PASSES):
+            for tuned, name in turns if number % 2 == 0 else reversed(turns):
+                cache = str(Path(folder) / name)
+                arguments = (case, dtype, layout, name, rounds, torch.get_num_threads(), tuned, cache)
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    steps = pool.apply(_steps, arguments)
+                first.setdefault(name, steps.first_seconds)
+                earlier = results[tuned].get(name)
+                seconds = earlier.seconds + steps.seconds if earlier else steps.seconds
+                results[tuned][name] = steps._replace(seconds=seconds, first_seconds=first[name])
     return results
 
 
-def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, threads: int, tuned: bool) -> Steps:
+def _steps(
+    case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, threads: int, tuned: bool, cache: str
+) -> Steps:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     if tuned:
         effdet_fast.tune_cpu()
     torch.set_num_threads(threads)
@@ -60,7 +75,10 @@ def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, 
     step = implementation.step
     assert step is not None, f"{name} has no step"
     before = _resident("VmRSS")
-    for _ in range(WARMUP):
+    start = time.perf_counter()
+    step()
+    first_seconds = time.perf_counter() - start
+    for _ in range(WARMUP - 1):
         step()
     if before is not None:
         CLEAR_REFS.write_text("5")  # the peak begins anew
@@ -71,7 +89,7 @@ def _steps(case: Case, dtype: torch.dtype, layout: str, name: str, rounds: int, 
         seconds.append(time.perf_counter() - start)
     peak = _resident("VmHWM")
     grown = None if before is None or peak is None else peak - before
-    return Steps(seconds, grown, profile_of(implementation, torch.device("cpu")))
+    return Steps(seconds, first_seconds, grown, profile_of(implementation, torch.device("cpu")))
 
 
 def _resident(field: str) -> int | None:

@@ -186,6 +186,15 @@ def test_training_step(build, name, peer, one_thread):
             assert sum(changed) > 0.9 * len(changed)
 
 
+@pytest.mark.slow  # the oracle of a whole model
+def test_training_step_of_a_classifier(one_thread):
+    workload = bench_training_step.classifier(
+        CPU, torch.float32, CHANNELS_LAST, name="efficientnet_b0", batch=2, size=64
+    )
+    assert workload.phases == ("step",) and workload.images == 2
+    check(workload, torch.float32, {"timm"})
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("op", BENCHMARKS)
 def test_cases_are_named_once_and_say_what_they_support(op, device_type):

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,11 +15,25 @@ def test_pages_show_the_committed_records(path, wanted):
     assert path.read_text() == wanted, "run `python -m benchmarks.report`"
 
 
+def test_every_committed_record_is_shown_or_cited():
+    """docs/benchmarks.md shows the newest of a device and op; other pages name the files of theirs."""
+    everything = records.load_all()
+    newest = [records.newest_rows(everything, slug).values() for slug in {each.device_slug for each in everything}]
+    shown = {record.date for of_device in newest for record, _ in of_device}
+    pages = "".join(page.read_text() for page in (report.ROOT / "docs").rglob("*.md"))
+    files = sorted(records.RESULTS.rglob("*.json"))
+    unused = [file.name for file in files if json.loads(file.read_text())["environment"]["date"] not in shown]
+    assert not [name for name in unused if name not in pages]
+
+
 def test_the_best_geometry_of_each_op():
     """With backward where there is one, beside the range of all; then the training steps."""
     text = report.generate_best([some_record(), some_step()])
     assert "| focal_loss: a case, with backward | 2.00 ms | 3.00 ms (torch.compile) | 1.50x | 1.50x to 1.50x |" in text
     assert "| training step: a case | 500 ms | 2000 ms (effdet) | 4.00x |  |" in text
+    slow = some_step()
+    slow.rows[0].timings["effdet"] = replace(slow.rows[0].timings["effdet"], first=188.2)
+    assert "| 2000 ms (effdet, first step 188 s) | 4.00x |" in report.generate_best([slow])
     assert "Operators: A CPU (2026-01-02). Training steps: A CPU (2026-01-02)." in text and text.endswith(report.NO_GPU)
 
 
@@ -50,7 +65,10 @@ def test_what_was_not_measured_is_said():
 
 def some_step(device_type="cpu"):
     record = some_record(device_type=device_type, ops=("training_step",))
-    timings = {"effdet_fast": Timing(0.5, 0.5, 0.5, 3, peak_bytes=3_000_000), "effdet": Timing(2.0, 2.0, 2.0, 3)}
+    timings = {
+        "effdet_fast": Timing(0.5, 0.5, 0.5, 3, peak_bytes=3_000_000, first=1.7),
+        "effdet": Timing(2.0, 2.0, 2.0, 3),
+    }
     profiles = {
         "effdet_fast": records.Profile(70, {"loss": 0.001, "rest": 0.002}),
         "effdet": records.Profile(800, {"fusion": 0.004, "loss": 0.010}),
@@ -64,10 +82,10 @@ def some_step(device_type="cpu"):
 def test_a_table_of_training_steps_and_of_where_their_time_goes():
     text = report.generate_steps([some_step()])
     assert report.NO_GPU in text
-    assert "| | images/s | step | against effdet | peak memory | operator calls |" in text
-    assert "| effdet | 2.00 | 2000 ms | 1.00x |  | 800 |" in text
-    assert "| effdet_fast | 8.00 | 500 ms | 4.00x | 3 MB | 70 |" in text
-    assert "| gone | not installed | | | | |" in text
+    assert "| | images/s | step | against effdet | first step | peak memory | operator calls |" in text
+    assert "| effdet | 2.00 | 2000 ms | 1.00x |  |  | 800 |" in text
+    assert "| effdet_fast | 8.00 | 500 ms | 4.00x | 2 s | 3 MB | 70 |" in text
+    assert "| gone | not installed | | | | | |" in text
     assert "| loss | 1 | 10 |\n| rest | 2 |  |\n| fusion |  | 4 |" in text
     assert "training_step" not in report.generate([some_step()])
 
