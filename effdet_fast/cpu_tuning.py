@@ -1,4 +1,4 @@
-"""What a process that computes on a CPU keeps of freed memory, and how its idle threads wait."""
+"""Tuning of a process that computes on a CPU: what it keeps of freed memory, and how its idle threads wait."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ _MALLOC_TUNABLES = ("glibc.malloc.trim_threshold", "glibc.malloc.mmap_max", "gli
 def tune_cpu() -> None:
     """Keep freed memory for later tensors, and let idle threads give their cores away.
 
-    PyTorch takes new memory for each output. glibc gives large blocks back to the kernel when they are freed, and the kernel must
-    clear every page of the next one: up to half of a training step. After this call the process keeps them, and a training holds
-    up to a sixth more memory. Where large tensors of one size alternate with small ones that stay, the holes between them can
-    come to several times that; `empty_cache` gives them back. Processes that are forked later do the same.
+    PyTorch allocates new memory for each output. glibc returns a large block to the kernel when it is freed, and the kernel
+    zeroes every page of the next one, which takes up to half of a training step. After this call the process keeps freed blocks.
+    Training then holds up to a sixth more memory. It can hold several times that where large tensors of one size alternate with
+    small ones that stay, as memory between them is left unused; `empty_cache` returns it. Processes forked later inherit this.
 
-    Called before torch is imported, it also sets ``GOMP_SPINCOUNT=1000``, so that threads of OpenMP that wait for each other do
-    not hold cores that other processes could use.
+    Called before torch is imported, it also sets ``GOMP_SPINCOUNT=1000``: a waiting OpenMP thread soon leaves its core to other
+    processes.
 
-    The command line calls it first. What the user has set by environment variables (``MALLOC_TRIM_THRESHOLD_``,
-    ``MALLOC_MMAP_MAX_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``; ``GOMP_SPINCOUNT``, ``OMP_WAIT_POLICY``) stays, and
-    so does memory where the C library is not glibc.
+    The command line calls this function first. Environment variables of the user win: ``MALLOC_TRIM_THRESHOLD_``,
+    ``MALLOC_MMAP_MAX_``, ``MALLOC_MMAP_THRESHOLD_`` and ``GLIBC_TUNABLES`` for the memory, ``GOMP_SPINCOUNT`` and
+    ``OMP_WAIT_POLICY`` for the threads. Where the C library is not glibc, memory is left alone.
+
+    Example:
+        ```python
+        import effdet_fast
+
+        effdet_fast.tune_cpu()  # before torch is imported
+        import torch
+        ```
     """
     if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT  # read when PyTorch loads OpenMP
@@ -43,11 +51,11 @@ def tune_cpu() -> None:
 
 
 def empty_cache() -> None:
-    """Give memory of former tensors on the CPU back that is kept for later ones.
+    """Free the CPU memory that no tensor holds and that is kept for later ones.
 
-    Ops with kernels of their own write outputs of 128 KiB and more into memory of former ones, and up to a quarter more than was
-    ever in use at once stays with the process; after `tune_cpu` all other memory stays too. This frees what no tensor holds. For
-    a GPU there is ``torch.cuda.empty_cache``.
+    A caching allocator serves the kernels' CPU outputs of 128 KiB and more. It holds at most a quarter more than was ever in use
+    at once. After `tune_cpu` the process keeps all other freed memory too. Both are returned to the system. On a GPU call
+    ``torch.cuda.empty_cache``.
     """
     import torch
 

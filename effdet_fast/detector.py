@@ -25,15 +25,15 @@ Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray"
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """What was found on one image, by descending score.
+    """The detections of one picture, by descending score.
 
     Attributes:
         boxes: float32 [n, 4] xyxy in pixels of the upright picture, clipped to it.
         scores: float32 [n] in 0..1.
-        labels: int64 [n], the model's 0-based classes.
-        category_ids: int64 [n], ids of the annotations file it was trained on.
-        class_names: n names.
-        size: (height, width) of the picture.
+        labels: int64 [n], 0-based class indices.
+        category_ids: int64 [n], the classes' ids in the annotations file that the model was trained on.
+        class_names: n names, one for each detection.
+        size: (height, width) of the upright picture in pixels.
     """
 
     boxes: np.ndarray
@@ -47,22 +47,39 @@ class ImageDetections:
         return len(self.boxes)
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
-        """COCO results: `image_id`, `category_id`, `bbox` xywh, `score`."""
+        """Convert to COCO results, a dict for each detection: `image_id`, `category_id`, `bbox` xywh in pixels, `score`."""
         result = ImageResult(self.boxes.astype(np.float64), self.scores.astype(np.float64), np.arange(len(self)))
         return coco_results([result], [image_id], self.category_ids.tolist())
 
     def draw(self, image: Picture) -> Image.Image:
-        """A copy of `image` (the one that was predicted) with the boxes, names and scores on it."""
+        """Draw boxes, names and scores on a copy of `image`, which must be the picture they were found on."""
         picture = open_image(image)[0] if isinstance(image, str | os.PathLike) else as_picture(image)
         texts = [f"{name} {score:.2f}" for name, score in zip(self.class_names, self.scores, strict=True)]
         return draw_boxes(picture, self.boxes, texts, [class_color(int(label)) for label in self.labels])
 
 
 class Detector:
-    """Finds the objects of a trained model on pictures.
+    """A trained model that detects objects on pictures.
 
     Args:
-        trained: what `load_trained_model` gave; `Detector.from_checkpoint` is the short way.
+        trained: what `load_trained_model` returned; `Detector.from_checkpoint` does both in one call.
+
+    Attributes:
+        model: the `DetectionModel`, in evaluation mode.
+        class_names: name of each label.
+        category_ids: id of each label in the annotations file that the model was trained on.
+        image_size: (height, width) of the model's input in pixels.
+        mean: RGB mean that inputs are normalized with, in 0..1.
+        std: RGB standard deviation, likewise.
+        depth: bits of the values of the gray training pictures of more than 8 bits; None if there were none.
+        device: where the model is.
+
+    Example:
+        ```python
+        detector = effdet_fast.Detector.from_checkpoint("runs/exp1/best.pt")
+        found = detector.predict("photograph.jpg", score_threshold=0.3)
+        print(found.boxes, found.scores, found.class_names)
+        ```
     """
 
     def __init__(self, trained: TrainedModel) -> None:
@@ -81,7 +98,17 @@ class Detector:
         device: torch.device | str | None = None,
         image_size: int | tuple[int, int] | None = None,
     ) -> Detector:
-        """Reads a `best.pt` or `last.pt`; see `load_trained_model` for the arguments and errors."""
+        """Load a detector from the checkpoint of a training run.
+
+        Args:
+            path: a `best.pt` or `last.pt`, or a detector that `convert_checkpoint` wrote as "effdet_fast".
+            device: None takes the GPU if there is one.
+            image_size: input side or (height, width) in pixels, if other than the one trained at.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no checkpoint of this package, or contradicts itself.
+        """
         return cls(load_trained_model(path, device, image_size))
 
     @overload
@@ -118,22 +145,27 @@ class Detector:
         batch_size: int = 8,
         amp: str | torch.dtype | None = None,
     ) -> ImageDetections | list[ImageDetections]:
-        """Detections of one picture, or of each of a list.
+        """Detect the objects on one picture, or on each of a list.
 
-        Files and PIL images are turned upright by their EXIF orientation first, and boxes are in pixels of the upright
-        picture. Any mode of PIL image will do; arrays are uint8 RGB [H, W, 3] or gray [H, W].
+        Files and PIL images are turned upright by their EXIF orientation first. Boxes are in pixels of the upright picture.
 
         Args:
-            images: a path, PIL image or array, or a list of them.
-            score_threshold: lower scores are left out; None takes the model's own, which of EfficientDets keeps all.
+            images: a path, a PIL image, an array, or a list of them. PIL images may be of any mode but "F"; arrays are uint8, RGB
+                [H, W, 3] or gray [H, W].
+            score_threshold: detections with a lower score are dropped; None takes the model's own threshold. An EfficientDet's
+                keeps all.
             iou_threshold: of the per-class non-maximum suppression; None takes the model's own.
-            max_detections: per image.
-            batch_size: images that go through the model at once.
-            amp: None, "bf16" or "fp16".
+            max_detections: largest number of detections on a picture.
+            batch_size: pictures that go through the model at once.
+            amp: precision of the forward pass: None (float32), "bf16" or "fp16".
+
+        Returns:
+            The `ImageDetections` of the picture, or a list with those of each.
 
         Raises:
-            FileNotFoundError, ValueError: of a file, naming it; or a bad array shape or option.
-            TypeError: not a picture.
+            FileNotFoundError: there is no such file.
+            TypeError: an image is neither a path, a PIL image nor a uint8 array; or a threshold is not a number.
+            ValueError: a file cannot be decoded (the message names it), an array has another shape, or an option is out of range.
         """
         check_detection_options("predict", score_threshold, iou_threshold, max_detections)
         if batch_size < 1:
@@ -147,7 +179,15 @@ class Detector:
         return found if many else found[0]
 
     def prepare(self, image: Picture, annotated_size: Size | None = None) -> tuple[np.ndarray, Size]:
-        """The model's input for a picture (letterboxed uint8 [H, W, 3]), and the picture's (height, width)."""
+        """Turn a picture into the model's input.
+
+        Args:
+            image: a path, a PIL image or an array, as for `predict`.
+            annotated_size: (height, width) of the picture in an annotations file; see `open_image`. Used for a path only.
+
+        Returns:
+            The letterboxed picture, uint8 RGB [H, W, 3] of `image_size`; and the (height, width) of the upright picture.
+        """
         if isinstance(image, str | os.PathLike):
             picture, size = open_image(os.fspath(image), annotated_size, self._decode_size, self.depth)
         else:
@@ -165,7 +205,18 @@ class Detector:
         max_detections: int = 100,
         amp: str | torch.dtype | None = None,
     ) -> list[ImageDetections]:
-        """Detections of a batch of what `prepare` gave; the options are `predict`'s."""
+        """Detect the objects on a batch of prepared pictures.
+
+        Args:
+            inputs: what `prepare` returned for each picture.
+            score_threshold: as for `predict`.
+            iou_threshold: as for `predict`.
+            max_detections: as for `predict`.
+            amp: as for `predict`.
+
+        Returns:
+            The `ImageDetections` of each picture.
+        """
         sizes = [size for _, size in inputs]
         pixels = torch.from_numpy(np.stack([array for array, _ in inputs])).permute(0, 3, 1, 2)
         with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Which device to run on, and in which precision."""
+"""The device to run on, and the precision to run in."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ AMP_MODES = ("none", "bf16", "fp16")
 
 
 def autocast(device: torch.device, amp: str | torch.dtype | None) -> contextlib.AbstractContextManager:
-    """The autocast context for `amp` as commands spell it: None, "none", "bf16", "fp16", or a dtype."""
+    """Make the autocast context of a precision.
+
+    Args:
+        device: the device whose operations are cast.
+        amp: None or "none" (no autocast), "bf16", "fp16", ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        A context manager for the forward pass.
+
+    Raises:
+        ValueError: `amp` is anything else.
+    """
     import torch
 
     if amp is None or amp == "none":
@@ -25,7 +36,7 @@ def autocast(device: torch.device, amp: str | torch.dtype | None) -> contextlib.
 
 
 def choose_device(device: str | torch.device | None, local_rank: int = 0) -> torch.device:
-    """The device that was asked for, or the process's GPU, or the CPU.
+    """Choose the device that was asked for; else the process's GPU; else the CPU.
 
     Args:
         device: "cpu", "cuda", "cuda:1" or such a device; None takes the GPU if there is one.

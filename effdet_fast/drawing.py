@@ -1,4 +1,4 @@
-"""Boxes and labels drawn on a picture."""
+"""Drawing of boxes and labels on a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Color = tuple[int, int, int]
 
 
 def class_color(label: int) -> Color:
-    """A bright color for a class, far from those of its neighbors."""
+    """Choose a bright RGB color for a class, far from those of the classes next to it."""
     # Steps of the golden ratio never come close to an earlier hue; two brightnesses part those that do after many.
     hue = (label * 0.61803398875 + 0.02) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, 1.0 if label % 2 == 0 else 0.8)
@@ -27,7 +27,7 @@ def draw_boxes(
     colors: Sequence[Color] | None = None,
     width: int | None = None,
 ) -> Image.Image:
-    """A copy of the picture with boxes on it.
+    """Draw boxes on a copy of a picture.
 
     Args:
         image: RGB picture or uint8 [H, W, 3].

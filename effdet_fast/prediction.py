@@ -1,4 +1,4 @@
-"""Detections of a picture or a folder: pictures with boxes and a COCO results file. `effdet-fast predict` calls this."""
+"""Detection on a picture or a folder, with drawn pictures and a COCO results file. `effdet-fast predict` calls this."""
 
 from __future__ import annotations
 
@@ -61,37 +61,46 @@ def predict(
     overwrite: bool = False,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Writes pictures with boxes and `detections.json` to `output`.
+    """Detect the objects on a picture or a folder, and write `detections.json` and the pictures with boxes on them.
 
-    Pictures are turned upright by their EXIF orientation; the boxes, in the file and on the pictures, are in pixels of
-    the upright picture. JPEG and PNG keep their name, others get ".png" appended.
+    Pictures are turned upright by their EXIF orientation. Boxes, in the file and on the pictures, are in pixels of the upright
+    picture. A drawn JPEG or PNG keeps its name; others get ".png" appended.
 
-    Image ids come from `annotations` if given, else from the file names if all of them are numbers (as COCO's are), else
+    Image ids are those of `annotations`, if given. Else they are the file names, if all of those are numbers, as COCO's are. Else
     they count from 1 in the order of the names, and each result names its file under `file_name`.
 
+    A warning counts and names the pictures of a folder that cannot be decoded.
+
     Args:
-        checkpoint: `best.pt` or `last.pt`, or a `Detector`.
-        images: one file, or a folder (without its subfolders).
-        output: folder, made if missing, outside of `images`. Nothing in it is replaced without `overwrite`, and the pictures read
-            never are.
-        annotations: COCO file whose images, relative to the folder `images`, are the ones to go through.
-        score_threshold, iou_threshold, max_detections: see `Detector.predict`.
-        image_size: another input size than the one trained at.
+        checkpoint: a `best.pt` or `last.pt`, or a `Detector`.
+        images: one file, or a folder, whose subfolders are not read.
+        output: folder to write to, outside of `images`; made if missing. Only `overwrite` replaces files in it, and nothing
+            replaces the pictures that are read.
+        annotations: COCO file that lists the images to go through, relative to the folder `images`.
+        score_threshold: see `Detector.predict`.
+        iou_threshold: see `Detector.predict`.
+        max_detections: see `Detector.predict`.
+        batch_size: pictures that go through the model at once.
+        image_size: input side or (height, width) in pixels, if other than the one trained at.
         workers: threads that read and draw.
         device: None takes the GPU if there is one.
-        amp: None, "bf16" or "fp16".
-        draw: write the pictures too, not just `detections.json`.
-        overwrite: whether files of an earlier run may be replaced.
-        progress: show a bar.
+        amp: precision of the forward pass: None (float32), "bf16" or "fp16".
+        draw: write the drawn pictures too.
+        overwrite: replace the files of an earlier call.
+        progress: show a progress bar.
 
     Returns:
-        The content of `detections.json`: COCO results.
+        COCO results, the content of `detections.json`.
 
     Raises:
-        FileExistsError: a file to be written exists (and would be replaced), named.
-        FileNotFoundError: no such checkpoint, picture or folder.
-        ValueError: no pictures there, or none that can be decoded. A folder with some that cannot be decoded gives a
-            counted warning that names them.
+        FileExistsError: a file to be written exists, or would replace a picture that is read.
+        FileNotFoundError: there is no such checkpoint, picture or folder.
+        ValueError: there are no pictures, none of them can be decoded, or an option is out of range.
+
+    Example:
+        ```python
+        results = effdet_fast.predict("runs/exp1/best.pt", "photographs", "found", score_threshold=0.3)
+        ```
     """
     if workers < 1 or batch_size < 1:
         raise ValueError(f"predict: workers and batch_size must be >= 1, got {workers}, {batch_size}")

@@ -1,4 +1,4 @@
-"""One line that makes an existing model of effdet, timm or torchvision faster, with the same numbers."""
+"""Acceleration of an existing model of effdet, timm or torchvision by one line, with the same results."""
 
 from effdet_fast.acceleration.apply import FAMILIES, accelerate, restore
 from effdet_fast.acceleration.patching import Patch, patch_torchvision

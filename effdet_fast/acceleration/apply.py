@@ -1,4 +1,4 @@
-"""`accelerate(model)`: puts our ops under a model of effdet, timm or torchvision that is there already, and `restore(model)`."""
+"""`accelerate(model)` makes an existing model of effdet, timm or torchvision run on our operators; `restore(model)` undoes it."""
 
 from __future__ import annotations
 
@@ -40,25 +40,32 @@ SWAPS: tuple[type[Swap], ...] = (
     RetinaNetDetections,
 )
 FAMILIES = tuple(dict.fromkeys(swap.family for swap in SWAPS))
+"""The families of modules that `accelerate` can swap, by the names that its argument `only` takes."""
 
 
 def accelerate(model: nn.Module, *, only: Sequence[str] | None = None) -> Report:
-    """Makes the modules of a model that are known run on this package's ops, in place.
+    """Make the modules of a model that are known run on this package's operators, in place.
 
-    Parameters, buffers, state-dict keys and their order, hooks, `isinstance` and references to modules stay as they are, so
+    Parameters, buffers, state-dict keys and their order, hooks, `isinstance` and references to modules stay as they are, so that
     optimizers, checkpoints, DDP, EMA copies, pickles, AMP and `torch.compile` go on working. `torch.fx`, `torch.jit.trace` and
-    `torch.jit.script` find the original. Results are the same up to the round-off of float32. A second call adds to the first.
+    `torch.jit.script` see the original. Results are the same up to the round-off of float32. A second call adds to the first.
 
     Args:
-        model: Any module, also one inside a bench, DDP or `torch.compile`'s wrapper.
+        model: A model of effdet, timm or torchvision, or any module that holds one: a bench, DDP, `torch.compile`'s wrapper.
         only: Families to swap, of `FAMILIES`; None swaps all.
 
     Returns:
-        The report; print it. Candidates left alone are in it with the reason.
+        The `Report`; print it. It lists each module that was swapped, and each that was left alone with the reason.
 
     Raises:
         TypeError: `model` is not a module, or `only` is a string.
-        ValueError: An unknown family in `only`.
+        ValueError: `only` has an unknown family.
+
+    Example:
+        ```python
+        bench = effdet.create_model("tf_efficientdet_d0", bench_task="train", bench_labeler=True, pretrained_backbone=False)
+        print(effdet_fast.accelerate(bench))
+        ```
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be an nn.Module, got {type(model).__name__}")
@@ -81,7 +88,13 @@ def accelerate(model: nn.Module, *, only: Sequence[str] | None = None) -> Report
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undoes `accelerate` exactly; returns the model. A model that was never accelerated stays as it is.
+    """Undo `accelerate` exactly; a model that was never accelerated stays as it is.
+
+    Args:
+        model: The model, which is changed in place.
+
+    Returns:
+        The model.
 
     Raises:
         TypeError: `model` is not a module.
@@ -95,7 +108,7 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def _objects(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All modules with their paths, and effdet's labelers, which are none."""
+    """Iterate over all modules with their paths, and over effdet's labelers, which are no modules."""
     for path, module in model.named_modules():
         yield path, module
         labeler = module.__dict__.get("anchor_labeler")

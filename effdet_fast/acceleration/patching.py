@@ -1,4 +1,4 @@
-"""`patch_torchvision()`: our operators behind torchvision's names, for code that calls those."""
+"""`patch_torchvision()` puts our operators behind torchvision's names, for code that calls those."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _pairs: list[tuple[_Function, _Function]] = []
 
 
 class Patch:
-    """torchvision as `patch_torchvision` left it, until `restore()` or the end of a `with` block."""
+    """A patch of torchvision, from `patch_torchvision`; it lasts until `restore()` or the end of a `with` block."""
 
     def restore(self) -> None:
-        """Gives torchvision its functions back, once no other patch holds. A second call does nothing."""
+        """End the patch; the last patch to end gives torchvision its functions back. A second call does nothing."""
         _patches.discard(self)
         if not _patches:
             _exchange([(ours, original) for original, ours in _pairs])
@@ -36,28 +36,34 @@ class Patch:
 
 
 def patch_torchvision() -> Patch:
-    """Puts our `nms`, `batched_nms` and `sigmoid_focal_loss` behind torchvision's names.
+    """Put our `nms`, `batched_nms` and `sigmoid_focal_loss` behind torchvision's names.
 
     Every module of torchvision that has one of these functions gets ours under the same name: `torchvision.ops`,
-    `torchvision.ops.boxes`, `torchvision.ops.focal_loss` and the detection models. Copies that other packages imported before
-    (`from torchvision.ops import nms`) stay what they are, so patch first. Signatures, dtypes and results are torchvision's:
+    `torchvision.ops.boxes`, `torchvision.ops.focal_loss` and the detection models. Patch first: names that other packages have
+    already imported (`from torchvision.ops import nms`) stay torchvision's. Signatures, dtypes and results are torchvision's:
 
     - `nms` is the same for every input, with equal scores in the order of their index.
-    - `batched_nms` compares classes by id and gives what torchvision's loop over the classes gives, for every number of boxes.
-      torchvision itself moves the classes apart by an offset where there are few boxes, which rounds large coordinates and is
-      wrong for negative ones.
+    - `batched_nms` compares classes by id, and equals torchvision's loop over the classes for every number of boxes. For few
+      boxes, torchvision itself moves the classes apart by an offset, which rounds large coordinates and is wrong for negative
+      ones.
     - `sigmoid_focal_loss` is the same up to round-off for targets in [0, 1]. Where torchvision's gradient is not a number
       (`gamma` below 1 and a certain prediction), ours is its limit 0.
 
-    Whatever ours do not take goes to torchvision's function, which then raises its own errors: quantized boxes, targets that
-    need a gradient, and devices without our kernels. `torch.jit.trace`, `torch.jit.script` and `torch.fx` get torchvision's too.
+    What ours do not take goes to torchvision's function, with its errors: quantized boxes, targets that need a gradient, and
+    devices without our kernels. `torch.jit.trace`, `torch.jit.script` and `torch.fx` get torchvision's too.
 
     Returns:
-        A `Patch`: call its `restore()`, or use it in `with effdet_fast.patch_torchvision(): ...`. Patches may be nested and
-        end in any order; the last one to end restores torchvision exactly.
+        A `Patch`: call its `restore()`, or use it in a `with` statement. Patches may be nested and end in any order; the last one
+        to end restores torchvision exactly.
 
     Raises:
         ImportError: torchvision cannot be imported.
+
+    Example:
+        ```python
+        with effdet_fast.patch_torchvision():
+            kept = torchvision.ops.nms(boxes, scores, 0.5)  # runs effdet_fast.ops.nms
+        ```
     """
     try:
         from torchvision.ops import boxes, focal_loss
@@ -103,7 +109,7 @@ def _in_place_of(original: _Function, ours: _Function) -> _Function:
 
 
 def _exchange(pairs: list[tuple[_Function, _Function]]) -> None:
-    """Replaces the first of each pair by the second, wherever torchvision has it; what others put there stays."""
+    """Replace the first of each pair by the second wherever torchvision has it; what others put there stays."""
     replacements = {id(old): new for old, new in pairs}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "torchvision":

@@ -1,4 +1,4 @@
-"""What was swapped, and what was left alone and why."""
+"""The report of `accelerate`: what was swapped, and what was left alone and why."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate.
+    """One candidate for a swap.
 
     Attributes:
         path: Its name in the model, as in `named_modules()`; "" is the model itself.
         kind: The name of its class.
-        family: "depthwise_conv", "batch_norm_act", ...
-        replacement: What it now runs on; None if it was left alone.
-        reason: Why it was left alone; None if it was not.
+        family: Its family, one of `FAMILIES`.
+        replacement: The operator that it now runs on; None if it was left alone.
+        reason: Why it was left alone; None if it was swapped.
     """
 
     path: str
@@ -26,16 +26,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` did; prints as a table, one line for candidates that share all but their path."""
+    """What `accelerate` did; it prints as a table, with one line for candidates that differ in their path alone.
+
+    Attributes:
+        rows: All candidates.
+    """
 
     rows: tuple[Row, ...]
 
     @property
     def swapped(self) -> tuple[Row, ...]:
+        """The candidates that were swapped."""
         return tuple(row for row in self.rows if row.replacement)
 
     @property
     def left_alone(self) -> tuple[Row, ...]:
+        """The candidates that were left alone."""
         return tuple(row for row in self.rows if not row.replacement)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Our functions in place of others', for whoever runs them; whoever records or reads one still finds the original."""
+"""Puts our functions in place of others'; tools that trace or script a function still see the original."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _module_call = _symbolic_trace._orig_module_call
 
 
 def stand_in(original: Callable, ours: Callable) -> Callable:
-    """What runs `ours`, but `original` while `torch.jit.trace` or `torch.fx` records.
+    """Make a function that runs `ours`, but `original` while `torch.jit.trace` or `torch.fx` records.
 
     To `torch.jit.script`, which compiles what `inspect` makes of a function, it is the original: source, names and globals.
     """

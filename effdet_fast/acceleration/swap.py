@@ -1,7 +1,6 @@
-"""How an object takes on a faster method and stays itself: its class is exchanged for a subclass of that class.
+"""Replaces an object's class by a subclass with a faster method; giving the class back undoes it.
 
-Nothing else of the object changes: parameters, buffers, hooks, references to it and `isinstance` tests all hold, and giving the
-class back undoes it.
+Nothing else of the object changes: parameters, buffers, hooks, references to it and `isinstance` tests all hold.
 """
 
 from __future__ import annotations

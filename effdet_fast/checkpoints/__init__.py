@@ -1,5 +1,5 @@
 """Checkpoint files, in two layers.
 
-`files` and `names` know tensors and keys, and lie below the models, which load their weights through them. `format` (the
-dictionary of our own files), `identify` and `convert` know the models.
+`files` and `names` handle tensors and keys; the models load their weights through them. `format` (the dictionary of our own
+files), `identify` and `convert` use the models.
 """

@@ -1,4 +1,4 @@
-"""Rewrites a checkpoint under another project's names."""
+"""Conversion of a checkpoint to another project's names."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Conversion:
     """What `convert_checkpoint` did.
 
     Attributes:
-        naming: Whose names the tensors had.
+        naming: The project whose names the tensors had.
         names: Every model (or backbone) that the weights fit; the first was taken.
-        num_classes: Of the detector; None for a backbone.
-        tensors: How many were written.
+        num_classes: Number of classes of the detector; None for a backbone.
+        tensors: Number of tensors written.
         left_out: Keys of the tensors that the target has no place for.
     """
 
@@ -44,30 +44,39 @@ def convert_checkpoint(
     model: str | DetectorConfig | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Writes a checkpoint's weights under another project's names; values, types and shapes stay as they are.
+    """Convert a checkpoint to another project's names; values, dtypes and shapes stay as they are.
 
-    Understood are effdet (either order of the heads' BatchNorms), zylo117's Yet-Another-EfficientDet-Pytorch,
-    torchvision's RetinaNets (new and old names), this package's own files, and backbones of timm, torchvision and the
-    EfficientNet naming with `_blocks`; in files of `torch.save`, wrapped or not, or `.safetensors`. Averaged weights are
+    It reads detectors of effdet (either order of the heads' BatchNorms), of zylo117's Yet-Another-EfficientDet-Pytorch, of
+    torchvision (RetinaNets with new or old names) and of this package, and backbones of timm, of torchvision and with the
+    EfficientNet naming `_blocks`. Files are those of `torch.save`, wrapped or not, or `.safetensors`. Averaged weights are
     taken where a file has both. Nothing in a file is executed (`weights_only=True`).
 
-    A detector converted to "effdet_fast" in a `.pt` or `.pth` file can be evaluated and used for prediction at once, like
-    a run's `best.pt`. Class names are the category ids unless the source is such a file: label + 1 as effdet counts, or
-    the label as torchvision does.
+    A detector converted to "effdet_fast" in a file other than `.safetensors` can be evaluated and used for prediction at once,
+    like a run's `best.pt`. Unless the source is such a file, its class names are the category ids: label + 1, as effdet counts,
+    or the label, as torchvision does.
 
     Args:
         source: The file to read.
-        output: The file to write: `.safetensors`, or anything else for `torch.save`. Tensors only, in the target's order,
-            except for detectors as "effdet_fast".
+        output: The file to write: `.safetensors`, or anything else for `torch.save`. It holds tensors only, in the target's
+            order, unless it is a detector as "effdet_fast".
         to: "effdet", "torchvision", "timm" (the backbone alone) or "effdet_fast".
-        model: What the weights belong to, a name of `list_models()` or a configuration. By default what the file says, or
-            the released model that they fit.
+        model: The model that the weights belong to, a name of `list_models()` or a configuration. By default the one that the
+            file names, or else the released model that they fit.
         overwrite: Replace an existing `output`.
 
+    Returns:
+        A `Conversion`: what was found, and what was left out.
+
     Raises:
-        FileNotFoundError, FileExistsError: `source` or `output`.
-        ValueError: Names or weights that are not understood, do not fit (keys are listed) or that the target has not; or a
-            `.safetensors` file without the package safetensors.
+        FileExistsError: `output` exists.
+        FileNotFoundError: There is no `source`.
+        ValueError: The names are unknown, the weights fit no model (keys are listed), the target has no such model, or a
+            `.safetensors` file needs the package safetensors.
+
+    Example:
+        ```python
+        effdet_fast.convert_checkpoint("runs/exp1/best.pt", "effdet.pth", "effdet")
+        ```
     """
     source, output = os.fspath(source), os.fspath(output)
     refuse_existing([output], overwrite)
@@ -97,18 +106,18 @@ def convert_checkpoint(
 
 
 def _description(config: DetectorConfig) -> dict[str, Any]:
-    """torchvision's labels are the category ids themselves, effdet's count from 0."""
+    """Describe converted weights: torchvision's labels are the category ids themselves, effdet's are the ids less 1."""
     first = 0 if config.box_coder == "torchvision" else 1
     ids = range(first, first + config.num_classes)
     return describe(config, [str(category) for category in ids], ids)
 
 
 class Converted(NamedTuple):
-    """What `convert_state_dict` made.
+    """The result of `convert_state_dict`.
 
     Attributes:
         state_dict: The tensors, unchanged, under the target's names and in the order of its own files.
-        naming: Whose names they had.
+        naming: The project whose names they had.
         config: The detector they belong to; None for a backbone.
         names: Every model (or backbone) they fit, the first of which is `config`'s: D6 and D7 have the same weights.
         left_out: Keys, as they were, of tensors that the target has no place for.
@@ -122,17 +131,18 @@ class Converted(NamedTuple):
 
 
 def convert_state_dict(state_dict: StateDict, to: str, *, model: str | DetectorConfig | None = None) -> Converted:
-    """Renames a detector's or a backbone's tensors; every one must have its place in one of our models.
+    """Rename the tensors of a detector or a backbone; each must have its place in one of our models.
 
     Args:
         state_dict: Under any of the names that `NAMINGS` lists, perhaps with "module." or "model." before every key.
         to: One of `TARGETS`. "effdet" takes EfficientDets, "torchvision" RetinaNets and ResNets, "timm" every backbone,
             alone or out of a detector.
-        model: What the weights belong to, a name of `list_models()` or a configuration. By default the released model
-            that they fit; other numbers of classes fit too.
+        model: The model that the weights belong to, a name of `list_models()` or a configuration. By default the released
+            model that they fit, with any number of classes.
 
     Raises:
-        ValueError: Unknown target or names, weights that do not fit (the keys are listed), or of no use to the target.
+        ValueError: The target or the names are unknown, the weights fit no model (keys are listed), or the target has no such
+            model.
     """
     if to not in TARGETS:
         raise ValueError(f"convert: to must be one of {list(TARGETS)}, got {to!r}")

@@ -23,11 +23,13 @@ _SHOWN = 8
 
 
 def read_content(checkpoint: PathOrStateDict) -> Mapping[str, Any]:
-    """All that a file (or mapping) holds, tensors on the CPU; nothing in it is executed (`weights_only=True`).
+    """Read a checkpoint file, tensors on the CPU; a mapping is returned as it is.
+
+    Nothing in the file is executed (`weights_only=True`).
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not a checkpoint; or a `.safetensors` file, and the package safetensors is not installed.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no checkpoint, or it is a `.safetensors` file and the package safetensors is not installed.
     """
     if isinstance(checkpoint, Mapping):
         return checkpoint
@@ -39,10 +41,11 @@ def read_content(checkpoint: PathOrStateDict) -> Mapping[str, Any]:
 
 
 def read_tensors(checkpoint: PathOrStateDict, use_ema: bool = True) -> StateDict:
-    """The tensors of a file or mapping, out of their wrapper; averaged weights where it has both and `use_ema`.
+    """Read the tensors of a file or mapping, out of their wrapper; averaged weights where it has both and `use_ema`.
 
     Raises:
-        FileNotFoundError, ValueError: As `read_content`; ValueError too if there are no tensors.
+        FileNotFoundError: There is no such file.
+        ValueError: As `read_content`, or there are no tensors.
     """
     content: Any = read_content(checkpoint)
     names = (*_EMA_WRAPPERS, *_WRAPPERS) if use_ema else _WRAPPERS
@@ -59,12 +62,12 @@ def read_tensors(checkpoint: PathOrStateDict, use_ema: bool = True) -> StateDict
 
 
 def write_content(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Writes a state dict (or, not as `.safetensors`, any plain values) that `read_content` gives back.
+    """Write a state dict for `read_content`; in files other than `.safetensors` also plain values.
 
-    `path` always holds a whole file, the old one or the new one, also after a power cut.
+    `path` always holds a whole file, the old one or the new one, even after a power cut.
 
     Raises:
-        OSError: It cannot be written, for instance for want of space; names the file.
+        OSError: The file, which the message names, cannot be written, for instance because the disk is full.
     """
     path = os.fspath(path)
     write = _write_safetensors if path.endswith(SAFETENSORS) else _write_torch_file
@@ -77,17 +80,17 @@ def describe_source(checkpoint: PathOrStateDict) -> str:
 
 
 def shorten(items: list[str]) -> str:
-    """The first few, and how many more."""
+    """Join the first few items, and say how many more there are."""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + more
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote, tensors on the CPU; nothing in the file is executed (`weights_only=True`).
+    """Read what `torch.save` wrote, tensors on the CPU; nothing in the file is executed (`weights_only=True`).
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not such a file, cut short, or with other objects than tensors and plain values.
+        FileNotFoundError: There is no such file.
+        ValueError: `torch.save` did not write it, it was cut short, or it holds other objects than tensors and plain values.
     """
     _require_file(path)
     try:

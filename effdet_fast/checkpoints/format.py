@@ -1,4 +1,4 @@
-"""The dictionary that is a `best.pt` and the head of a `last.pt`: weights, and what is needed to use them."""
+"""The dictionary in a `best.pt`, and in a `last.pt` with more: the weights, and what is needed to use them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PREPROCESSING = ("mean", "std", "image_size")
 def describe(
     config: DetectorConfig, class_names: Sequence[str], category_ids: Sequence[int], depth: int | None = None
 ) -> dict[str, Any]:
-    """All of such a dictionary but its `state_dict`.
+    """Make such a dictionary without its `state_dict`.
 
     Args:
-        config: Of the model.
-        class_names: By label.
-        category_ids: The training file's category of each label.
-        depth: Bits of the values of the deep gray pictures that it was trained on; None if there were none.
+        config: Configuration of the model.
+        class_names: Name of each label.
+        category_ids: Id of each label in the annotations file that the model was trained on.
+        depth: Bits of the values of the gray training pictures of more than 8 bits; None if there were none.
     """
     return {
         "format": FORMAT,
@@ -48,15 +48,15 @@ def describe(
 
 
 def description_of(content: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `describe` gave for the content of a file; None for another project's file."""
+    """Return what `describe` made from the content of a file; None for another project's file."""
     return {key: content[key] for key in _DESCRIPTION} if all(key in content for key in _DESCRIPTION) else None
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dictionary in a file, tensors on the CPU; nothing in the file is executed (`weights_only=True`).
+    """Read such a dictionary from a file, tensors on the CPU; nothing in the file is executed (`weights_only=True`).
 
     Raises:
-        FileNotFoundError: No such file.
+        FileNotFoundError: There is no such file.
         ValueError: The file holds no such dictionary, or one of a later format.
     """
     content = read_torch_file(path)

@@ -1,4 +1,4 @@
-"""Which model the tensors of a checkpoint belong to."""
+"""Finds the model that the tensors of a checkpoint belong to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracke
 
 
 class Identity(NamedTuple):
-    """What a state dict was found to be.
+    """The model that a state dict was found to belong to.
 
     Attributes:
         state_dict: Its tensors, under our names and in the order of the model's own.
@@ -36,14 +36,14 @@ class Identity(NamedTuple):
 
 
 def identify_detector(state_dict: StateDict, configs: Iterable[DetectorConfig] | None = None) -> Identity:
-    """Finds the configuration, with any number of classes, that a detector's tensors fit exactly.
+    """Find the configuration, with any number of classes, that a detector's tensors fit exactly.
 
     Args:
-        state_dict: Under our names.
-        configs: Where to look; by default the released models.
+        state_dict: Tensors under our names.
+        configs: Configurations to try; by default those of the released models.
 
     Raises:
-        ValueError: It fits none; the message lists what does not fit the nearest.
+        ValueError: The tensors fit none; the message lists what does not fit the nearest one.
     """
     if configs is None:
         configs = [config for config in map(model_config, list_models()) if _may_fit(state_dict, config)]
@@ -65,10 +65,10 @@ def identify_detector(state_dict: StateDict, configs: Iterable[DetectorConfig] |
 
 
 def identify_backbone(state_dict: StateDict) -> Identity:
-    """Finds the EfficientNet or ResNet that a backbone's tensors, classifier or not, fit exactly.
+    """Find the EfficientNet or ResNet that a backbone's tensors, with a classifier or without, fit exactly.
 
     Raises:
-        ValueError: They fit none; the message lists what does not fit the nearest.
+        ValueError: The tensors fit none; the message lists what does not fit the nearest one.
     """
     features = backbone_of(state_dict)
     names: list[str] = []
@@ -89,7 +89,7 @@ def identify_backbone(state_dict: StateDict) -> Identity:
 
 
 def in_order_of(own: Iterable[str], state_dict: StateDict) -> StateDict:
-    """The tensors in a model's own order; a classifier's that it lacks come last, counters behind their BatchNorm."""
+    """Sort tensors to a model's own order: a classifier that it lacks comes last, counters after their BatchNorm's tensors."""
     ranks: dict[str, int] = {}
     for key in own:
         ranks.setdefault(key.rpartition(".")[0], len(ranks))

@@ -1,4 +1,4 @@
-"""COCO-format data: reading and checking, transforms, and batches for training and evaluation."""
+"""Data in COCO format: reading, checking, transforms, and batches for training and evaluation."""
 
 from effdet_fast.data.batch import Batch, normalize
 from effdet_fast.data.coco import CocoDetection

@@ -1,4 +1,4 @@
-"""A batch on its way from the loader to the model."""
+"""The batch that a loader gives, and its normalization on the device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch._subclasses import FakeTensor
 
 
 class Batch(NamedTuple):
-    """Images and boxes of one step.
+    """The images and objects of one step.
 
     Attributes:
         images: uint8 [B, 3, H, W] RGB, channels_last in memory.
         gt_boxes: float32 [B, M, 4] xyxy in pixels of `images`; zeros in padding rows. M is a power of two, at least 8,
             so that the number of shapes the model sees stays small.
         gt_labels: int64 [B, M], 0-based; -1 marks padding rows.
-        image_ids: int64 [B].
+        image_ids: int64 [B]; counted from 1 where the annotations file has strings.
         scales: float32 [B], pixels of `images` per original pixel. Nominal: sizes are rounded to whole pixels, so each
             axis may differ a little; `Placement.letterbox(size, image_size).undo_boxes` is exact.
         sizes: int64 [B, 2], original (height, width).
@@ -33,12 +33,17 @@ class Batch(NamedTuple):
     sizes: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The batch with every tensor on `device`."""
+        """Copy every tensor to a device.
+
+        Args:
+            device: where to.
+            non_blocking: do not wait for copies from pinned memory.
+        """
         return Batch(*(t.to(device, non_blocking=non_blocking) for t in self))
 
 
 def object_rows(objects: int) -> int:
-    """Rows that `objects` of an image are padded to: a power of two, at least 8."""
+    """Round a number of objects up to the rows they are padded to: a power of two, at least 8."""
     rows = 8
     while rows < objects:
         rows *= 2
@@ -52,17 +57,21 @@ def normalize(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """(images / 255 - mean) / std on the images' own device, without a host sync.
+    """Normalize images on their device to `(images / 255 - mean) / std`, without waiting for it.
 
     Args:
-        images: uint8 [B, 3, H, W].
-        mean, std: per channel, in 0..1.
+        images: uint8 [B, 3, H, W], RGB.
+        mean: RGB mean in 0..1.
+        std: RGB standard deviation in 0..1.
         dtype: of the result; the arithmetic is float32.
         channels_last: memory format of the result; False gives contiguous NCHW.
 
+    Returns:
+        [B, 3, H, W] of `dtype`.
+
     Raises:
         TypeError: images are not uint8.
-        ValueError: images are not [B, 3, H, W], or mean / std not three numbers, or a std not positive.
+        ValueError: images are not [B, 3, H, W], mean or std are not three numbers, or a std is not positive.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"normalize: images must be uint8, got {images.dtype}")

@@ -16,29 +16,35 @@ from effdet_fast.data.image_io import DEPTHS, Size, depth_of, largest_value, ope
 
 
 class CocoDetection(Dataset):
-    """Images and boxes of a COCO annotations file, checked as a whole when made.
+    """The images and boxes of a COCO annotations file, which is checked as a whole when the data set is made.
 
     Label k (0-based, without gaps) stands for category `category_ids[k]` of the file. Images without boxes stay.
-    Crowd boxes are kept apart from those to train on. The pictures are upright by their EXIF data, unless the sizes in
-    the file say that its boxes belong to the stored pixels.
+    Crowd boxes are kept apart from those to train on. Pictures are turned upright by their EXIF orientation, unless the sizes in
+    the file show that its boxes belong to the stored pixels.
 
-    Raised at once, naming the file and the annotation or image: missing or unreadable files, pictures of another size
-    than annotated, duplicate image or category ids, unknown image or category ids, malformed boxes. One counted
-    warning names boxes that are not finite, empty, outside the image (left out of training) or partly outside
-    (clipped). What only decoding shows (a truncated picture) is raised by `__getitem__`, naming the file.
+    One counted warning names the boxes that are left out of training (not finite, empty or outside the image) and those that
+    are clipped (partly outside).
+
+    Indexing gives a sample, a dict: `image` uint8 [H, W, 3] RGB, `boxes` float32 [n, 4] xyxy in pixels, `labels` int64 [n],
+    `crowd_boxes` float32 [k, 4], `crowd_labels` int64 [k], `image_id`, `size` (height, width), `file_name`.
 
     Args:
         images_dir: folder that the file names are relative to.
         annotations_file: COCO JSON.
         category_ids: the category of each label, as a model already trained has them; None takes the file's, sorted.
         check_images: read every picture's header now. Without it only missing sizes are read.
-        depth: bits of the values of gray pictures of more than 8 bits, 8, 10, 12, 14 or 16; the upper 8 are kept. "auto"
-            takes the least that fits the largest value of all of them, which are decoded for that now; None lets each picture
-            decide.
+        depth: bits of the values of gray pictures of more than 8 bits: 8, 10, 12, 14 or 16; the upper 8 are kept. "auto"
+            decodes all of them now and takes the smallest depth that fits their largest value. None decides for each picture.
 
     Attributes:
         depth: what "auto" found, or the argument; None too where no picture is deep.
         deepest: the largest value that "auto" found.
+
+    Raises:
+        FileNotFoundError: the folder or the annotations file is missing.
+        ValueError: `depth` is none of these, a picture is missing, unreadable or of another size than annotated, an image or
+            category id is duplicate or unknown, or a box is malformed. The message names the file and the annotation or image.
+            What only decoding shows, such as a truncated picture, is raised by indexing.
     """
 
     def __init__(
@@ -69,47 +75,75 @@ class CocoDetection(Dataset):
 
     @property
     def category_ids(self) -> list[int]:
+        """Category id of each label."""
         return list(self.annotations.category_ids)
 
     @property
     def class_names(self) -> list[str]:
+        """Name of each label."""
         return list(self.annotations.class_names)
 
     @property
     def image_ids(self) -> list[int] | list[str]:
-        """As the file has them."""
+        """Id of each image, as the file has it."""
         return self.annotations.own_ids.tolist()
 
     @property
     def file_names(self) -> list[str]:
+        """File name of each image, relative to the images folder."""
         return list(self.annotations.file_names)
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
 
     def size(self, i: int) -> Size:
-        """(height, width) of image i."""
+        """Return the (height, width) of image i in pixels."""
         height, width = self.annotations.sizes[i]
         return int(height), int(width)
 
     def differing_names(self, names: Sequence[str]) -> list[str]:
-        """In words, of which labels the file declares the category under another name than the one in `names`.
+        """Describe each category that the file names differently.
 
-        The same ids with other names mean two files that number their categories differently.
+        Equal ids with other names mean two files that number their categories differently.
+
+        Args:
+            names: the expected name of each label.
+
+        Returns:
+            One phrase for each difference.
         """
         declared = set(self.annotations.file_category_ids)
         rows = zip(self.category_ids, self.class_names, names, strict=True)
         return [f"{key} is {here!r}, was {there!r}" for key, here, there in rows if key in declared and here != there]
 
     def path(self, i: int) -> str:
+        """Return the path of image i."""
         return os.path.join(self.images_dir, self.annotations.file_names[i])
 
     def open(self, i: int, wanted_size: Size | None = None) -> Image.Image:
-        """RGB picture i, perhaps reduced to no less than `wanted_size` (h, w); see `open_image`."""
+        """Decode image i to an upright RGB picture.
+
+        Args:
+            i: index of the image.
+            wanted_size: (height, width) that is enough: a JPEG may be decoded at a reduced size that is no smaller; see
+                `open_image`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file cannot be decoded, or has another size than annotated.
+        """
         return open_image(self.path(i), self.size(i), wanted_size, self.depth)[0]
 
     def boxes(self, i: int, crowd: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (float64 xyxy [n, 4], clipped to the image) and labels (int64 [n]) to train on, or the crowd ones."""
+        """Return the boxes and labels of image i.
+
+        Args:
+            i: index of the image.
+            crowd: return the crowd boxes instead of those to train on.
+
+        Returns:
+            Boxes, float64 [n, 4] xyxy in pixels, clipped to the image; and labels, int64 [n].
+        """
         a = self.annotations
         owned = slice(a.first[i], a.first[i + 1])
         chosen = a.crowd[owned] & np.isfinite(a.bbox[owned]).all(axis=1) if crowd else a.trainable[owned]
@@ -119,9 +153,7 @@ class CocoDetection(Dataset):
         return np.clip(corners, 0, np.array([width, height] * 2)), a.labels[owned][chosen]
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """Sample i: `image` uint8 [H, W, 3] RGB, `boxes` float32 [n, 4] xyxy in pixels, `labels` int64 [n],
-        `crowd_boxes` float32 [k, 4], `crowd_labels` int64 [k], `image_id`, `size` (h, w), `file_name`.
-        """
+        """Return sample i, whose keys the class lists."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"CocoDetection: index {i} is out of range for {len(self)} images")
         i = int(i) % len(self)
@@ -139,7 +171,7 @@ class CocoDetection(Dataset):
         }
 
     def _check_images(self, everything: bool) -> list[int]:
-        """Reads headers, of every picture or where the size is missing; the indices of those that are deep."""
+        """Read headers, of every picture or where the size is missing; return the indices of those that are deep."""
         deep: list[int] = []
         sizes = self.annotations.sizes
         without_size = set(np.flatnonzero((sizes < 0).any(axis=1)).tolist())

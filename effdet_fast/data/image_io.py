@@ -1,4 +1,4 @@
-"""Decoding a picture into upright 8-bit RGB, whatever it is stored as."""
+"""Decoding of pictures of many formats and modes to upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -37,24 +37,25 @@ def open_image(
     wanted_size: Size | Callable[[Size], Size] | None = None,
     depth: int | None = None,
 ) -> tuple[Image.Image, Size]:
-    """Decodes a file to an RGB picture.
+    """Decode a file to an upright RGB picture.
 
-    The EXIF orientation is applied, so that the picture is as a viewer shows it, except where `annotated_size` fits
-    the stored pixels and not the turned ones: then whoever drew the boxes saw the stored pixels.
-    Transparency is dropped, and of several frames the first one counts.
+    The EXIF orientation is applied, so that the picture is as a viewer shows it. The exception: where `annotated_size` fits
+    the stored pixels and not the turned ones, the boxes were drawn on the stored pixels, and these are kept.
+    Transparency is dropped, and of several frames the first one is taken.
 
     Args:
-        path: image file.
+        path: image file: JPEG, PNG, BMP, GIF, TIFF, WebP, PPM, JPEG 2000, AVIF or TGA.
         annotated_size: (height, width) from the annotations file, if known.
         wanted_size: (height, width) that is enough, or a function of the full size that gives it; a JPEG may then be
             decoded at 1/2, 1/4 or 1/8 of its size, never smaller than that.
-        depth: bits of the values of deep gray pictures, of which the upper 8 are kept; see `to_rgb`.
+        depth: bits of the values of a gray picture of more than 8 bits: 8, 10, 12, 14 or 16; the upper 8 are kept. None takes 8
+            if no value of the picture has more, else 16.
 
     Returns:
-        The picture, and its full upright (height, width), which the picture falls short of where it was reduced.
+        The picture, and its upright (height, width) before any reduction.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: the file cannot be decoded, or has another size than `annotated_size`. The message names the file.
     """
     with _opened(path) as image:
@@ -68,7 +69,7 @@ def open_image(
 
 
 def read_header(path: str | os.PathLike[str], annotated_size: Size | None = None) -> tuple[Size, bool]:
-    """(height, width) without decoding, upright as `open_image` would give it, and whether `is_deep`; the same errors."""
+    """Read the upright (height, width) without decoding, and whether the picture `is_deep`; the errors are `open_image`'s."""
     with _opened(path) as image:
         deep, size = is_deep(image), (image.height, image.width)
         # Looking for EXIF data decodes a PNG; mostly the sizes agree and there is no need.
@@ -79,7 +80,7 @@ def read_header(path: str | os.PathLike[str], annotated_size: Size | None = None
 
 
 def largest_value(path: str | os.PathLike[str]) -> int:
-    """Of a deep picture; the errors of `open_image`."""
+    """Find the largest value of a deep picture; the errors are `open_image`'s."""
     with _opened(path) as image:
         return int(np.asarray(image).max(initial=0))
 
@@ -90,16 +91,15 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def depth_of(value: int) -> int:
-    """The least of `DEPTHS` that a value fits."""
+    """Find the smallest of `DEPTHS` that fits a value."""
     return next((depth for depth in DEPTHS if value < 1 << depth), DEPTHS[-1])
 
 
 def to_rgb(image: Image.Image, depth: int | None = None) -> Image.Image:
-    """8-bit RGB of any Pillow picture; see `open_image` for transparency.
+    """Convert a Pillow picture to 8-bit RGB; transparency is dropped.
 
-    Of a deep gray picture `depth` says how many bits its values have, one of `DEPTHS`: the upper 8 are kept, what has more is
-    white. None keeps 8 bits as they are where no value has more, else the upper 8 of 16: two pictures of one camera may then
-    differ.
+    `depth` says how many bits the values of a deep gray picture have, one of `DEPTHS`: the upper 8 are kept, and a value with
+    more bits becomes white. None takes 8 if no value has more, else 16; two pictures of one camera may then differ.
     """
     if image.mode == "RGB":
         image.load()
@@ -117,15 +117,15 @@ def to_rgb(image: Image.Image, depth: int | None = None) -> Image.Image:
 
 
 def as_picture(image: Any, depth: int | None = None) -> Image.Image:
-    """RGB Pillow picture, upright by its EXIF data, from a Pillow picture or a uint8 array [H, W, 3] or [H, W].
+    """Make an RGB Pillow picture, upright by its EXIF data, of a Pillow picture or a uint8 array [H, W, 3] or [H, W].
 
     Args:
         image: the picture.
         depth: see `to_rgb`.
 
     Raises:
-        TypeError: neither of these, or another dtype.
-        ValueError: an array of another shape.
+        TypeError: `image` is neither, or the array has another dtype.
+        ValueError: the array has another shape.
     """
     if isinstance(image, Image.Image):
         turn = _turn(image, None)

@@ -1,4 +1,4 @@
-"""Batches from a data set, decoded and transformed in worker processes."""
+"""The data loader, which decodes and transforms pictures in worker processes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,25 @@ from effdet_fast.data.transforms import (
 
 
 class LoaderProcessLost(RuntimeError):
-    """A process of a loader has ended, as the system ends those that take too much memory."""
+    """A worker process of a loader has died, often because the system ran out of memory."""
 
 
 class BatchLoader(DataLoader):
-    """What `create_loader` returns: a DataLoader of `Batch` with `set_epoch`.
+    """A `DataLoader` of `Batch`, which can start at any batch of any epoch; `create_loader` makes it.
 
     `len()` is the number of batches in a whole epoch, wherever it is started.
+
+    Args:
+        source: Dataset that makes whole batches.
+        batches: Sampler of the images of each batch.
+        **options: Further arguments of `torch.utils.data.DataLoader`.
+
+    Attributes:
+        training: whether batches are shuffled and augmented.
+        image_size: (height, width) of the images in pixels.
+        mean: RGB mean to normalize with, in 0..1.
+        std: RGB standard deviation, likewise.
+        coco: the `CocoDetection`.
     """
 
     def __init__(self, source: _BatchSource, batches: TrainingBatches | EvaluationBatches, **options: Any) -> None:
@@ -52,8 +64,11 @@ class BatchLoader(DataLoader):
             raise
 
     def lost_process(self) -> LoaderProcessLost | None:
-        """The error to raise instead of whatever has been raised, if a process of this loader was lost: PyTorch then raises
-        anything from a RuntimeError to a ConnectionResetError, wherever the main process happens to be."""
+        """Return the error to raise if a worker process of this loader has died, else None.
+
+        PyTorch itself then raises anything from a RuntimeError to a ConnectionResetError, wherever the main process happens to
+        be.
+        """
         for worker in getattr(getattr(self, "_iterator", None), "_workers", ()):
             worker.join(0.1)
             if worker.exitcode:
@@ -64,7 +79,15 @@ class BatchLoader(DataLoader):
         return None
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Makes the next iteration give epoch `epoch` from batch `start_batch` on, exactly as an uninterrupted one."""
+        """Choose the epoch of the next iteration, and the batch to start from; the batches are those of an uninterrupted run.
+
+        Args:
+            epoch: counted from 0.
+            start_batch: in [0, len(self)].
+
+        Raises:
+            ValueError: a number is out of range.
+        """
         if epoch < 0:
             raise ValueError(f"set_epoch: epoch must not be negative, got {epoch}")
         if not 0 <= start_batch <= len(self):
@@ -92,27 +115,34 @@ def create_loader(
     pin_memory: bool | None = None,
     prefetch: int = 4,
 ) -> BatchLoader:
-    """A loader of `Batch` for training (shuffled, augmented) or evaluation (in order, letterboxed, each image once).
+    """Make a loader for training (shuffled, augmented) or evaluation (in order, letterboxed, each image once).
 
     Batches depend on (seed, epoch, index) alone, not on the number of workers. Images come as uint8, padded with the
     mean color; `normalize` them on the device.
 
     Args:
         dataset: images and boxes.
-        image_size: (height, width) of the model's input; one number for both.
-        batch_size: images per batch and rank. Training batches are always full, evaluation's last one need not be.
-        training: shuffle and augment. The flips, jitter and `drop_last` are for training only.
-        mean, std: the model's, in 0..1; kept on the loader for whoever normalizes.
-        workers: processes; 0 loads in this one.
-        rank, world_size: this process's share.
-        hflip, vflip: probabilities.
+        image_size: (height, width) of the model's input in pixels; one number for both.
+        batch_size: images per batch and process. Training batches are always full, evaluation's last one need not be.
+        training: shuffle and augment. The flips, the jitter and `drop_last` are for training only.
+        mean: RGB mean of the model, in 0..1. Padding has this color, and the loader keeps it as an attribute for `normalize`.
+        std: RGB standard deviation of the model, which the loader keeps too.
+        workers: worker processes; 0 loads in this process.
+        seed: of order and augmentation, >= 0.
+        rank: index of this process among those that share the data set.
+        world_size: number of these processes.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
         scale_jitter: range of `ScaleJitterCrop`; None letterboxes.
-        drop_last: leave an incomplete last batch out instead of filling it up with images of the epoch's start.
-        pin_memory: None pins where there is a GPU.
-        prefetch: batches each worker keeps ready.
+        drop_last: leave an incomplete last batch out; else images of the epoch's start fill it up.
+        pin_memory: put batches in pinned memory; None does so where there is a GPU.
+        prefetch: batches that each worker keeps ready.
+
+    Returns:
+        A `BatchLoader`; call its `set_epoch` before each epoch of training.
 
     Raises:
-        ValueError: sizes, counts or probabilities out of range.
+        ValueError: a size, count or probability is out of range.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else (int(image_size[0]), int(image_size[1]))
     if batch_size < 1 or workers < 0 or prefetch < 1:

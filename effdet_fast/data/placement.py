@@ -1,4 +1,4 @@
-"""Where a picture goes in the model's input, and the way back: pixels, boxes, and boxes of detections."""
+"""The placement of a picture in the model's input, for pixels and boxes, and back for the boxes of detections."""
 
 from __future__ import annotations
 
@@ -18,9 +18,17 @@ TRAINING_GAP = 1.0
 
 @dataclass(frozen=True)
 class Placement:
-    """Picture of `size` -> mirrored -> scaled to `scaled` -> cut at `offset` -> top left of a padded `output`.
+    """The place of a picture in the model's input: mirrored, scaled, cropped, and put at the top left of a padded output.
 
-    All sizes are (height, width), `offset` is (y, x) in the scaled picture.
+    All sizes are (height, width) in pixels.
+
+    Attributes:
+        size: of the picture.
+        scaled: of the scaled picture.
+        output: of the model's input.
+        offset: (y, x) in the scaled picture at which it is cropped.
+        mirror_x: mirror left and right first.
+        mirror_y: mirror top and bottom first.
     """
 
     size: Size
@@ -32,32 +40,50 @@ class Placement:
 
     @classmethod
     def letterbox(cls, size: Size, output: Size) -> Placement:
-        """The whole picture, as large as fits, aspect ratio kept, at the top left (as effdet and automl place it)."""
+        """Place the whole picture, as large as fits and with its aspect ratio, at the top left, as effdet and automl do.
+
+        Args:
+            size: (height, width) of the picture.
+            output: (height, width) of the model's input.
+        """
         return cls(size, fit(size, output), output)
 
     @property
     def visible(self) -> Size:
-        """Part of the output that the picture covers."""
+        """The (height, width) of the part of the output that the picture covers."""
         return (
             min(self.output[0], self.scaled[0] - self.offset[0]),
             min(self.output[1], self.scaled[1] - self.offset[1]),
         )
 
     def mirrored(self, x: bool = False, y: bool = False) -> Placement:
+        """Mirror the picture left and right (`x`), top and bottom (`y`), or both."""
         return replace(self, mirror_x=self.mirror_x ^ x, mirror_y=self.mirror_y ^ y)
 
     def decode_size(self, gap: float) -> Size:
-        """(height, width) that a reduced decode of the picture must not fall below; the full size where it may not."""
+        """Return the (height, width) that a reduced decode of the picture must not fall below, at most the full size.
+
+        Args:
+            gap: the decode is at least this many times the scaled size.
+        """
         return (
             max(1, min(self.size[0], int(np.ceil(self.scaled[0] * gap)))),
             max(1, min(self.size[1], int(np.ceil(self.scaled[1] * gap)))),
         )
 
     def render(self, picture: Image.Image, out: np.ndarray, gap: float = EXACT_GAP) -> None:
-        """Writes the pixels to `out` (uint8 [H, W, 3], already filled with padding).
+        """Write the pixels of a picture to the model's input.
 
-        Pillow's bilinear filter, whose support grows with the reduction (so it does not alias), after averaging down
-        to `gap` times the final size. `picture` may be a reduced decode.
+        The picture is averaged down to `gap` times its final size, then resampled by Pillow's bilinear filter, whose support
+        grows with the reduction, so that it does not alias.
+
+        Args:
+            picture: RGB picture of `size`, or a decode of it at 1/2, 1/4 or 1/8.
+            out: uint8 [H, W, 3] of size `output`, already filled with padding.
+            gap: 2 cannot be told from resampling all pixels, 1 is good enough to train on.
+
+        Raises:
+            ValueError: the picture has another size.
         """
         height, width = self.visible
         reduction = self._reduction(picture)
@@ -79,7 +105,14 @@ class Placement:
         out[:height, :width] = np.asarray(picture)
 
     def apply_boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """xyxy boxes of the picture -> boxes of the output, clipped to what is visible; float32 [n, 4]."""
+        """Map boxes from the picture to the output.
+
+        Args:
+            boxes: [n, 4] xyxy in pixels of the picture.
+
+        Returns:
+            float32 [n, 4] xyxy in pixels of the output, clipped to `visible`.
+        """
         boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         if self.mirror_x:
             boxes[:, [0, 2]] = self.size[1] - boxes[:, [2, 0]]
@@ -90,7 +123,14 @@ class Placement:
         return np.clip(boxes, 0, np.array([width, height, width, height])).astype(np.float32)
 
     def undo_boxes(self, boxes: np.ndarray) -> np.ndarray:
-        """xyxy boxes of the output -> boxes of the picture, clipped to it; float64 [n, 4]."""
+        """Map boxes from the output back to the picture.
+
+        Args:
+            boxes: [n, 4] xyxy in pixels of the output.
+
+        Returns:
+            float64 [n, 4] xyxy in pixels of the picture, clipped to it.
+        """
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
         boxes = (boxes + np.array([self.offset[1], self.offset[0]] * 2)) / self._scale()
         if self.mirror_x:
@@ -112,12 +152,12 @@ class Placement:
 
 
 def fit(size: Size, output: Size, factor: float = 1.0) -> Size:
-    """Largest (height, width) of `size`'s aspect ratio inside `factor` times `output`, at least 1 x 1."""
+    """Compute the largest (height, width) with the aspect ratio of `size` inside `factor` times `output`, at least 1 x 1."""
     scale = min(output[0] / size[0], output[1] / size[1]) * factor
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def blank_input(image_size: Size, mean: Sequence[float]) -> np.ndarray:
-    """uint8 [H, W, 3] full of padding: the mean color (given in 0..1), which is nought after normalizing."""
+    """Make an input full of padding, uint8 [H, W, 3]: the mean color (given in 0..1), which normalizes to about 0."""
     color = np.clip(np.round(np.asarray(mean, dtype=np.float64) * 255), 0, 255).astype(np.uint8)
     return np.tile(color, (*image_size, 1))

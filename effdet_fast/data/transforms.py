@@ -1,7 +1,7 @@
-"""Random and fixed placements of a picture in the model's input.
+"""Transforms: random and fixed placements of a picture in the model's input.
 
-A transform maps (Placement, generator) to a Placement, so a chain of them settles the geometry first and the pixels
-are decoded and resampled once. `apply` runs a chain on a sample of `CocoDetection`.
+A transform maps (Placement, generator) to a Placement. A chain of them settles the geometry first, so that the pixels are
+decoded and resampled once. `apply` runs a chain on a sample of `CocoDetection`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ MIN_SIDE = 1.0
 
 
 class Transform(Protocol):
+    """A function from a placement and a random generator to the next placement."""
+
     def __call__(self, placement: Placement, rng: np.random.Generator) -> Placement: ...
 
 
 class HorizontalFlip:
-    """Mirrors left and right with probability `p`."""
+    """A transform that mirrors left and right at random.
+
+    Args:
+        p: probability, in [0, 1].
+
+    Raises:
+        ValueError: `p` is out of range.
+    """
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = _probability("HorizontalFlip", p)
@@ -34,7 +43,14 @@ class HorizontalFlip:
 
 
 class VerticalFlip:
-    """Mirrors top and bottom with probability `p`; for pictures without an up, such as aerial ones."""
+    """A transform that mirrors top and bottom at random, for pictures without an up and down, such as aerial ones.
+
+    Args:
+        p: probability, in [0, 1].
+
+    Raises:
+        ValueError: `p` is out of range.
+    """
 
     def __init__(self, p: float = 0.5) -> None:
         self.p = _probability("VerticalFlip", p)
@@ -44,7 +60,16 @@ class VerticalFlip:
 
 
 class Letterbox:
-    """The whole picture as large as fits in `image_size` (h, w), aspect ratio kept, top left, the rest padding."""
+    """A transform that scales the whole picture to the largest size that fits, at the top left; the rest is padding.
+
+    The aspect ratio stays, as in effdet and automl.
+
+    Args:
+        image_size: (height, width) of the model's input in pixels.
+
+    Raises:
+        ValueError: `image_size` is not two positive integers.
+    """
 
     def __init__(self, image_size: Size) -> None:
         self.image_size = _size("Letterbox", image_size)
@@ -54,10 +79,17 @@ class Letterbox:
 
 
 class ScaleJitterCrop:
-    """Letterbox at a random scale: the picture is scaled to fit `image_size` times s, s uniform in `scale`.
+    """A transform that letterboxes at a random scale: the picture is scaled to fit `image_size` times s, s uniform in `scale`.
 
-    Where that is larger than the input a random window of it is cut out, where it is smaller the rest is padding
-    (the recipe of automl and effdet).
+    A picture larger than the input is cropped at random, around a smaller one the rest is padding. This is the recipe of automl
+    and effdet.
+
+    Args:
+        image_size: (height, width) of the model's input in pixels.
+        scale: smallest and largest s, 0 < smallest <= largest < 100.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(self, image_size: Size, scale: tuple[float, float] = (0.1, 2.0)) -> None:
@@ -77,7 +109,7 @@ class ScaleJitterCrop:
 
 
 def place(size: Size, transforms: Sequence[Transform], rng: np.random.Generator) -> Placement:
-    """Placement of a picture of `size` (h, w) after all `transforms`."""
+    """Place a picture of `size` (height, width) by all `transforms`, one after the other."""
     placement = Placement(size, size, size)
     for transform in transforms:
         placement = transform(placement, rng)
@@ -85,7 +117,7 @@ def place(size: Size, transforms: Sequence[Transform], rng: np.random.Generator)
 
 
 def place_boxes(placement: Placement, boxes: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes in the output and their labels, without those that vanished."""
+    """Map boxes to the output and drop those that vanished, with their labels."""
     boxes = placement.apply_boxes(boxes)
     kept = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_SIDE).all(axis=1)
     return boxes[kept], labels[kept]
@@ -97,9 +129,17 @@ def apply(
     rng: np.random.Generator,
     mean: Sequence[float] = (0.5, 0.5, 0.5),
 ) -> dict[str, Any]:
-    """A copy of a `CocoDetection` sample with `image`, `boxes`, `labels`, `crowd_boxes` transformed.
+    """Apply transforms to a sample of `CocoDetection`.
 
-    `image` is padded with `mean` (0..1). The placement is added under `placement`.
+    Args:
+        sample: what indexing a `CocoDetection` gives.
+        transforms: applied in this order; the last one should be `Letterbox` or `ScaleJitterCrop`, which set the size.
+        rng: draws the random numbers.
+        mean: RGB color of the padding, in 0..1.
+
+    Returns:
+        A copy of the sample. `image`, `boxes`, `labels`, `crowd_boxes` and `crowd_labels` are transformed; boxes with less than a
+        pixel left on a side are dropped. `placement` is added.
     """
     image = sample["image"]
     placement = place(image.shape[:2], transforms, rng)

@@ -1,4 +1,4 @@
-"""COCO evaluation: detections in original pixels, pycocotools' metrics, gathering over processes."""
+"""Evaluation: detections in pixels of the original pictures, and pycocotools' metrics of them, over one process or several."""
 
 from effdet_fast.device import autocast
 from effdet_fast.evaluation.coco_metrics import METRICS, coco_metrics

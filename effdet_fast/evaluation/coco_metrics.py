@@ -1,4 +1,4 @@
-"""pycocotools' numbers from a data set's annotations and arrays of detections."""
+"""COCO metrics of detections, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pycocotools.cocoeval import COCOeval
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve metrics, in pycocotools' order. Small objects (s) have fewer than 32^2 pixels, large ones (l) more than 96^2."""
 COCO_LIMIT = 100  # detections of an image and class that COCO's own numbers count
 _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # as COCOeval numbers them
 
@@ -23,23 +24,22 @@ _AREAS = {"": 0, "s": 1, "m": 2, "l": 3}  # as COCOeval numbers them
 def coco_metrics(
     annotations: CocoAnnotations, results: list[dict[str, Any]], max_detections: int = COCO_LIMIT
 ) -> dict[str, float]:
-    """COCO detection metrics of `results` over every image of `annotations`.
+    """Compute COCO's metrics of detections over every image of a data set.
 
-    Boxes count as the file has them (not clipped, empty ones included), crowd boxes are regions to ignore; only boxes
-    that are not finite are left out. A number that has no ground truth to be computed from is -1, as pycocotools
-    gives it.
+    Ground-truth boxes count as the file has them, not clipped and empty ones included; those that are not finite are left out.
+    Crowd boxes are regions to ignore. A warning tells of images with more objects than `max_detections`.
 
     Args:
-        annotations: what `read_annotations` gave.
+        annotations: what `read_annotations` gave, a data set's `annotations`.
         results: COCO results (`image_id`, `category_id`, `bbox` xywh, `score`) with the file's own ids.
-        max_detections: how many of an image are counted in further numbers beside COCO's, which count 100 of each class.
+        max_detections: COCO's metrics count 100 detections of each image and class. Another limit M adds metrics that count M.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; with another limit than 100, M, then AP@M, AP50@M,
-        AP75@M and AR@M. A warning says where an image has more objects than the limit.
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; with another limit M also AP@M, AP50@M, AP75@M and AR@M.
+        A metric without ground truth is -1, as in pycocotools.
 
     Raises:
-        ValueError: a result for an image that the file does not have.
+        ValueError: a result is for an image that the file does not have.
     """
     from pycocotools.cocoeval import COCOeval  # here, as whoever trains without evaluating needs no pycocotools
 
@@ -59,7 +59,7 @@ def coco_metrics(
 
 
 def _summary(evaluation: COCOeval, max_detections: int) -> dict[str, float]:
-    """COCOeval's own is written for limits of 1, 10 and 100."""
+    """Summarize for any limit; COCOeval's own method is written for limits of 1, 10 and 100."""
     limits = {limit: i for i, limit in enumerate(evaluation.params.maxDets)}
     thresholds = {0.5: 0, 0.75: 5}
 

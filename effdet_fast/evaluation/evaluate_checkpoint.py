@@ -1,4 +1,4 @@
-"""COCO metrics of a checkpoint on an annotated folder: what `effdet-fast eval` calls."""
+"""Evaluation of a checkpoint on an annotated folder. `effdet-fast eval` calls this."""
 
 from __future__ import annotations
 
@@ -32,22 +32,26 @@ def evaluate(
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
-    """pycocotools' 12 numbers of a trained detector.
+    """Compute the COCO metrics of a trained detector on an annotated folder.
 
-    Inside torch.distributed every rank takes its share of the images and gets the same numbers.
+    If torch.distributed is initialized, each process takes its share of the images, and all get the same metrics.
 
     Args:
-        checkpoint: `best.pt` or `last.pt`.
-        images: folder.
+        checkpoint: a `best.pt` or `last.pt`.
+        images: folder of the images.
         annotations: COCO file; its categories must be among those of the checkpoint.
-        image_size: another input size than the one trained at.
+        batch_size: images per batch and process.
+        image_size: input side or (height, width) in pixels, if other than the one trained at.
+        workers: data-loading processes; 0 loads in this process.
         device: None takes the GPU if there is one.
-        amp: None, "bf16" or "fp16".
-        score_threshold: None takes the model's own; EfficientDets keep every detection.
-        max_detections: per image; another limit than COCO's 100 adds AP@M and its like, see `coco_metrics`.
-        output: file for the detections, in COCO's result format.
-        overwrite: whether `output` may exist.
-        progress: show a bar.
+        amp: precision of the forward pass: None (float32), "bf16" or "fp16".
+        score_threshold: detections with a lower score are dropped; None takes the model's own threshold. An EfficientDet's
+            keeps all.
+        iou_threshold: of the per-class non-maximum suppression; None takes the model's own.
+        max_detections: largest number of detections on an image. Another than COCO's 100 adds metrics; see `coco_metrics`.
+        output: file to write the detections to, as COCO results.
+        overwrite: replace an existing `output`.
+        progress: show a progress bar.
 
     Returns:
         AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and those at `max_detections`; -1 where there is no
@@ -55,7 +59,15 @@ def evaluate(
 
     Raises:
         FileExistsError: `output` exists.
-        FileNotFoundError, ValueError: of the checkpoint or the data; see `load_trained_model` and `CocoDetection`.
+        FileNotFoundError: the checkpoint, the folder or the annotations file is missing.
+        ValueError: the checkpoint or the data cannot be used (see `load_trained_model` and `CocoDetection`), or an option is out
+            of range.
+
+    Example:
+        ```python
+        metrics = effdet_fast.evaluate("runs/exp1/best.pt", "val/images", "val/annotations.json")
+        print(metrics["AP"], metrics["AP50"])
+        ```
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     check_detection_options("eval", score_threshold, iou_threshold, max_detections)

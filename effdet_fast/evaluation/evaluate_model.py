@@ -1,4 +1,4 @@
-"""COCO metrics of a model over a loader, on one process or many."""
+"""Evaluation of a model over a loader, on one process or several."""
 
 from __future__ import annotations
 
@@ -32,24 +32,27 @@ def evaluate_model(
     world_size: int = 1,
     progress: bool = False,
 ) -> dict[str, float]:
-    """pycocotools' 12 numbers of `model` on `dataset`; on every rank the same.
+    """Compute the COCO metrics of a model on a data set; all processes get the same.
 
     Args:
-        model: a `DetectionModel`; its mode is put back afterwards.
-        loader: `create_loader(dataset, ..., training=False)`, of this rank.
+        model: a `DetectionModel`, perhaps inside DistributedDataParallel. It runs in evaluation mode; its own mode comes back.
+        loader: `create_loader(dataset, ..., training=False)` of this process.
+        dataset: the `CocoDetection` with the ground truth.
         device: where the model is.
-        amp: None, "bf16", "fp16" or a dtype to run the forward pass in.
-        score_threshold: None takes the model's own; EfficientDets keep every detection.
-        iou_threshold: of the NMS; None takes the model's own.
-        max_detections: per image. COCO's numbers count 100 at most; with another limit those at that limit come beside them.
-        rank, world_size: with more than one, torch.distributed must be initialized.
-        progress: a bar on rank 0.
+        amp: precision of the forward pass: None (float32), "bf16", "fp16" or a dtype.
+        score_threshold: detections with a lower score are dropped; None takes the model's own threshold. An EfficientDet's
+            keeps all.
+        iou_threshold: of the per-class non-maximum suppression; None takes the model's own.
+        max_detections: largest number of detections on an image. Another than COCO's 100 adds metrics; see `coco_metrics`.
+        rank: index of this process.
+        world_size: number of processes; with more than one, torch.distributed must be initialized.
+        progress: show a progress bar on rank 0.
 
     Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and further ones; see `coco_metrics`.
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl, and those at `max_detections`; see `coco_metrics`.
 
     Raises:
-        ValueError: a training loader, or one that does not give each image of `dataset`.
+        ValueError: the loader is one for training, or does not give each image of `dataset` once; or an option is out of range.
     """
     results = detect_all(
         model,
@@ -81,9 +84,26 @@ def detect_all(
     world_size: int = 1,
     progress: bool = False,
 ) -> list[dict]:
-    """COCO results of `model` on every image of `dataset`, of all ranks on rank 0 (elsewhere the rank's own).
+    """Detect the objects on every image of a data set.
 
-    The arguments are those of `evaluate_model`.
+    Args:
+        model: as for `evaluate_model`.
+        loader: as for `evaluate_model`.
+        dataset: as for `evaluate_model`.
+        device: as for `evaluate_model`.
+        amp: as for `evaluate_model`.
+        score_threshold: as for `evaluate_model`.
+        iou_threshold: as for `evaluate_model`.
+        max_detections: as for `evaluate_model`.
+        rank: as for `evaluate_model`.
+        world_size: as for `evaluate_model`.
+        progress: as for `evaluate_model`.
+
+    Returns:
+        COCO results: on rank 0 those of all processes, elsewhere the process's own.
+
+    Raises:
+        ValueError: as `evaluate_model`.
     """
     if getattr(loader, "training", False):
         raise ValueError("evaluate_model: loader must be made with training=False; this one shuffles and augments")
@@ -121,7 +141,7 @@ def detect_all(
 def shared_metrics(
     dataset: CocoDetection, results: list[dict], max_detections: int, rank: int, world_size: int
 ) -> dict[str, float]:
-    """The numbers of the results that `detect_all` left on rank 0; on every rank the same."""
+    """Compute the metrics of the results that `detect_all` returned on rank 0, and share them with all processes."""
     metrics = [coco_metrics(dataset.annotations, results, max_detections)] if rank == 0 else [{}]
     if world_size > 1:
         dist.broadcast_object_list(metrics, src=0)

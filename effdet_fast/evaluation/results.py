@@ -1,4 +1,4 @@
-"""From the model's padded detections to boxes in original pixels and COCO results."""
+"""Conversion of a model's padded detections to boxes in pixels of the original pictures, and to COCO results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from effdet_fast.data.placement import Placement, Size, fit
 
 
 class ImageResult(NamedTuple):
-    """Detections of one image, by descending score: boxes float64 [n, 4] xyxy in original pixels, scores, labels."""
+    """The detections of one image, by descending score.
+
+    Attributes:
+        boxes: float64 [n, 4] xyxy in pixels of the original image.
+        scores: float64 [n] in 0..1.
+        labels: int64 [n], 0-based.
+    """
 
     boxes: np.ndarray
     scores: np.ndarray
@@ -21,16 +27,16 @@ class ImageResult(NamedTuple):
 
 
 def image_results(detections: Any, sizes: Any, image_size: Size) -> list[ImageResult]:
-    """Undoes the letterbox.
+    """Map detections from the letterboxed input back to the original images.
 
     Args:
-        detections: `ops.Detections` on the CPU, boxes [B, K, 4] xyxy in pixels of an input of `image_size`.
-        sizes: [B, 2] original (height, width) of each image.
+        detections: `effdet_fast.ops.Detections` on the CPU, boxes [B, K, 4] xyxy in pixels of an input of `image_size`.
+        sizes: [B, 2], (height, width) of each original image.
         image_size: (height, width) of the model's input.
 
     Returns:
-        One result per image, without the padding rows, clipped to the image. Rows that are not finite are left out
-        with a warning.
+        One `ImageResult` for each image, without padding rows, its boxes clipped to the image. A warning counts the rows that are
+        not finite, which are left out.
     """
     boxes, scores, labels = (
         getattr(detections, name).detach().float().numpy() for name in ("boxes", "scores", "labels")
@@ -55,17 +61,33 @@ def image_results(detections: Any, sizes: Any, image_size: Size) -> list[ImageRe
 
 
 def letterbox_sizes(sizes: Any, image_size: Size) -> torch.Tensor:
-    """float32 [B, 2]: (height, width) of the part of an input of `image_size` that shows each image, not padding."""
+    """Compute the part of a letterboxed input that shows each image rather than padding.
+
+    Args:
+        sizes: [B, 2], (height, width) of each original image.
+        image_size: (height, width) of the model's input.
+
+    Returns:
+        float32 [B, 2], (height, width) of that part, which starts at the top left. `DetectionModel.detect` clips to it.
+    """
     return torch.tensor([fit((height, width), image_size) for height, width in np.asarray(sizes).tolist()]).float()
 
 
 def coco_results(
     results: Sequence[ImageResult], image_ids: Sequence[int | str], category_ids: Sequence[int]
 ) -> list[dict]:
-    """COCO result dicts: `image_id`, `category_id` (the file's own), `bbox` xywh in original pixels, `score`.
+    """Convert detections to COCO results.
+
+    Args:
+        results: the detections of each image.
+        image_ids: id of each image in the annotations file.
+        category_ids: category id of each label.
+
+    Returns:
+        A dict for each detection: `image_id`, `category_id`, `bbox` xywh in pixels of the original image, `score`.
 
     Raises:
-        ValueError: a label beyond `category_ids`.
+        ValueError: a label has no category id, or there are not as many ids as images.
     """
     rows: list[dict] = []
     for result, image_id in zip(results, image_ids, strict=True):

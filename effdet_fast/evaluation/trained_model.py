@@ -1,4 +1,4 @@
-"""A trained detector read back from its checkpoint, with all that its outputs need to be understood."""
+"""A trained detector from its checkpoint, with the meaning of its labels and inputs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from effdet_fast.models import DetectionModel, DetectorConfig, load_checkpoint
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in evaluation mode, and what its labels and inputs mean.
+    """A trained model, and what its labels and inputs mean; `load_trained_model` reads it from a checkpoint.
 
     Attributes:
-        model: the detector, channels_last on `device`.
-        class_names: by label.
-        category_ids: the training file's category of each label.
-        mean, std: RGB normalization in 0..1.
-        image_size: (height, width) of the model's input.
-        depth: bits of the values of the deep gray pictures that it was trained on, see `data.image_io.to_rgb`; None if none were.
+        model: the `DetectionModel`, in evaluation mode and channels_last.
+        class_names: name of each label.
+        category_ids: id of each label in the annotations file that the model was trained on.
+        mean: RGB mean that inputs are normalized with, in 0..1.
+        std: RGB standard deviation, likewise.
+        image_size: (height, width) of the model's input in pixels.
+        device: where the model is.
+        depth: bits of the values of the gray training pictures of more than 8 bits, see `open_image`; None if there were none.
     """
 
     model: DetectionModel
@@ -41,16 +43,21 @@ def load_trained_model(
     device: torch.device | str | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> TrainedModel:
-    """Reads a `best.pt` or `last.pt`; nothing in the file is executed (`weights_only=True`).
+    """Load a trained detector from the checkpoint of a run.
+
+    Nothing in the file is executed (`weights_only=True`).
 
     Args:
-        checkpoint: the file.
+        checkpoint: a `best.pt` or `last.pt`, or a detector that `convert_checkpoint` wrote as "effdet_fast".
         device: None takes the GPU if there is one.
-        image_size: another input size than the one trained at.
+        image_size: input side or (height, width) in pixels, if other than the one trained at.
+
+    Returns:
+        The `TrainedModel`, whose parameters require no gradient.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a checkpoint of this package, or one that contradicts itself.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of this package, or contradicts itself.
     """
     path = os.fspath(checkpoint)
     content = read_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Trained detectors as files for other runtimes."""
+"""Export of trained detectors to files for other runtimes."""
 
 from effdet_fast.export.to_file import export_model
 

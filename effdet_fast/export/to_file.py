@@ -1,4 +1,4 @@
-"""`export_model`: a trained detector as one file that needs nothing of this package."""
+"""`export_model` writes a trained detector to one file that needs nothing of this package."""
 
 from __future__ import annotations
 
@@ -35,36 +35,45 @@ def export_model(
     max_detections: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes a detector in standard operators: an ONNX file (opset 18), or a program of `torch.export`.
+    """Export a trained detector to an ONNX file (opset 18) or a program of `torch.export`, in standard operators.
 
-    The file takes RGB bytes, uint8 [B, 3, H, W] for any B >= 1 and the (H, W) of the model, and normalizes them itself.
-    Its outputs, by name, are
+    The exported graph takes RGB images as uint8 [B, 3, H, W], for any B >= 1 and the (H, W) of the model, and normalizes them
+    itself. Its outputs, by name, are
 
     - "boxes" float32 [B, N, 4] and "scores" float32 [B, N, C] of all anchors and classes, for non-maximum suppression
       elsewhere; or
     - with `end_to_end`, "boxes" float32 [B, K, 4], "scores" [B, K], "labels" int64 [B, K] and "counts" int64 [B]: what
       `DetectionModel.predict` gives; rows past an image's count hold zeros and -1.
 
-    Boxes are xyxy in input pixels, clipped to the input. ONNX files suppress by NonMaxSuppression, programs of torch.export in
-    a `while_loop`. Classes, input size, preprocessing and outputs stand in the ONNX file's `metadata_props`, or as
-    "metadata.json" among `torch.export.load`'s `extra_files`.
+    Boxes are xyxy in input pixels, clipped to the input. An ONNX file suppresses by the operator NonMaxSuppression, a program of
+    torch.export in a `while_loop`. The description of classes, input size, preprocessing and outputs is in the ONNX file's
+    `metadata_props`, or in "metadata.json" among `torch.export.load`'s `extra_files`.
 
     Args:
-        checkpoint: `best.pt` or `last.pt` of a run, what `convert_checkpoint` wrote as "effdet_fast", or a `Detector`.
+        checkpoint: A `best.pt` or `last.pt`, a detector that `convert_checkpoint` wrote as "effdet_fast", or a `Detector`.
         output: The file to write; None puts it beside the checkpoint file, with the format's ending.
-        format: "onnx" or "torch_export"; None goes by `output`'s ending, .onnx or .pt2.
-        end_to_end: Non-maximum suppression inside.
-        image_size: Another input size than the one trained at; goes with a checkpoint file.
-        score_threshold, iou_threshold, max_detections: Of `end_to_end`; None takes the model's own.
+        format: "onnx" or "torch_export"; None takes the one of `output`'s ending, .onnx or .pt2.
+        end_to_end: Include the non-maximum suppression.
+        image_size: Input side or (height, width) in pixels, if other than the one trained at; with a checkpoint file only.
+        score_threshold: With `end_to_end`: detections with a lower score are dropped; None takes the model's own threshold.
+        iou_threshold: With `end_to_end`: threshold of the suppression; None takes the model's own.
+        max_detections: With `end_to_end`: K, the detections of an image; None takes the model's own.
         overwrite: Replace an existing `output`.
 
     Returns:
-        What the file says about itself, and under "path" where it is.
+        The description that the file holds, with its path under "path".
 
     Raises:
-        FileExistsError, FileNotFoundError: `output` or `checkpoint`.
-        ValueError: No checkpoint of a trained detector; an option that is out of range or does not go with the others; or ONNX
-            without the packages onnx and onnxscript.
+        FileExistsError: `output` exists.
+        FileNotFoundError: There is no such checkpoint.
+        TypeError: A threshold is not a number.
+        ValueError: The checkpoint is not one of a trained detector, an option is out of range or does not go with the others, or
+            ONNX is asked for without the packages onnx and onnxscript.
+
+    Example:
+        ```python
+        effdet_fast.export_model("runs/exp1/best.pt", "model.onnx", end_to_end=True)
+        ```
     """
     if output is None:
         output = _beside(checkpoint, format)

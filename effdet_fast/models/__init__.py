@@ -1,4 +1,4 @@
-"""Detectors: backbone, neck and heads from one configuration; EfficientDets are weight-compatible with effdet's."""
+"""Detectors, each built from one configuration: EfficientDets with effdet's weights, RetinaNets with torchvision's."""
 
 from effdet_fast.models.config import DetectorConfig
 from effdet_fast.models.detection_model import DetectionModel

@@ -11,7 +11,7 @@ from effdet_fast.models.config import DetectorConfig
 
 
 def feature_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -> list[tuple[int, int]]:
-    """(height, width) of each pyramid level; every stride of 2 halves and rounds up."""
+    """Compute the (height, width) of each pyramid level; every stride of 2 halves and rounds up."""
     sizes = [image_size]
     for _ in range(max_level):
         height, width = sizes[-1]
@@ -20,15 +20,21 @@ def feature_sizes(image_size: tuple[int, int], min_level: int, max_level: int) -
 
 
 def generate_anchors(config: DetectorConfig) -> torch.Tensor:
-    """Anchor boxes float32 [N, 4] xyxy in input pixels, on the CPU.
+    """Make the anchor boxes of a configuration.
 
-    Order: level, row, column, anchor of the cell, as in head outputs permuted to [B, H, W, A]. Anchors may reach outside
-    of the image. Two styles:
+    Their order is level, row, column, anchor of the cell, as in head outputs permuted to [B, H, W, A]. Anchors may reach outside
+    of the image. There are two styles, with (x, y) the center of the cell in row i and column j:
 
-    - "efficientdet": cell (i, j) is centered on ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side /
-      feature side and need not be whole. Of a cell's anchors, the aspect ratio changes fastest.
-    - "retinanet", torchvision's: centers are (j * stride_x, i * stride_y) with strides rounded down; sides of the square
-      anchors are cut to whole numbers, halves of all sides rounded. The scale changes fastest.
+    - "efficientdet": ((j + 0.5) * stride_x, (i + 0.5) * stride_y), where a stride is image side / feature side and need not be
+      whole. Of a cell's anchors, the aspect ratio changes fastest.
+    - "retinanet", torchvision's: (j * stride_x, i * stride_y) with strides rounded down. Sides of square anchors are truncated to
+      whole pixels, half sides of all anchors are rounded. The scale changes fastest.
+
+    Args:
+        config: Model configuration.
+
+    Returns:
+        float32 [N, 4] xyxy in input pixels, on the CPU.
     """
     cells = {"efficientdet": _efficientdet_cells, "retinanet": _retinanet_cells}[config.anchor_style]
     levels = []
@@ -63,9 +69,9 @@ def _retinanet_cells(config: DetectorConfig, level: int, width: int, height: int
 
 
 class AnchorCache:
-    """The anchors of a configuration on whichever device they are asked for.
+    """The anchors of a configuration, kept on each device that asked for them.
 
-    Not a buffer on purpose: a model cast to half precision or saved keeps exact anchors and an unchanged state dict.
+    Not a buffer on purpose: anchors of a model cast to half precision stay exact, and the state dict stays as it is.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -75,7 +81,7 @@ class AnchorCache:
         self._boxes: dict[torch.device, torch.Tensor] = {}
 
     def boxes(self, device: torch.device) -> torch.Tensor:
-        """Anchors float32 [N, 4] xyxy in input pixels; copied to a device once."""
+        """Return the anchors, float32 [N, 4] xyxy in input pixels; they are copied to a device once."""
         kept = self._boxes.get(device)
         # One made under FakeTensorMode has no values for the calls after.
         if kept is None or (isinstance(kept, FakeTensor) and kept.fake_mode is not detect_fake_mode()):

@@ -1,4 +1,4 @@
-"""What a detector is made of: one frozen configuration."""
+"""The configuration of a detector: one frozen dataclass."""
 
 from __future__ import annotations
 
@@ -75,34 +75,38 @@ NONE_ALLOWED = ("backbone_bn_eps", "score_threshold")
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Everything that decides the layers, anchors, labels, loss and post-processing of a detector.
+    """The configuration of a detector: its layers, anchors, labels, loss and post-processing.
 
-    Backbone, neck and head are looked up by name where they are built: `create_backbone`, `create_neck`, `Head`.
+    `model_config` gives that of a released model. Values are checked when it is made; the names of backbone and neck where these
+    are built, by `create_backbone` and `create_neck`.
 
     Attributes:
         name: Model name, as `list_models()` gives it.
         backbone: Backbone name; see `create_backbone`.
-        image_size: Input (height, width) in pixels.
+        image_size: Input (height, width) in pixels; one number stands for both.
         fpn_channels: Channels of every pyramid level inside the neck and the heads.
         fpn_cells: Repeats of the cells of BiFPN and NAS-FPN; FPN and PANet are one pass.
         head_repeats: Convolutions before the prediction layer of each head.
         num_classes: Number of object classes; labels are 0 to num_classes - 1, there is no background class.
-        neck: How the pyramid is built: "fpn", "panet", "nas_fpn" or "bifpn".
+        neck: Feature pyramid: "fpn" (arXiv:1612.03144), "panet" (arXiv:1803.01534), "nas_fpn" (arXiv:1904.07392) or "bifpn"
+            (arXiv:1911.09070).
         fusion: How neck nodes weigh their inputs: "fast", "softmax" or "sum" (no weights).
         activation: Activation of neck and heads: "silu", "relu" or "relu6".
-        min_level, max_level: Pyramid levels; level l has stride 2^l.
+        min_level: Finest pyramid level, 3. Level l has stride 2^l.
+        max_level: Coarsest pyramid level, 5 to 10.
         extra_levels: How levels past the backbone's are made: "efficientdet" (1x1 convolution, BatchNorm and max-pool of C5,
             then max-pool), "c5" and "p5" (3x3 convolutions of stride 2, first of C5 or of P5) or "pool" (every second pixel of
             P5). P5 is the finished one of FPN and PANet; for NAS-FPN and BiFPN, C5 after a lateral convolution.
         head: Convolutions of the heads, shared by all levels: "separable" or "conv" (3x3).
-        head_norm: What follows them: "batch", one BatchNorm for each level; "group", one GroupNorm of 32 groups for all
-            levels; or None.
-        padding: "same", TensorFlow's, or "symmetric": where EfficientNet's and EfficientDet's convolutions and poolings of stride
-            2 put odd pixels; ResNets are always symmetric.
+        head_norm: Normalization after each of them: "batch", one BatchNorm for each level; "group", one GroupNorm of 32 groups
+            for all levels; or None.
+        padding: Padding of EfficientNet's and EfficientDet's convolutions and poolings: "same", TensorFlow's, puts an odd pixel
+            right and below; "symmetric" is PyTorch's. ResNets are always symmetric.
         backbone_bn_eps: eps of the backbone's BatchNorms; None takes what the backbone's published weights were trained with.
         frozen_batch_norm: Whether the backbone's BatchNorms keep their statistics, weights and biases in training.
         redundant_bias: Whether convolutions followed by a normalization have a bias (EfficientDet's released weights do).
-        drop_path_rate: Stochastic depth of the backbone's last block in training; earlier blocks get less, linearly.
+        drop_path_rate: Stochastic depth of EfficientNets in training, in [0, 1): the probability to drop a residual branch, which
+            grows linearly from 0 at the first block towards this rate.
         gradient_checkpointing: Keep only each block's input in the forward pass and compute the block again in the
             backward pass: less memory, more time, the same gradients.
         num_scales: Anchor scales 2^(i / num_scales) per cell.
@@ -110,22 +114,28 @@ class DetectorConfig:
         anchor_scale: Side of the basic anchor in strides.
         anchor_style: Where anchors lie: "efficientdet" or "retinanet"; see `generate_anchors`.
         box_coder: What box outputs mean, "effdet" or "torchvision"; see `effdet_fast.ops.match_anchors`.
-        pos_iou, neg_iou: An anchor whose best IoU reaches pos_iou is positive, one below neg_iou background, others are
-            ignored.
-        force_match, allow_low_quality_matches: How objects get an anchor whatever the IoU; see
-            `effdet_fast.ops.match_anchors`.
-        focal_alpha, focal_gamma, label_smoothing: Focal loss.
+        pos_iou: An anchor whose best IoU with an object reaches this is positive.
+        neg_iou: An anchor whose best IoU is below this is background; those between the two are ignored.
+        force_match: Give each object its best anchor whatever the IoU, as effdet does; see `effdet_fast.ops.match_anchors`.
+        allow_low_quality_matches: The same by torchvision's rule; excludes `force_match`.
+        focal_alpha: Focal loss: weight of positives, in [0, 1]; -1 for no weighting.
+        focal_gamma: Focal loss: focusing exponent, >= 0.
+        label_smoothing: Focal loss: smoothing of the targets, in [0, 1].
         box_loss: "huber", "l1", "smooth_l1" or "giou"; see `effdet_fast.ops.detection_loss`.
         box_loss_delta: Where the Huber (or smooth L1) loss turns linear.
-        box_loss_weight: Of the box loss in the total.
-        loss_normalizer: "batch" divides sums by all positives + 1; "per_image" takes the mean over images of sums divided
-            by the image's positives.
+        box_loss_weight: Weight of the box loss in the total.
+        loss_normalizer: "batch" divides the sums by the positives of all images + 1; "per_image" divides each image's sums by its
+            positives and takes the mean over images.
         score_threshold: Detections with a lower score are dropped; None keeps all.
-        max_candidates: Scores that enter non-maximum suppression: so many over all levels and classes, or
-        candidates_per_level: ... so many of each level.
+        max_candidates: Number of best scores of an image, over all levels and classes, that enter non-maximum suppression.
+        candidates_per_level: Take `max_candidates` scores of each level instead.
         nms_iou: Non-maximum suppression drops boxes of the same class above this IoU.
-        max_detections: Detections per image.
-        mean, std: Normalization of RGB in 0..1: (x / 255 - mean) / std.
+        max_detections: Largest number of detections in an image.
+        mean: RGB mean in 0..1; inputs are (x / 255 - mean) / std.
+        std: RGB standard deviation in 0..1.
+
+    Raises:
+        ValueError: A value is out of range, or two contradict each other.
     """
 
     name: str
@@ -223,22 +233,24 @@ class DetectorConfig:
 
     @property
     def num_levels(self) -> int:
+        """Number of pyramid levels."""
         return self.max_level - self.min_level + 1
 
     @property
     def anchors_per_cell(self) -> int:
+        """Number of anchors at each pixel of a level."""
         return self.num_scales * len(self.aspect_ratios)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain Python values."""
+        """Convert to a dict of plain Python values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DetectorConfig:
-        """Inverse of `to_dict`, also after a trip through JSON.
+        """Make the configuration that `to_dict` gave, also after a trip through JSON.
 
         Raises:
-            ValueError: A key is not a field.
+            ValueError: A key is not a field, or a value is out of range.
         """
         values = dict(values)
         if "match_iou" in values:  # checkpoints of the first version had one threshold, and another name for delta
@@ -249,7 +261,7 @@ class DetectorConfig:
 
 
 def check_fields(values: dict[str, Any], caller: str) -> None:
-    """Raises a ValueError that lists the fields if a key of `values` is not one."""
+    """Raise a ValueError that lists the fields if a key of `values` is not one."""
     known = [field.name for field in dataclasses.fields(DetectorConfig)]
     unknown = sorted(set(values) - set(known))
     if unknown:

@@ -31,7 +31,7 @@ Outputs = tuple[list[torch.Tensor], list[torch.Tensor]]
 def check_detection_options(
     caller: str, score_threshold: float | None, iou_threshold: float | None, max_detections: int | None
 ) -> None:
-    """TypeError or ValueError unless thresholds, where given, are numbers in [0, 1] and there is room for a detection."""
+    """Raise TypeError or ValueError unless the given thresholds lie in [0, 1] and `max_detections` is at least 1."""
     options = {"score_threshold": score_threshold, "iou_threshold": iou_threshold, "max_detections": max_detections}
     for name, value in options.items():
         if value is not None and not isinstance(value, Real):
@@ -43,13 +43,21 @@ def check_detection_options(
 
 
 class DetectionModel(nn.Module):
-    """What a `DetectorConfig` describes, on the fused ops: `backbone`, neck (`fpn`), `class_net` and `box_net`.
+    """A one-stage detector on the fused operators: backbone, neck, class head and box head.
 
-    State-dict keys of EfficientDets are effdet's. In channels_last, every feature map stays channels_last:
-    `model.to(memory_format=torch.channels_last)` and images in the same format is the fast way to run it.
+    Source: EfficientDet (Tan, Pang and Le, arXiv:1911.09070) and RetinaNet (Lin et al., arXiv:1708.02002). State-dict keys of
+    EfficientDets are effdet's. It runs fastest in channels_last, which every feature map then keeps: call
+    `model.to(memory_format=torch.channels_last)` and give images in the same format.
 
     Args:
         config: What to build; `create_model` looks one up by name.
+
+    Attributes:
+        config: The configuration.
+        backbone: Turns images into the maps [C3, C4, C5].
+        fpn: The neck, which turns those into the pyramid's levels.
+        class_net: The class head.
+        box_net: The box head.
     """
 
     def __init__(self, config: DetectorConfig) -> None:
@@ -68,7 +76,7 @@ class DetectionModel(nn.Module):
     def forward(self, images: torch.Tensor, targets: Targets) -> DetectionLoss: ...
 
     def forward(self, images: torch.Tensor, targets: Targets | None = None) -> Outputs | DetectionLoss:
-        """Raw head outputs of all levels, finest first; or, with targets, the training loss.
+        """Compute the raw outputs of the heads; with targets, the training loss.
 
         Args:
             images: float [B, 3, H, W], RGB, normalized with the configuration's mean and std; (H, W) is
@@ -77,10 +85,12 @@ class DetectionModel(nn.Module):
                 float [n, 4] xyxy in input pixels, and "labels", int64 [n] in [0, num_classes).
 
         Returns:
-            Class logits [B, A * num_classes, H_l, W_l] and box deltas [B, A * 4, H_l, W_l] per level; or what `loss` gives.
+            Class logits [B, A * num_classes, H_l, W_l] and box deltas [B, A * 4, H_l, W_l] of all levels, finest first; or
+            what `loss` returns.
 
         Raises:
-            TypeError, ValueError: Wrong shapes or targets.
+            TypeError: The targets are neither form, or as for `loss`.
+            ValueError: The images have another shape, or as for `loss`.
         """
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.config.image_size):
             height, width = self.config.image_size
@@ -96,9 +106,15 @@ class DetectionModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> Detections:
-        """Detections of images as `forward` takes them, with the configuration's thresholds and clipped to the image.
+        """Detect objects on normalized images, with the configuration's thresholds.
 
-        What comes back is `detect`'s; nothing synchronizes with the host.
+        Nothing waits for the device. `Detector.predict` does the same for files and pictures.
+
+        Args:
+            images: As for `forward`.
+
+        Returns:
+            `Detections`, as from `detect`; boxes are clipped to the input.
 
         Raises:
             RuntimeError: The model is in training mode, where BatchNorms and drop path would give other detections.
@@ -109,12 +125,24 @@ class DetectionModel(nn.Module):
         return self.detect(self(images), clip_sizes=torch.cat([height, width], dim=1))
 
     def anchors(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Anchors float32 [N, 4] xyxy in input pixels, ordered as the outputs; on the model's device by default."""
+        """Return the anchors, float32 [N, 4] xyxy in input pixels, in the order of the outputs.
+
+        Args:
+            device: Where to return them; None takes the model's device.
+        """
         target = next(self.parameters()).device if device is None else torch.device(device)
         return self._anchors.boxes(target)
 
     def assign(self, gt_boxes: torch.Tensor, gt_labels: torch.Tensor) -> AnchorTargets:
-        """What the heads should say at each anchor for objects as `loss` takes them, by the configuration's rules."""
+        """Assign the objects of a batch to anchors by the configuration's rules; see `effdet_fast.ops.match_anchors`.
+
+        Args:
+            gt_boxes: As for `loss`.
+            gt_labels: As for `loss`.
+
+        Returns:
+            `AnchorTargets`: what the heads should say at each anchor.
+        """
         config = self.config
         return match_anchors(
             self._anchors.boxes(gt_boxes.device),
@@ -128,7 +156,9 @@ class DetectionModel(nn.Module):
         )
 
     def loss(self, outputs: Outputs, gt_boxes: torch.Tensor, gt_labels: torch.Tensor) -> DetectionLoss:
-        """Training loss of `forward`'s outputs. Labels are made on the device; nothing synchronizes with the host.
+        """Compute the training loss of `forward`'s outputs.
+
+        Anchors are matched on the device; nothing waits for it.
 
         Args:
             outputs: What `forward` returned.
@@ -176,9 +206,9 @@ class DetectionModel(nn.Module):
         max_detections: int | None = None,
         clip_sizes: torch.Tensor | None = None,
     ) -> Detections:
-        """Detections of a batch from `forward`'s outputs.
+        """Turn `forward`'s outputs into detections.
 
-        The best `config.max_candidates` scores over all levels and classes, or of each level, go through per-class NMS.
+        The best `config.max_candidates` scores of an image go through per-class non-maximum suppression.
 
         Args:
             outputs: What `forward` returned.
@@ -194,7 +224,8 @@ class DetectionModel(nn.Module):
             pixels, labels 0-based, by descending score; rows past `counts` are padding. `indices` are rows of `anchors()`.
 
         Raises:
-            ValueError: Wrong shapes.
+            TypeError: An option is not a number.
+            ValueError: Shapes do not fit, or an option is out of range.
         """
         config = self.config
         cls_outputs, box_outputs = self._check_outputs(outputs, "DetectionModel.detect")

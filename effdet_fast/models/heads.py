@@ -21,7 +21,7 @@ CONV_STD = 0.01  # of the initial weights of 3x3 heads (section 4.1 as well)
 
 
 class LevelsConv2d(nn.Conv2d):
-    """3x3 convolution of each level."""
+    """A 3x3 convolution shared by all levels."""
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1, bias=bias)
@@ -31,10 +31,11 @@ class LevelsConv2d(nn.Conv2d):
 
 
 class Head(nn.Module):
-    """`head_repeats` times convolution, normalization and activation, then a prediction layer.
+    """A class or box head: `head_repeats` times convolution, normalization and activation, then a prediction layer.
 
-    EfficientDet's is `head="separable"` with `head_norm="batch"`: BatchNorms are each level's own. RetinaNet's is
-    `head="conv"` with no normalization, or with "group", whose GroupNorms are shared as the convolutions are.
+    `head="separable"` with `head_norm="batch"` is EfficientDet's (arXiv:1911.09070): each level has BatchNorms of its own.
+    `head="conv"` without normalization is RetinaNet's (arXiv:1708.02002); with "group" it is that of torchvision's
+    `retinanet_resnet50_fpn_v2`, whose levels share the GroupNorms.
 
     Args:
         num_outputs: Outputs per anchor.
@@ -42,7 +43,7 @@ class Head(nn.Module):
         prior: Initial sigmoid of the outputs; None starts the bias at 0.
 
     Raises:
-        ValueError: Channels that GroupNorm cannot group.
+        ValueError: GroupNorm cannot divide `fpn_channels` into groups.
     """
 
     def __init__(self, num_outputs: int, config: DetectorConfig, prior: float | None = None) -> None:
@@ -69,7 +70,7 @@ class Head(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights: variance 1 / fan-in if separable, else `CONV_STD`; biases 0 except the prior of the prediction."""
+        """Initialize: weights normal with variance 1 / fan-in if separable, else deviation `CONV_STD`; biases 0, or the prior."""
         for conv in [*self.conv_rep, self.predict]:
             for parameter in conv.parameters():
                 if parameter.dim() == 1:
@@ -83,13 +84,13 @@ class Head(nn.Module):
             nn.init.constant_(bias, -math.log((1.0 - self.prior) / self.prior))
 
     def forward(self, levels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """[B, anchors_per_cell * num_outputs, H_l, W_l] per level, outputs of one anchor adjacent."""
+        """Predict [B, anchors_per_cell * num_outputs, H_l, W_l] for each level, the outputs of one anchor side by side."""
         for repeat, conv in enumerate(self.conv_rep):
             levels = self._normalized(repeat, conv(levels))
         return self.predict(levels)
 
     def _normalized(self, repeat: int, levels: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Normalized and activated."""
+        """Normalize and activate all levels."""
         if self.norm == "batch":  # with the activation in it
             return [norm(x) for norm, x in zip(self.bn_rep[repeat], levels, strict=True)]  # type: ignore[call-overload]
         if self.norm == "group":

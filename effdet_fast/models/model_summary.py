@@ -1,4 +1,4 @@
-"""How large a detector is: parameters, multiply-adds, activations and anchors, part by part, without computing anything."""
+"""The size of a detector: parameters, multiply-adds, activations and anchors, part by part, counted without computing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class PartSummary:
     Attributes:
         name: "backbone", "neck", "class head", "box head" or "total".
         parameters: Values that training may change; statistics and frozen BatchNorms are buffers and do not count.
-        multiply_adds: Of all convolutions and matrix products, for one image; one multiplication with its addition is
-            one. BatchNorms, activations, fusions and poolings do not count.
-        activations: Values that those convolutions and products put out, for one image. The EfficientDet paper's FLOPs are
-            `multiply_adds + activations`.
+        multiply_adds: Multiply-adds of all convolutions and matrix products for one image. BatchNorms, activations, fusions and
+            poolings do not count.
+        activations: Number of output values of those convolutions and products for one image. The EfficientDet paper's FLOPs
+            are `multiply_adds + activations`.
     """
 
     name: str
@@ -38,7 +38,14 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class LevelSummary:
-    """One level of the pyramid: stride 2^level, a feature map of height x width, and the anchors on it."""
+    """One level of the pyramid, of stride 2^level.
+
+    Attributes:
+        level: Its number; 3 is P3.
+        height: Of the feature map.
+        width: Of the feature map.
+        anchors: Number of anchors on it.
+    """
 
     level: int
     height: int
@@ -48,7 +55,7 @@ class LevelSummary:
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What `summary` found; `str()` gives it as two tables.
+    """The size of a detector, as `summary` counts it; `str()` gives two tables.
 
     Attributes:
         name: The configuration's name.
@@ -66,7 +73,7 @@ class ModelSummary:
 
     @property
     def total(self) -> PartSummary:
-        """The parts' sums."""
+        """The sums over all parts."""
         return PartSummary(
             "total",
             sum(part.parameters for part in self.parts),
@@ -76,7 +83,7 @@ class ModelSummary:
 
     @property
     def anchors(self) -> int:
-        """Anchors on all levels."""
+        """Number of anchors on all levels."""
         return sum(level.anchors for level in self.levels)
 
     def __str__(self) -> str:
@@ -129,13 +136,16 @@ class _Counter(TorchDispatchMode):
 
 
 def summary(model: DetectionModel) -> ModelSummary:
-    """Counts a detector's parameters, multiply-adds, activations and anchors.
+    """Count a detector's parameters, multiply-adds, activations and anchors.
 
-    Nothing is computed: a copy without memory (device "meta") runs on shapes alone, so that the largest model takes
-    seconds. The model may itself be on "meta", and is left as it is.
+    Nothing is computed: a copy on device "meta" runs on shapes alone, so that the largest model takes seconds. The model itself
+    stays as it is.
 
     Args:
-        model: A `DetectionModel`, on any device, in either mode.
+        model: A `DetectionModel`, on any device ("meta" too), in either mode.
+
+    Returns:
+        A `ModelSummary`; print it.
     """
     config = model.config
     shell = _without_memory(model).eval()

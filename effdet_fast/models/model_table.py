@@ -27,7 +27,7 @@ def _lite(name: str, backbone: str, size: int, channels: int, cells: int, repeat
 
 
 def _retinanet(name: str, depth: int, **more: Any) -> DetectorConfig:
-    """RetinaNet as torchvision has it. Its classes are the raw category ids of COCO, 0 to 90; 0 never occurs."""
+    """RetinaNet (arXiv:1708.02002) as torchvision has it; classes are COCO's raw category ids, 0 to 90, of which 0 is unused."""
     return DetectorConfig(
         f"retinanet_{name}",
         f"resnet{depth}",

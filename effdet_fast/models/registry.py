@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Detectors by name: `list_models`, `model_config` and `create_model`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from effdet_fast.models.weights import load_backbone_checkpoint, load_checkpoint
 
 
 def list_models() -> list[str]:
-    """The names `create_model` knows."""
+    """List the names that `create_model` knows."""
     return list(CONFIGS)
 
 
 def model_config(name: str, **overrides: Any) -> DetectorConfig:
-    """The released configuration of a model, or one that differs from it in some fields.
+    """Look up the released configuration of a model, perhaps with other values for some fields.
 
     Args:
         name: One of `list_models()`; a "tf_" prefix is accepted.
@@ -43,7 +43,10 @@ def create_model(
     backbone_checkpoint: str | os.PathLike[str] | None = None,
     **config_overrides: Any,
 ) -> DetectionModel:
-    """Builds a detector with freshly initialized, or loaded, weights.
+    """Build a detector by name, with new weights or with those of a file.
+
+    The names are those of EfficientDet (arXiv:1911.09070), D0 to D7x and Lite0 to Lite4, as effdet has them, and of RetinaNet
+    (arXiv:1708.02002) as torchvision has it. `effdet_fast.models.summary` counts parameters and multiply-adds.
 
     Args:
         name: One of `list_models()`. A "tf_" prefix is accepted: effdet calls `tf_efficientdet_d0` what is
@@ -55,8 +58,21 @@ def create_model(
         backbone_checkpoint: Local file with ImageNet weights of the backbone (see `load_backbone_checkpoint`).
         **config_overrides: Other fields of `DetectorConfig`.
 
+    Returns:
+        A `DetectionModel` on the CPU, in training mode.
+
     Raises:
+        FileNotFoundError: There is no such checkpoint.
         ValueError: Unknown name or field, a value out of range, or a checkpoint that does not fit.
+
+    Example:
+        ```python
+        model = effdet_fast.create_model("efficientdet_d0", num_classes=20, neck="panet")
+        images = torch.randn(2, 3, 512, 512)  # normalized with model.config.mean and .std
+        boxes, labels = torch.tensor([[[10.0, 20, 200, 220]]] * 2), torch.tensor([[17]] * 2)
+        model(images, (boxes, labels)).total.backward()
+        detections = model.eval().predict(images)
+        ```
     """
     given = {"num_classes": num_classes, "image_size": image_size}
     overrides = {key: value for key, value in given.items() if value is not None} | config_overrides

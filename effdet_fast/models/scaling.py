@@ -1,7 +1,7 @@
-"""Compound scaling: how EfficientNet and EfficientDet grow with one coefficient, for any real one.
+"""Compound scaling of EfficientNet and EfficientDet by one coefficient, which may be any number >= 0.
 
-Between whole coefficients, numbers of layers and image sizes are rounded to the nearest (halves up). The released models follow
-these rules only in part; docs/models.md sets both side by side.
+Numbers of layers and image sizes are rounded to the nearest (halves up). The released models follow these rules only in part;
+docs/models.md sets both side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EFFICIENTNET_IMAGE_SIZE = 224
 
 
 def compound_scaling(phi: float) -> dict[str, int]:
-    """EfficientDet's compound scaling (arXiv:1911.09070, eq. 1-3).
+    """Scale an EfficientDet by one coefficient (Tan, Pang and Le, arXiv:1911.09070, equations 1 to 3).
 
     `64 * 1.35^phi` channels, rounded to a multiple of 8; `3 + phi` cells; `3 + floor(phi / 3)` layers in each head; images of
     side `512 + 128 * phi`, a multiple of 128.
@@ -40,7 +40,7 @@ def compound_scaling(phi: float) -> dict[str, int]:
 
 
 def scaled_efficientnet(phi: float, alpha: float = 1.2, beta: float = 1.1, gamma: float = 1.15) -> dict[str, Any]:
-    """EfficientNet's compound scaling (arXiv:1905.11946, eq. 3).
+    """Scale an EfficientNet by one coefficient (Tan and Le, arXiv:1905.11946, equation 3).
 
     Depth `alpha^phi`, width `beta^phi`, images of side `224 * gamma^phi`, rounded to a multiple of 8. Each step of phi doubles
     the multiply-adds, as `alpha * beta^2 * gamma^2` is about 2.

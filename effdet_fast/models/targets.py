@@ -1,4 +1,4 @@
-"""The objects of a batch as the loss wants them: padded, and checked."""
+"""Padding and checks of the objects of a batch, for the loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ Targets: TypeAlias = tuple[Tensor, Tensor] | Sequence[Mapping[str, Tensor]]
 
 
 def padded_targets(targets: Targets) -> tuple[Tensor, Tensor]:
-    """(boxes [B, M, 4], labels [B, M]), padded with -1, of such a pair or of a list of {"boxes", "labels"} of each image.
+    """Pad the objects of a batch with -1 to boxes [B, M, 4] and labels [B, M].
+
+    Args:
+        targets: For each image a dict with "boxes" [n, 4] and "labels" [n]; or such a pair, which is returned as it is.
 
     Raises:
-        TypeError: Neither of these.
+        TypeError: `targets` is neither.
     """
     if isinstance(targets, tuple) and len(targets) == 2 and all(isinstance(each, Tensor) for each in targets):
         return targets  # type: ignore[return-value]
@@ -35,7 +38,7 @@ def padded_targets(targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def check_objects(gt_boxes: Tensor, gt_labels: Tensor, batch: int, num_classes: int) -> None:
-    """Raises TypeError or ValueError unless these are padded objects of `batch` images; values are read on the CPU only."""
+    """Raise TypeError or ValueError unless these are padded objects of `batch` images; values are read on the CPU only."""
     if gt_labels.dim() != 2 or gt_labels.shape[0] != batch:
         raise ValueError(f"DetectionModel.loss: gt_labels must have shape [{batch}, M], got {list(gt_labels.shape)}")
     expected = [*gt_labels.shape, 4]

@@ -1,4 +1,4 @@
-"""Loading weights from local files: all of them fit, or none is loaded."""
+"""Loading of weights from local files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ def is_class_layer(key: str) -> bool:
 
 
 class Mismatch(NamedTuple):
-    """What does not fit: keys the file lacks, keys the model lacks, and (key, shape in the file, in the model)."""
+    """What does not fit between a checkpoint and a model; false if everything does.
+
+    Attributes:
+        missing: Keys that the checkpoint lacks.
+        unexpected: Keys that the model lacks.
+        shapes: Of each tensor with another shape its key, the shape in the checkpoint and the shape in the model.
+    """
 
     missing: list[str]
     unexpected: list[str]
@@ -32,7 +38,7 @@ class Mismatch(NamedTuple):
         return bool(self.missing or self.unexpected or self.shapes)
 
     def describe(self) -> str:
-        """One readable paragraph; long lists are cut and counted."""
+        """Describe the mismatch in one paragraph; long lists are cut and counted."""
         parts = []
         if self.missing:
             parts.append(f"{len(self.missing)} missing: {shorten(self.missing)}")
@@ -52,16 +58,17 @@ def load_checkpoint(
     reset_head: bool = False,
     use_ema: bool = True,
 ) -> Mismatch:
-    """Loads a whole detector's weights: this package's files, effdet's, and all others that `convert_checkpoint` knows.
+    """Load the weights of a whole detector.
 
-    `.safetensors` files, files that wrap the weights (under "state_dict", "state_dict_ema" or "model") and keys with a
-    "module.", "model." or "_orig_mod." prefix are understood.
+    It reads this package's files, those of effdet and torchvision, and all others that `convert_checkpoint` knows: `.safetensors`
+    files, files that wrap the weights (under "state_dict", "state_dict_ema" or "model"), and keys with a prefix "module.",
+    "model." or "_orig_mod.". Nothing in a file is executed (`weights_only=True`).
 
     Args:
         model: A `DetectionModel`.
         checkpoint: Local path, or a state dict (wrapped or not).
         strict: Raise if anything does not fit, and load nothing. Otherwise load what fits.
-        reset_head: Leave out the class prediction layer and keep the model's own, for fine-tuning to other classes.
+        reset_head: Leave out the class prediction layer and keep the model's own, for fine-tuning on other classes.
         use_ema: Prefer averaged weights where a file has both.
 
     Returns:
@@ -81,11 +88,11 @@ def load_checkpoint(
 
 
 def load_backbone_checkpoint(model: nn.Module, checkpoint: PathOrStateDict, strict: bool = True) -> Mismatch:
-    """Loads ImageNet weights into a detector's backbone.
+    """Load ImageNet weights into a detector's backbone.
 
-    Understood are timm's EfficientNets and ResNets (whole or features only), torchvision's ResNets, the EfficientNet naming
-    with `_blocks.0._depthwise_conv.weight`, and the backbone of a detector's checkpoint, `.safetensors` files included.
-    Classifier and head convolution are left out.
+    It reads timm's EfficientNets and ResNets (whole or features only), torchvision's ResNets, EfficientNets with keys like
+    `_blocks.0._depthwise_conv.weight`, and the backbone of a detector's checkpoint; `.safetensors` files too. The classifier and
+    the convolution before it are left out. Nothing in a file is executed (`weights_only=True`).
 
     Args:
         model: A `DetectionModel`.
@@ -105,13 +112,13 @@ def load_backbone_checkpoint(model: nn.Module, checkpoint: PathOrStateDict, stri
 
 
 def compare(state_dict: StateDict, own: StateDict, ignored: Collection[str] = ()) -> Mismatch:
-    """What does not fit between a state dict and a model's own, both under our names.
+    """Compare a state dict with a model's own, both under our names.
 
-    BatchNorm's counters of batches do not count: old files and frozen BatchNorms lack them, and nothing reads them.
+    BatchNorm's counters of batches are left out: old files and frozen BatchNorms lack them, and nothing reads them.
 
     Args:
-        state_dict: Of a file.
-        own: Of the model.
+        state_dict: Tensors of a checkpoint.
+        own: Tensors of the model.
         ignored: Keys that may be missing.
     """
     return Mismatch(

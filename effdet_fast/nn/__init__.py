@@ -1,4 +1,4 @@
-"""The operators as modules."""
+"""The operators as modules, with the parameter names of the modules that they can replace."""
 
 from effdet_fast.nn.batch_norm_act import (
     BatchNormAct2d,

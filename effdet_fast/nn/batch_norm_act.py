@@ -14,17 +14,27 @@ from effdet_fast.ops.batch_norm_act import batch_norm_act
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` followed by an activation, through :func:`effdet_fast.ops.batch_norm_act`.
+    """``nn.BatchNorm2d`` followed by an activation, in one operator: ``effdet_fast.ops.batch_norm_act``.
 
-    All arguments, parameters, buffers and state-dict keys are those of ``nn.BatchNorm2d``, of which it is one; the activation
-    has no state. Half-precision input with float32 parameters works, as under autocast.
+    A subclass of ``nn.BatchNorm2d`` with its arguments, parameters, buffers and state-dict keys; the activation has no state.
+    Input in half precision works with float32 parameters, as under autocast (Ioffe and Szegedy, Batch Normalization,
+    arXiv:1502.03167).
 
     Args:
+        num_features: C of the input ``[N, C, H, W]``.
+        eps: added to the variance.
+        momentum: share of each batch in the running statistics; None takes the mean over all batches.
+        affine: learn a scale and a shift.
+        track_running_stats: keep running statistics, by which evaluation mode normalizes.
+        device: of the parameters and buffers.
+        dtype: of the parameters and buffers.
+        bias: learn a shift, where ``affine`` is set; False learns a scale only.
         activation: None, "silu", "relu" or "relu6".
 
     Attributes:
-        synchronized: in training, take the statistics over the batches of all processes of ``process_group`` (None: all there
-            are), as ``nn.SyncBatchNorm``, but on any device. :func:`synchronize_batch_norm` sets it for a whole model.
+        synchronized: whether training takes the statistics over the batches of several processes, as ``nn.SyncBatchNorm`` does,
+            but on any device. `synchronize_batch_norm` sets it for a whole model.
+        process_group: these processes; None for all of them.
 
     Raises:
         ValueError: the activation is unknown.
@@ -52,11 +62,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
         self.process_group: dist.ProcessGroup | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize and activate ``[N, C, H, W]``; in training mode also move the running statistics."""
         group = self._group() if self.training and self.synchronized else None
         return normalize(self, input, self.activation, group)
 
     def _group(self) -> dist.ProcessGroup | None:
-        """The processes to share statistics with, if there are any others."""
+        """The process group to share statistics with; None if this process is alone."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         group = dist.group.WORLD if self.process_group is None else self.process_group
@@ -64,8 +75,15 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def qconfig(self) -> None:
-        """Not there. ``convert_sync_batchnorm``, PyTorch's or timm's, asks for it while it replaces a module by one without an
-        activation: better no conversion than another network. Whoever else asks is told that there is none."""
+        """An attribute that is missing, with an error that prevents a lost activation.
+
+        ``convert_sync_batchnorm`` of PyTorch and timm reads it before it replaces a module by one without an activation, which
+        would be another network.
+
+        Raises:
+            TypeError: ``convert_sync_batchnorm`` asks, and there is an activation to lose.
+            AttributeError: anything else asks.
+        """
         if self.activation is not None and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
             raise TypeError(
                 f"{type(self).__name__}: nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation {self.activation!r}; "
@@ -74,6 +92,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         raise AttributeError(f"{type(self).__name__} has no attribute 'qconfig'")
 
     def extra_repr(self) -> str:
+        """Return the options that ``repr`` shows."""
         shared = ", synchronized=True" if self.synchronized else ""
         return f"{super().extra_repr()}, activation={self.activation!r}{shared}"
 
@@ -81,7 +100,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 def normalize(
     norm: nn.BatchNorm2d, input: Tensor, activation: str | None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """What a BatchNorm does to its input and to its own buffers, and an activation after it, in one op."""
+    """Run a BatchNorm's forward and an activation as one operator, and update the BatchNorm's buffers as PyTorch does."""
     norm._check_input_dim(input)
     tracks = norm.training and norm.track_running_stats
     momentum: float | Tensor = 0.0 if norm.momentum is None else norm.momentum
@@ -105,14 +124,14 @@ def normalize(
 
 
 class FrozenBatchNormAct2d(nn.Module):
-    """Batch normalization by constants, followed by an activation, through :func:`effdet_fast.ops.batch_norm_act`.
+    """Batch normalization by constants, followed by an activation, in one operator: ``effdet_fast.ops.batch_norm_act``.
 
-    Statistics, scales and shifts are buffers, so nothing of it is trained or decayed, and no mode changes it. State-dict keys
-    are those of torchvision's ``FrozenBatchNorm2d``: ``weight``, ``bias``, ``running_mean`` and ``running_var``; a
-    ``num_batches_tracked`` of a trained BatchNorm is dropped on loading.
+    Statistics, scale and shift are buffers: they are neither trained nor decayed, and training mode changes nothing. State-dict
+    keys are those of torchvision's ``FrozenBatchNorm2d``: ``weight``, ``bias``, ``running_mean`` and ``running_var``. Loading
+    drops the ``num_batches_tracked`` of a trained BatchNorm.
 
     Args:
-        num_features: C of the input.
+        num_features: C of the input ``[N, C, H, W]``.
         eps: added to the variance, >= 0.
         activation: None, "silu", "relu" or "relu6".
 
@@ -137,6 +156,7 @@ class FrozenBatchNormAct2d(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize and activate ``[N, C, H, W]``."""
         return batch_norm_act(
             input,
             self.running_mean,
@@ -149,7 +169,14 @@ class FrozenBatchNormAct2d(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm2d) -> FrozenBatchNormAct2d:
-        """The evaluation mode of a BatchNorm, and its activation, sharing its tensors."""
+        """Freeze a BatchNorm and its activation: the result computes what its evaluation mode does, and shares its tensors.
+
+        Args:
+            norm: an ``nn.BatchNorm2d`` or a `BatchNormAct2d`.
+
+        Raises:
+            ValueError: the BatchNorm has no running statistics.
+        """
         if norm.running_mean is None or norm.running_var is None:
             raise ValueError(f"{cls.__name__}.from_batch_norm: the BatchNorm has no running statistics")
         frozen = cls(norm.num_features, norm.eps, activation=getattr(norm, "activation", None)).to(norm.running_mean)
@@ -164,20 +191,22 @@ class FrozenBatchNormAct2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """Return the options that ``repr`` shows."""
         return f"{self.num_features}, eps={self.eps}, activation={self.activation!r}"
 
 
 def freeze_batch_norm(module: nn.Module) -> nn.Module:
-    """Replaces each ``nn.BatchNorm2d`` and ``BatchNormAct2d`` of a model by a ``FrozenBatchNormAct2d`` with its values.
+    """Replace each ``nn.BatchNorm2d`` and `BatchNormAct2d` of a model by a `FrozenBatchNormAct2d` with its values.
 
     Args:
-        module: the model, which is changed.
+        module: the model, which is changed in place.
 
     Returns:
-        The model, or what replaces it where it is itself a BatchNorm.
+        The model; its replacement if the model is itself a BatchNorm.
 
     Raises:
-        TypeError: another subclass of ``nn.BatchNorm2d``, of which it is not known what it does.
+        TypeError: the model has another subclass of ``nn.BatchNorm2d``, whose behavior is not known.
+        ValueError: a BatchNorm has no running statistics.
     """
     if isinstance(module, nn.BatchNorm2d):
         if type(module) not in (nn.BatchNorm2d, BatchNormAct2d):
@@ -189,18 +218,18 @@ def freeze_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def synchronize_batch_norm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Makes all BatchNorms of a model take their training statistics over the batches of several processes.
+    """Make all BatchNorms of a model take their training statistics over the batches of several processes.
 
-    What ``nn.SyncBatchNorm.convert_sync_batchnorm`` does, on any device, and with activations kept: each ``BatchNormAct2d`` is
-    switched over, each plain ``nn.BatchNorm2d`` is replaced by one with the same parameters, buffers and hence state-dict keys.
+    Like ``nn.SyncBatchNorm.convert_sync_batchnorm``, but on any device, and activations stay. A `BatchNormAct2d` is switched
+    over. A plain ``nn.BatchNorm2d`` is replaced by a `BatchNormAct2d` with the same parameters, buffers and state-dict keys.
     BatchNorms of other dimensions become ``nn.SyncBatchNorm``.
 
     Args:
-        module: the model, which is changed.
-        process_group: the processes; None for all there are.
+        module: the model, which is changed in place.
+        process_group: the processes; None for all of them.
 
     Returns:
-        The model, or what replaces it where it is itself a BatchNorm.
+        The model; its replacement if the model is itself a BatchNorm.
     """
     if isinstance(module, BatchNormAct2d):
         module.synchronized = True

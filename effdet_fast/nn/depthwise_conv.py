@@ -10,10 +10,23 @@ from effdet_fast.ops.depthwise_conv_levels import depthwise_conv2d_levels
 
 
 class DepthwiseConv2d(nn.Module):
-    """:func:`effdet_fast.ops.depthwise_conv2d` with its parameters; loads the state of ``nn.Conv2d(C, C, k, groups=C)``.
+    """A depthwise convolution, one filter per channel, with an optional activation before it.
+
+    State-dict keys and shapes are those of ``nn.Conv2d(C, C, k, groups=C)``. As a function this is
+    ``effdet_fast.ops.depthwise_conv2d`` (Howard et al., MobileNets, arXiv:1704.04861).
+
+    Args:
+        channels: C of the input ``[N, C, H, W]``.
+        kernel_size: one number or (height, width).
+        stride: one number or (vertical, horizontal).
+        padding: zeros around the input: one number, (vertical, horizontal), (left, right, top, bottom), or "same", which is
+            TensorFlow's: output size ``ceil(size / stride)``.
+        dilation: one number or (vertical, horizontal).
+        bias: learn a bias.
+        prologue: activation of the input, before padding: None, "silu", "relu" or "relu6".
 
     Attributes:
-        weight: ``[channels, 1, k, k]``.
+        weight: ``[channels, 1, kh, kw]``.
         bias: ``[channels]``, or None.
     """
 
@@ -39,7 +52,7 @@ class DepthwiseConv2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as ``nn.Conv2d`` does: uniform within 1 / sqrt(k * k)."""
+        """Draw weight and bias as ``nn.Conv2d`` does: uniform within ``1 / sqrt(kh * kw)``."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.kernel_size[0] * self.kernel_size[1])
@@ -47,9 +60,13 @@ class DepthwiseConv2d(nn.Module):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, prologue: str | None = None) -> "DepthwiseConv2d":
-        """The same convolution, sharing the parameters of ``conv``.
+        """Make the module that computes what ``conv`` does and shares its parameters.
 
-        Padding "same" and timm's ``Conv2dSame`` become padding="same".
+        Padding "same" and timm's ``Conv2dSame`` become ``padding="same"``.
+
+        Args:
+            conv: a depthwise convolution that pads with zeros.
+            prologue: activation to compute before it: None, "silu", "relu" or "relu6".
 
         Raises:
             TypeError: ``conv`` is not an ``nn.Conv2d``.
@@ -80,7 +97,7 @@ class DepthwiseConv2d(nn.Module):
         return module.train(conv.training)
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Of one map, or of each of several: those in one pass, if there is no dilation."""
+        """Convolve one map ``[N, C, H, W]``, or each map of a list; without dilation, a list takes one pass."""
         if isinstance(x, Tensor):
             return depthwise_conv2d(
                 x, self.weight, self.bias, self.stride, self.padding, self.dilation, prologue=self.prologue
@@ -90,6 +107,7 @@ class DepthwiseConv2d(nn.Module):
         return depthwise_conv2d_levels(x, self.weight, self.bias, self.stride, self.padding, prologue=self.prologue)
 
     def extra_repr(self) -> str:
+        """Return the options that ``repr`` shows."""
         return (
             f"{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}, "
             f"dilation={self.dilation}, bias={self.bias is not None}, prologue={self.prologue!r}"
@@ -97,9 +115,20 @@ class DepthwiseConv2d(nn.Module):
 
 
 class SeparableConv2d(nn.Module):
-    """:func:`effdet_fast.ops.depthwise_separable_conv2d` with its parameters, named as in effdet.
+    """A depthwise-separable convolution with effdet's parameter names.
 
-    ``conv_dw`` has one filter per channel and no bias; ``conv_pw`` mixes the channels, and has the bias.
+    ``conv_dw``, a `DepthwiseConv2d`, has one filter per channel and no bias. ``conv_pw``, a 1 x 1 ``nn.Conv2d``, mixes the
+    channels and has the bias. As a function this is ``effdet_fast.ops.depthwise_separable_conv2d`` (Howard et al., MobileNets,
+    arXiv:1704.04861).
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the output.
+        kernel_size: of ``conv_dw``: one number or (height, width).
+        stride: of ``conv_dw``: one number or (vertical, horizontal).
+        padding: of ``conv_dw``, as for `DepthwiseConv2d`.
+        bias: whether ``conv_pw`` has a bias.
+        prologue: activation of the input: None, "silu", "relu" or "relu6".
     """
 
     def __init__(
@@ -117,6 +146,6 @@ class SeparableConv2d(nn.Module):
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-        """Of one map, or of each of several, whose depthwise part is one pass."""
+        """Convolve one map ``[N, C, H, W]``, or each map of a list, whose depthwise part takes one pass."""
         y = self.conv_dw(x)
         return self.conv_pw(y) if isinstance(y, Tensor) else [self.conv_pw(each) for each in y]

@@ -6,7 +6,17 @@ from effdet_fast.ops.focal_loss import sigmoid_focal_loss
 
 
 class FocalLoss(nn.Module):
-    """:func:`effdet_fast.ops.sigmoid_focal_loss` with its options kept; no parameters. ``class_weight`` is a buffer."""
+    """The sigmoid focal loss from integer labels or soft targets: `effdet_fast.ops.sigmoid_focal_loss` with fixed options.
+
+    It has no parameters; ``class_weight`` is a buffer (Lin et al., Focal Loss for Dense Object Detection, arXiv:1708.02002).
+
+    Args:
+        alpha: weight of positives, in [0, 1]; -1 switches the weighting off.
+        gamma: focusing exponent, >= 0.
+        reduction: "none", "mean" over all elements, or "sum".
+        label_smoothing: in [0, 1].
+        class_weight: ``[C]``, floating: factor of each class's logits; None weighs all alike.
+    """
 
     class_weight: Tensor | None
 
@@ -26,6 +36,20 @@ class FocalLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, inputs: Tensor, targets: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            inputs: logits ``[..., C]``.
+            targets: integer labels ``[...]``, -1 for background and -2 for ignored; or floating, of the shape of ``inputs``.
+            normalizer: divides a "sum".
+
+        Returns:
+            A tensor of the shape of ``inputs`` with "none", else a scalar.
+
+        Raises:
+            TypeError: as `effdet_fast.ops.sigmoid_focal_loss`.
+            ValueError: as `effdet_fast.ops.sigmoid_focal_loss`, which also checks the options.
+        """
         return sigmoid_focal_loss(
             inputs,
             targets,
@@ -38,4 +62,5 @@ class FocalLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Return the options that ``repr`` shows."""
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}"

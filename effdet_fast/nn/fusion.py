@@ -11,17 +11,19 @@ from effdet_fast.ops.fusion import weighted_fusion
 
 
 class WeightedFusion(nn.Module):
-    """:func:`effdet_fast.ops.weighted_fusion` with its options kept and its weights learnt.
+    """A weighted sum of feature maps whose weights are learned: `effdet_fast.ops.weighted_fusion` with fixed options.
 
-    The weights are the parameter ``edge_weights`` ``[num_inputs]``, which starts at ones (as effdet's ``FpnCombine``); for method
-    "sum" it is None.
+    The node of a BiFPN (Tan, Pang and Le, EfficientDet, arXiv:1911.09070, section 3.3), like effdet's ``FpnCombine``.
 
     Args:
         num_inputs: 2 to 4.
-        method: "fast", "softmax" or "sum".
-        resample: for each input "none", "nearest" or "max_pool"; default "none" for all.
-        activation: None, "silu", "relu" or "relu6", applied to the sum.
-        eps: added to the sum of the weights by "fast".
+        method: how weights are normalized: "fast" (ReLU, then divided by their sum), "softmax", or "sum" (no weights).
+        resample: how each input is brought to the size of the sum: "none", "nearest" or "max_pool"; default "none" for all.
+        activation: activation of the sum: None, "silu", "relu" or "relu6".
+        eps: added to the sum of the weights by "fast", >= 0.
+
+    Attributes:
+        edge_weights: ``[num_inputs]``, initially ones; None for method "sum".
 
     Raises:
         ValueError: an option is unknown or does not fit ``num_inputs``.
@@ -58,7 +60,12 @@ class WeightedFusion(nn.Module):
         self.register_parameter("edge_weights", None if method == "sum" else nn.Parameter(torch.ones(num_inputs)))
 
     def forward(self, inputs: Sequence[Tensor], size: tuple[int, int] | None = None) -> Tensor:
-        """Fuses ``num_inputs`` tensors ``[N, C, H_i, W_i]`` to one ``[N, C, H, W]``; ``size`` as in the function."""
+        """Fuse ``num_inputs`` tensors ``[N, C, H_i, W_i]`` to one ``[N, C, H, W]``.
+
+        Args:
+            inputs: a list or tuple of tensors of one dtype.
+            size: ``(H, W)`` of the result. Default: that of the inputs with "none", or of those with "max_pool" after pooling.
+        """
         return weighted_fusion(
             inputs,
             self.edge_weights,
@@ -70,6 +77,7 @@ class WeightedFusion(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """Return the options that ``repr`` shows."""
         options = (
             f"method={self.method!r}, resample={self.resample_methods}, activation={self.activation!r}, eps={self.eps}"
         )

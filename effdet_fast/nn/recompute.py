@@ -1,4 +1,4 @@
-"""Blocks in a row whose insides are computed twice rather than kept in memory."""
+"""A sequence of blocks that can be recomputed in the backward pass, to save memory (gradient checkpointing)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 class BlockSequence(nn.Sequential):
-    """``nn.Sequential`` that can keep only each block's input for the backward pass, and compute the block again there.
+    """An ``nn.Sequential`` that can keep only each block's input, and recompute the block in the backward pass.
 
-    Gradients, running statistics and random numbers are those of the plain sequence: the second computation draws the
-    same numbers again and leaves the running statistics of BatchNorms alone. State-dict keys are those of
-    ``nn.Sequential``.
+    Gradients, running statistics and random numbers are those of the plain sequence: the recomputation draws the same random
+    numbers and leaves the running statistics of BatchNorms alone. State-dict keys are those of ``nn.Sequential``.
 
     Args:
-        blocks: in order of computation.
-        recompute: whether to; can be changed at any time.
+        *blocks: in order of computation.
+        recompute: whether to recompute; the attribute of this name can be changed at any time.
     """
 
     def __init__(self, *blocks: nn.Module, recompute: bool = False) -> None:
@@ -29,6 +28,7 @@ class BlockSequence(nn.Sequential):
         self.recompute = recompute
 
     def forward(self, input: Any) -> Any:
+        """Run the blocks one after the other; without gradients, nothing is recomputed."""
         if not (self.recompute and torch.is_grad_enabled()):
             return super().forward(input)
         for block in self:
@@ -48,7 +48,7 @@ def _contexts(block: nn.Module) -> tuple[contextlib.AbstractContextManager, cont
 
 @contextlib.contextmanager
 def _keeping_statistics(block: nn.Module) -> Iterator[None]:
-    """BatchNorms in training mode normalize with their batch's statistics and forget them."""
+    """Make BatchNorms in training mode normalize by their batch's statistics without moving the running ones."""
     norms = [
         module
         for module in block.modules()

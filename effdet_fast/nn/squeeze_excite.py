@@ -6,16 +6,17 @@ from effdet_fast.ops.squeeze_excite import squeeze_excite
 
 
 class SqueezeExcite(nn.Module):
-    """:func:`effdet_fast.ops.squeeze_excite` with its parameters, named as in timm and effdet.
+    """Squeeze-and-excitation, each channel scaled by a gate, with the parameter names of timm and effdet.
 
-    ``conv_reduce`` and ``conv_expand`` are ordinary 1 x 1 convolutions, so that what initializes those initializes these; only
-    their parameters are used.
+    ``conv_reduce`` and ``conv_expand`` are plain 1 x 1 convolutions, so that whatever initializes an ``nn.Conv2d`` initializes
+    them. Only their parameters are used, by ``effdet_fast.ops.squeeze_excite`` (Hu et al., Squeeze-and-Excitation Networks,
+    arXiv:1709.01507).
 
     Args:
         channels: C of the input.
         squeezed: channels between the two convolutions.
-        activation: "silu", "relu" or "relu6", between the two.
-        bias: whether the convolutions have one.
+        activation: activation between the two: "silu", "relu" or "relu6".
+        bias: whether the convolutions have a bias.
     """
 
     def __init__(self, channels: int, squeezed: int, activation: str = "silu", bias: bool = True):
@@ -25,8 +26,10 @@ class SqueezeExcite(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale the channels of ``[N, C, H, W]``."""
         reduce, expand = self.conv_reduce, self.conv_expand
         return squeeze_excite(x, reduce.weight, reduce.bias, expand.weight, expand.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
+        """Return the options that ``repr`` shows."""
         return f"activation={self.activation!r}"

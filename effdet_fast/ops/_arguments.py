@@ -25,7 +25,13 @@ _debug = False
 
 
 def set_debug(enabled: bool) -> None:
-    """Also checks the values of tensors on a GPU (labels in range and the like), at the price of a synchronization per call."""
+    """Check the values of tensors on a GPU too, such as labels out of range; each call then waits for the device.
+
+    Values on the CPU are checked without it. Under ``torch.compile`` none are.
+
+    Args:
+        enabled: whether to check.
+    """
     global _debug
     _debug = bool(enabled)
 

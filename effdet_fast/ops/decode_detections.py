@@ -171,10 +171,14 @@ def decode_detections(
         anchors: ``[N, 4]`` (x1, y1, x2, y2), floating, ordered (level, row, column, anchor).
         num_classes: C, >= 1.
         max_candidates: how many logits go on, >= 1.
-        score_threshold, iou_threshold, max_detections, method, sigma: as in :func:`batched_nms_padded`.
+        score_threshold: as in :func:`batched_nms_padded`.
+        iou_threshold: as in :func:`batched_nms_padded`.
+        max_detections: as in :func:`batched_nms_padded`.
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
         box_coder: "effdet": deltas (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most
             log(1000 / 16).
+        method: as in :func:`batched_nms_padded`.
+        sigma: as in :func:`batched_nms_padded`.
         candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
         drop_empty: leave out candidates whose box has no area once it is clipped, which lay outside, before they count towards
             ``max_detections``. effdet and torchvision keep them.

@@ -218,14 +218,19 @@ def depthwise_separable_conv2d(
 
     ``activation(pointwise(depthwise_conv2d(x)) + bias)``.
 
-    The pointwise part is a matrix product through PyTorch's library. Arguments, dtypes, layouts and errors are those of
-    :func:`depthwise_conv2d`, and:
+    The pointwise part is a matrix product through PyTorch's library. Dtypes, layouts and errors are those of
+    :func:`depthwise_conv2d`.
 
     Args:
+        x: ``[N, C, H, W]``.
         depthwise_weight: ``[C, 1, k, k]``.
         pointwise_weight: ``[O, C, 1, 1]``.
         bias: ``[O]``, added to the output of the pointwise part; or None.
-        activation: None, "silu", "relu" or "relu6", of the output.
+        stride: as in :func:`depthwise_conv2d`.
+        padding: as in :func:`depthwise_conv2d`.
+        dilation: as in :func:`depthwise_conv2d`.
+        prologue: activation of the input, as in :func:`depthwise_conv2d`.
+        activation: activation of the output: None, "silu", "relu" or "relu6".
 
     Returns:
         ``[N, O, OH, OW]``.

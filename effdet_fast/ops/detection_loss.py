@@ -36,7 +36,7 @@ GIOU_EPS = 1e-7
 
 
 class DetectionLoss(NamedTuple):
-    """Scalars, float32 (float64 for float64 outputs): `total` = `cls` + box_loss_weight * `box`."""
+    """The losses of a detector, scalars in float32 (float64 for float64 outputs): `total` = `cls` + box_loss_weight * `box`."""
 
     total: Tensor
     cls: Tensor
@@ -251,9 +251,11 @@ def detection_loss(
         box_targets: deltas ``[B, N, 4]``, or for each level ``[B, H, W, A * 4]``, floating.
         num_positives: ``[B]``, the number of positive anchors of each image; with normalizer "batch" also one 0-d value for all.
         num_classes: number of classes.
-        alpha, gamma, label_smoothing: as in :func:`sigmoid_focal_loss`.
+        alpha: as in :func:`sigmoid_focal_loss`.
+        gamma: as in :func:`sigmoid_focal_loss`.
         delta: where "huber" turns from quadratic to linear (then with slope ``delta``); the ``beta`` of "smooth_l1".
         box_loss_weight: of the box loss in ``total``.
+        label_smoothing: as in :func:`sigmoid_focal_loss`.
         box_loss: "huber" as above; or over the anchors with a label >= 0: "l1" and "smooth_l1", summed over the four deltas
             (smooth_l1: ``e^2 / (2 delta)`` where ``|e| < delta``, else ``|e| - delta / 2``), or "giou",
             ``1 - GIoU`` of the boxes that outputs and targets stand for, as ``torchvision.ops.generalized_box_iou_loss``.

@@ -1,4 +1,4 @@
-"""Training: the function behind `effdet-fast train`, its options, the steps it takes and what can come of it.
+"""Training: the function behind `effdet-fast train`, its options and result, and the steps for a loop of your own.
 
 Everything is imported on first use, so that the command line can read `TrainConfig` without waiting for PyTorch.
 """

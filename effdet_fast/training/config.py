@@ -1,4 +1,4 @@
-"""What a training run can be told: one dataclass for the Python API, the command line and the checkpoint."""
+"""The options of a training run: one dataclass for the Python API, the command line and the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ DATA, MODEL, RECIPE, SPEED, RUN = GROUPS
 
 
 def default_workers() -> int:
-    """4, or the number of processors if that is smaller."""
+    """Return 4, or the number of processors if that is smaller."""
     return min(4, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    """A training run."""
+    """The options of a training run; each is a flag of `effdet-fast train` too, and docs/training_options.md lists them."""
 
     train_images: str = option(DATA, "", "folder of the training images", metavar="DIR")
     train_annotations: str = option(DATA, "", "COCO-format JSON of the training images", metavar="FILE")
@@ -223,29 +223,33 @@ class TrainConfig:
             raise ValueError("train: checkpoint already holds a backbone, so backbone_checkpoint cannot be given too")
 
     def require_paths(self) -> None:
-        """Raise ValueError if a path no run can do without is missing."""
+        """Raise ValueError unless `train_images`, `train_annotations` and `output` are given."""
         for name in ("train_images", "train_annotations", "output"):
             if not getattr(self, name):
                 raise ValueError(f"train: {name} is missing")
 
     def learning_rate(self, global_batch: int) -> float:
-        """The given rate, or the optimizer's default for `global_batch` images per step."""
+        """Return the learning rate after warm-up: `lr`, or else the optimizer's default.
+
+        Args:
+            global_batch: Images per step of all processes together.
+        """
         if self.lr is not None:
             return self.lr
         return 0.08 * global_batch / 64 if self.optimizer == "sgd" else 1e-3
 
     def decay(self) -> float:
-        """The given weight decay, or the optimizer's default."""
+        """Return the weight decay: `weight_decay`, or else the optimizer's default."""
         if self.weight_decay is not None:
             return self.weight_decay
         return 4e-5 if self.optimizer == "sgd" else 1e-2
 
     def warmup(self) -> float:
-        """The given number of warm-up epochs, or the default for the run's length."""
+        """Return the number of warm-up epochs: `warmup_epochs`, or else a tenth of the run, at most 1."""
         return self.warmup_epochs if self.warmup_epochs is not None else min(1.0, self.epochs / 10)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, so that a checkpoint holding them loads with ``weights_only=True``."""
+        """Convert to a dict of plain values, which a checkpoint can hold and ``weights_only=True`` loads."""
         return dataclasses.asdict(self)
 
 
@@ -253,7 +257,7 @@ TrainConfig.__doc__ = docstring(TrainConfig)
 
 
 def config_from_options(options: dict[str, Any]) -> TrainConfig:
-    """A TrainConfig from keyword arguments; TypeError naming any it does not know."""
+    """Make a TrainConfig from keyword arguments; a TypeError names those it does not know."""
     known = options_of(TrainConfig)
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -262,10 +266,10 @@ def config_from_options(options: dict[str, Any]) -> TrainConfig:
 
 
 def config_for_resume(saved: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
-    """The saved configuration with the options given anew, where a run may change them.
+    """Merge a saved configuration with the options given anew, where a resumed run may change them.
 
     Raises:
-        ValueError: An option that a run cannot change half-way was given with another value.
+        ValueError: A given option has another value, and a resumed run cannot change it.
     """
     config_from_options(given)
     saved = {**TrainConfig().to_dict(), **saved}

@@ -1,4 +1,4 @@
-"""A training step replayed from a CUDA graph: one launch for the whole of it, where the host would make thousands."""
+"""A training step that is replayed from a CUDA graph: one launch instead of thousands."""
 
 from __future__ import annotations
 
@@ -28,39 +28,45 @@ MAX_CHANGES = 10  # of what a graph takes as constant, without a replay between 
 
 
 class GraphedStep(TrainingStep):
-    """A `TrainingStep` that runs as one CUDA graph: same arguments, same weights after it, no work for the host.
+    """A `TrainingStep` that runs as one CUDA graph: same arguments and same weights after it, with one launch by the host.
 
-    ::
+    The first three steps run eagerly, on a stream of their own; they train like any other and allocate what is allocated once.
+    The next step is captured, and it and all later ones are replayed. Losses are copies, which later steps leave alone.
 
+    - Learning rates live on the GPU; ``group["lr"] = x`` and PyTorch's schedulers go on working.
+    - Batches with fewer objects are padded. One with more than ever before leads to three eager steps and a new capture.
+    - Random numbers are those of the eager step: each replay reads the state of PyTorch's generator, so ``torch.manual_seed``
+      works as usual.
+    - A new capture follows by itself when an optimizer's state is loaded, its options change, parameters are unfrozen or moved,
+      or modules switch modes. After any other change that Python would see, call `reset`.
+    - Hooks, prints and everything else that is no launch happen in eager steps only.
+
+    Where capture is impossible, steps run eagerly. One warning names the reason, which the attribute `fallback_reason` keeps: no
+    GPU, several processes, an optimizer that is neither fused nor capturable, a step that waits for the GPU, or a failed capture.
+    A batch whose images have another shape or dtype than the captured ones runs eagerly too; the first one gives a warning.
+
+    Not yet run on a GPU.
+
+    Args:
+        model: As for `TrainingStep`.
+        optimizer: As for `TrainingStep`.
+        clip_grad_norm: As for `TrainingStep`.
+        ema: As for `TrainingStep`.
+        amp: As for `TrainingStep`.
+
+    Raises:
+        TypeError: As `TrainingStep`.
+        ValueError: As `TrainingStep`; also, when called, if the shapes of the objects do not fit.
+
+    Example:
+        ```python
         model = effdet_fast.create_model("efficientdet_d0").cuda().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         ema = ModelEma(model, 0.9998)
         step = GraphedStep(model, optimizer, clip_grad_norm=10.0, ema=ema, amp="bf16")
         for images, gt_boxes, gt_labels in batches:  # on the GPU
             losses = step(images, gt_boxes, gt_labels)
-
-    The first three steps run eagerly, on a stream of their own: they are steps like any other, and make what is made once. The
-    next is captured and replayed, and so are all after it. Losses are copies: the next step leaves them alone.
-
-    - Learning rates live on the GPU; ``group["lr"] = x`` and PyTorch's schedulers go on working.
-    - Batches with fewer objects are padded. One with more than ever before takes three eager steps and a new capture.
-    - Random numbers are those of the eager step: each replay reads the state of PyTorch's generator, so ``torch.manual_seed``
-      before a step means the same as ever.
-    - Loading an optimizer's state, thawing or moving parameters, switching modes and other options of the optimizer lead to a
-      new capture by themselves. After any other change that Python would see, call `reset`.
-    - Hooks, prints and all else that is no launch happen in eager steps only.
-
-    Where capture is impossible, steps run eagerly, and one warning names the reason, which is `fallback_reason` from then on: no
-    GPU, several processes, an optimizer that is neither fused nor capturable, a step that waits for the GPU, a failed capture. A
-    batch of another image shape or dtype than the captured one runs eagerly too, with one warning for the first of them.
-
-    Not yet run on a GPU.
-
-    Args:
-        model, optimizer, clip_grad_norm, ema, amp: As for `TrainingStep`.
-
-    Raises:
-        TypeError, ValueError: As `TrainingStep`; also, when called, objects of the wrong shape.
+        ```
     """
 
     def __init__(
@@ -104,7 +110,7 @@ class GraphedStep(TrainingStep):
         return self._captured.replay(images, gt_boxes, gt_labels)
 
     def reset(self) -> None:
-        """Forget the captured step; the next steps warm up and capture anew."""
+        """Forget the captured step; the next steps warm up and capture again."""
         self._captured = None
         self._warm = 0
 
@@ -235,7 +241,7 @@ class _Captured:
 
 @dataclasses.dataclass(eq=False)
 class _Same:
-    """Equal to another only if both hold the very same object; tensors cannot be compared without reading them."""
+    """A value that equals another only if both are the same object; comparing tensors would read them."""
 
     value: Any
 

@@ -1,4 +1,4 @@
-"""How a run watches its losses without making the host wait for the device at every step."""
+"""Watches a run's losses without making the host wait for the device at every step."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _VALUES = 4  # total, class and box loss, norm of the gradient
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss, or the gradient outside fp16, stopped being a finite number.
+    """The error that ends a run when its loss, or outside fp16 its gradient, is no longer finite.
 
-    Attributes:
+    With fp16 a non-finite gradient only lowers the loss scale; 50 of them in a row raise this error too. The step was skipped.
+
+    Args:
         step: Step it happened in, counted from 0 over the whole run.
+        image_ids: Image ids of that step's batch, from all processes in which it happened.
+        losses: (total, class, box) loss in the first of these processes.
         what: "loss" or "gradient".
-        image_ids: Image ids of that step's batch, over all processes that saw it.
-        losses: (total, class, box) loss of the first of these processes.
     """
 
     def __init__(self, step: int, image_ids: list[int | str], losses: tuple[float, float, float], what: str) -> None:
@@ -36,7 +38,7 @@ class NonFiniteLoss(RuntimeError):
         )
 
     def tell_of_weights(self, model: nn.Module) -> None:
-        """Add to the message whether the model can still be used."""
+        """Add to the message whether the weights of the model are still finite."""
         tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
         told = ", so the weights are still finite"
         if not all(bool(x.isfinite().all()) for x in tensors):
@@ -47,7 +49,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclasses.dataclass
 class LossSums:
-    """Sums over the finite steps of an epoch; part of the checkpoint, so that a resumed epoch reports the same means."""
+    """Sums of the losses of an epoch's finite steps; checkpoints hold them, so that a resumed epoch reports the same means."""
 
     steps: int = 0
     total: float = 0.0

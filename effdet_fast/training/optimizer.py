@@ -1,4 +1,4 @@
-"""How weights move: optimizer, learning rate, moving average, and how a step with non-finite gradients is skipped."""
+"""Optimizer, learning rate, moving average, and the skip of steps with non-finite gradients."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupCosine:
-    """A function of the step alone, so resuming needs nothing but the step.
+    """The learning rate by step: linear warm-up, then a half cosine down to 0. A resumed run needs the step alone.
 
     Args:
         peak: Learning rate at the end of warm-up.
@@ -148,14 +148,30 @@ class WarmupCosine:
 
 
 class ModelEma:
-    """Moving average of the parameters of `model`; buffers (BatchNorm statistics) are copied, being averages already.
+    """An exponential moving average of a model's parameters.
 
-    The decay of update t is ``min(decay, (1 + t) / (10 + t))``, so that short runs are not dominated by their initial
-    weights. A few fused passes over the parameters per step, no host synchronization.
+    The decay of update t is ``min(decay, (1 + t) / (10 + t))``, so that initial weights do not dominate short runs. Buffers, such
+    as BatchNorm's statistics, are copied, as they are averages already. An update takes a few fused passes over the parameters,
+    and the host does not wait for it.
 
     Args:
-        model: The model to follow; `module` is a copy of it in evaluation mode.
+        model: The model to follow.
         decay: Largest decay, in (0, 1).
+
+    Attributes:
+        module: A copy of the model with the averaged weights, in evaluation mode.
+        updates: Number of updates.
+
+    Example:
+        ```python
+        ema = ModelEma(model, decay=0.9998)
+        for images, gt_boxes, gt_labels in batches:
+            optimizer.zero_grad()
+            model(images, (gt_boxes, gt_labels)).total.backward()
+            optimizer.step()
+            ema.update()
+        ema.copy_buffers()  # before ema.module is used
+        ```
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -173,27 +189,34 @@ class ModelEma:
         self.move()
 
     def count_update(self) -> None:
-        """The part of `update` that knows how many there have been: put the share of the new weights on the device."""
+        """Do the part of `update` that depends on the number of updates: put the share of the new weights on the device."""
         self.updates += 1
         self._share.fill_(1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates)))
 
     @torch.no_grad()
     def move(self) -> None:
-        """The other part, which is the same each time and so can lie in a CUDA graph."""
+        """Do the other part of `update`, which is always the same, so that a CUDA graph can hold it."""
         steps = torch._foreach_sub(self._parameters, self._averages)
         torch._foreach_mul_(steps, self._share)
         torch._foreach_add_(self._averages, steps)
 
     @torch.no_grad()
     def copy_buffers(self) -> None:
-        """Bring the buffers up to date; call before evaluating or saving `module`."""
+        """Copy the model's buffers; call it before evaluating or saving `module`."""
         for average, source in self._buffer_pairs:
             average.copy_(source)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """Return the state dict of `module`, with the buffers copied first."""
         self.copy_buffers()
         return self.module.state_dict()
 
     def load(self, state_dict: dict[str, Tensor], updates: int) -> None:
+        """Load averaged weights.
+
+        Args:
+            state_dict: What `state_dict` returned.
+            updates: Number of updates they have had.
+        """
         self.module.load_state_dict(state_dict)
         self.updates = updates

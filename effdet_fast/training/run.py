@@ -1,4 +1,4 @@
-"""From options to a finished run: what `effdet_fast.train` does before and after the training loop."""
+"""A training run from its options to its result: what `effdet_fast.train` does around the training loop."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from effdet_fast.training.trainer import Trainer, batch_norms, enter_training
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a training run.
 
     Attributes:
         output: The run's folder.
-        best, last: Its checkpoints.
-        epochs: Finished epochs.
-        steps: Finished steps.
+        best: Its `best.pt`, the weights with the highest AP; without validation data, those of the last epoch.
+        last: Its `last.pt`, from which the run can be resumed.
+        epochs: Number of finished epochs.
+        steps: Number of finished steps.
         metrics: COCO metrics of the last evaluation; empty without validation data.
         best_ap: Highest AP of the run; None without validation data.
         signal: Number of the signal that ended the run early, or None.
@@ -52,24 +53,39 @@ class TrainResult:
 
 
 def train(config: TrainConfig | None = None, **options: Any) -> TrainResult:
-    """Train a detector on COCO-format data; under torchrun, together with the other processes.
+    """Train a detector on data in COCO format; under torchrun, together with the other processes.
 
-    The loss of each process is normalized by the positives of its own images, as effdet does; gradients are averaged.
+    Each process normalizes its loss by the positives of its own images, as effdet does; gradients are averaged. Ctrl-C and other
+    signals end a run early, after it has written a `last.pt` to resume from.
 
     Args:
-        config: All options; or
-        **options: the fields of `TrainConfig` one by one. To continue a run, `resume` is enough; options given beside
-            it replace the run's own where that makes sense (epochs, workers, device, paths, ...).
+        config: All options.
+        **options: The fields of `TrainConfig` one by one, instead of `config`. To continue a run, `resume` is enough; options
+            given beside it replace the run's own where a run may change them (epochs, workers, device, paths, ...).
 
     Returns:
-        The run's folder, metrics and end.
+        The `TrainResult`: the run's folder, its checkpoints and its metrics.
 
     Raises:
-        TypeError: An unknown option.
-        ValueError: An option out of range, data that cannot be used, an output folder that holds another run, a
-            checkpoint that does not fit.
-        FileNotFoundError: A missing file or folder.
-        NonFiniteLoss: The loss stopped being finite; names the step and its image ids.
+        TypeError: An option is unknown, or `config` and options are both given.
+        ValueError: An option is out of range, the data cannot be used, the output folder holds another run, or a checkpoint does
+            not fit.
+        FileNotFoundError: A file or folder is missing.
+        NonFiniteLoss: The loss is no longer finite; the message names the step and its image ids.
+
+    Example:
+        ```python
+        result = effdet_fast.train(
+            train_images="train/images",
+            train_annotations="train/annotations.json",
+            val_images="val/images",
+            val_annotations="val/annotations.json",
+            output="runs/exp1",
+            model="efficientdet_d0",
+            epochs=50,
+        )
+        print(result.best_ap, result.best)
+        ```
     """
     given = _given_options(config, options)
     resume = given.get("resume")

@@ -42,7 +42,9 @@ def open_data(config: TrainConfig, processes: Processes, category_ids: list[int]
     """Read and check both data sets of a run, before anything else is made.
 
     Args:
-        category_ids: Of a resumed run's labels; None takes the training file's own.
+        config: Options of the run.
+        processes: Processes that share the images.
+        category_ids: Category id of each label of a resumed run; None takes the training file's own.
 
     Raises:
         ValueError: No images, no categories, or what `CocoDetection` finds wrong.

@@ -1,4 +1,4 @@
-"""One training step, from a batch on the device to moved weights, in which the host reads nothing back."""
+"""One training step, from a batch on the device to updated weights, without the host reading anything back."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from effdet_fast.training.optimizer import ModelEma, clip_gradients, set_skip_fl
 
 
 class StepLosses(NamedTuple):
-    """What a step measured: float32 scalars on the device, without a gradient.
+    """The losses of a step: float32 scalars on the device, without a gradient.
 
     Attributes:
-        total, cls, box: The losses.
+        total: Loss that the step went down.
+        cls: Class loss.
+        box: Box loss.
         grad_norm: Norm of the gradient over all parameters, before clipping.
     """
 
@@ -28,7 +30,7 @@ class StepLosses(NamedTuple):
 
 
 class Losses(Protocol):
-    """What a detector's loss gives: scalars, the first of which is differentiated."""
+    """The result of a detector's loss: three scalars, of which `total` is differentiated."""
 
     @property
     def total(self) -> Tensor: ...
@@ -39,29 +41,30 @@ class Losses(Protocol):
 
 
 class Detector(Protocol):
-    """The modules that a step can train."""
+    """A module that a step can train: `DetectionModel`, or any with such a method `loss`."""
 
     def loss(self, outputs: Any, gt_boxes: Tensor, gt_labels: Tensor) -> Losses:
-        """The losses of what the module made of a batch of images; shapes are those of `TrainingStep.__call__`."""
+        """Compute the losses of the module's outputs for a batch; shapes are those of `TrainingStep.__call__`."""
         ...
 
 
 class TrainingStep:
-    """Forward, labels, loss, backward, clipping, optimizer and moving average of one batch, called with that batch.
+    """A training step, called with a batch: forward, loss, backward, gradient clipping, optimizer and moving average.
 
-    A non-finite loss or gradient leaves the weights as they were, decided on the device, where the optimizer can: those with
-    ``fused=True``, and with "fp16" all.
+    A step with a non-finite loss or gradient leaves the weights as they are. This is decided on the device, by optimizers with
+    ``fused=True`` and, with "fp16", by all. Another optimizer takes the step all the same.
 
     Args:
-        model: A `Detector`, on its device and in training mode; may be wrapped in ``DistributedDataParallel``.
-        optimizer: Of parameters of `model`.
+        model: A `DetectionModel`, or any module with ``loss(outputs, gt_boxes, gt_labels)``, on its device and in training mode;
+            may be wrapped in ``DistributedDataParallel``.
+        optimizer: Optimizer of the parameters of `model`.
         clip_grad_norm: Largest norm of the gradient over all trained parameters; 0 switches clipping off.
-        ema: Moving average to bring up to date after each step.
-        amp: "none" (float32), "bf16" or "fp16" (with a gradient scaler, which is `scaler`).
+        ema: Moving average to update after each step.
+        amp: "none" (float32), "bf16" or "fp16" (with a gradient scaler, the attribute `scaler`).
 
     Raises:
-        TypeError: `model` has no loss, or `ema` is no ModelEma.
-        ValueError: Another argument is out of range.
+        TypeError: `model` has no method ``loss``, or `ema` is no ModelEma.
+        ValueError: `clip_grad_norm` is negative, `amp` is unknown, or no parameter requires a gradient.
     """
 
     def __init__(
@@ -100,17 +103,29 @@ class TrainingStep:
             images: What the model takes, for instance float [B, 3, H, W].
             gt_boxes: float [B, M, 4] xyxy in input pixels.
             gt_labels: int64 [B, M]; -1 in padding rows.
+
+        Returns:
+            The `StepLosses`, on the device.
         """
         self.prepare()
         return self.compute(images, gt_boxes, gt_labels)
 
     def prepare(self) -> None:
-        """The part of a step that depends on how many there have been."""
+        """Do the part of a step that depends on the number of steps taken."""
         if self.ema is not None:
             self.ema.count_update()
 
     def compute(self, images: Tensor, gt_boxes: Tensor, gt_labels: Tensor) -> StepLosses:
-        """The rest: launches on the device only, and the same ones for each batch of these shapes."""
+        """Do the rest of a step: kernel launches only, the same ones for each batch of these shapes.
+
+        Args:
+            images: As for a call.
+            gt_boxes: As for a call.
+            gt_labels: As for a call.
+
+        Returns:
+            The `StepLosses`, on the device.
+        """
         self.drop_gradients()
         # Entered here, so that the weights it casts and keeps are those of this step and of nothing before it.
         with autocast(self.device, self.amp):
@@ -131,5 +146,6 @@ class TrainingStep:
         return StepLosses(*(value.detach().float() for value in (losses.total, losses.cls, losses.box, norm)))
 
     def drop_gradients(self) -> None:
+        """Set the gradients of all parameters to None."""
         for parameter in self.parameters:
             parameter.grad = None

@@ -273,7 +273,7 @@ def test_which_optimizers_can_be_captured(make, reason):
 
 def test_the_example_of_the_docstring_runs():
     """On the CPU and on a small model: what it says of the GPU is left out."""
-    example = re.search(r"::\n\n(.*?)\n\n    The first", GraphedStep.__doc__, re.DOTALL)[1]
+    example = re.search(r"```python\n(.*?)\n *```", GraphedStep.__doc__, re.DOTALL)[1]
     small = (
         textwrap.dedent(example)
         .replace(".cuda()", "")

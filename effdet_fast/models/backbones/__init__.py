@@ -13,19 +13,25 @@ from effdet_fast.nn import freeze_batch_norm
 
 
 def list_backbones() -> list[str]:
-    """The names `create_backbone` knows, besides those with multipliers or of timm's models."""
+    """List the names that `create_backbone` knows, besides those with multipliers and those of timm's models."""
     return [*efficientnet.VARIANTS, *resnet.VARIANTS]
 
 
 def create_backbone(config: DetectorConfig) -> nn.Module:
-    """The backbone of a configuration: a module that turns images [B, 3, H, W] into the maps [C3, C4, C5].
+    """Build the backbone of a configuration.
 
-    Names are those of `list_backbones()`, "efficientnet:WIDTH,DEPTH" with multipliers (see `scaled_efficientnet`), and
-    "timm:NAME" for any model of timm with `features_only`. Channels of the maps are the attribute `feature_channels`; each
-    stride of 2 halves a side and rounds up. Padding and drop path are EfficientNet's; others have their own.
+    `config.backbone` is one of `list_backbones()`, "efficientnet:WIDTH,DEPTH" with multipliers (see `scaled_efficientnet`), or
+    "timm:NAME" for any model of timm with `features_only`. `config.padding` and `config.drop_path_rate` are EfficientNet's alone.
+
+    Args:
+        config: Model configuration.
+
+    Returns:
+        A module that turns images [B, 3, H, W] into the maps [C3, C4, C5], whose sides are halved and rounded up at each stride
+        of 2. Its attribute `feature_channels` has their channels.
 
     Raises:
-        ValueError: Unknown backbone, or timm is needed and not installed.
+        ValueError: The backbone is unknown, or it needs timm, which is not installed.
     """
     name, eps, recompute = str(config.backbone), config.backbone_bn_eps, config.gradient_checkpointing
     backbone: nn.Module

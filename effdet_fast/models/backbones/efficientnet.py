@@ -50,7 +50,7 @@ FEATURE_STAGES = (2, 4, 6)
 
 @dataclass(frozen=True)
 class Variant:
-    """How a member of the family scales the B0 table.
+    """The multipliers by which a member of the family scales the B0 table.
 
     Attributes:
         width: Channel multiplier.
@@ -81,14 +81,14 @@ VARIANTS: dict[str, Variant] = {
 
 
 def scale_channels(channels: int, width: float) -> int:
-    """`channels * width` rounded to the nearest multiple of 8, but never more than 10 % below."""
+    """Round `channels * width` to the nearest multiple of 8 that is not more than 10 % below."""
     scaled = channels * width
     rounded = max(8, int(scaled + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * scaled else rounded
 
 
 def scaled_stages(variant: Variant) -> list[Stage]:
-    """The stage table of one variant."""
+    """Scale the stage table for one variant."""
     stages = []
     for index, stage in enumerate(STAGES):
         fixed_depth = variant.lite and index in (0, len(STAGES) - 1)
@@ -102,10 +102,10 @@ def scaled_stages(variant: Variant) -> list[Stage]:
 
 
 def variant_of(name: str) -> Variant:
-    """The row of `VARIANTS`, or the multipliers that a name "efficientnet:WIDTH,DEPTH" gives.
+    """Look up a name in `VARIANTS`, or read the multipliers from a name "efficientnet:WIDTH,DEPTH".
 
     Raises:
-        ValueError: Neither.
+        ValueError: The name is neither.
     """
     if name in VARIANTS:
         return VARIANTS[name]
@@ -158,7 +158,7 @@ class StemConv2d(nn.Conv2d):
 
 
 def add_residual(x: torch.Tensor, shortcut: torch.Tensor, drop_path: float, training: bool) -> torch.Tensor:
-    """`x + shortcut`, with x dropped for whole samples with probability `drop_path` in training. May write over x."""
+    """Compute `x + shortcut`; in training, drop x of a whole sample with probability `drop_path`. May write over x."""
     if drop_path == 0.0 or not training:
         return x.add_(shortcut)
     keep = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(1.0 - drop_path).div_(1.0 - drop_path)
@@ -215,12 +215,12 @@ class InvertedResidualBlock(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """EfficientNet without its classifier; gives the feature maps of stride 8, 16 and 32.
+    """EfficientNet (Tan and Le, arXiv:1905.11946) without its classifier, with timm's parameter names.
 
     Args:
         name: A key of `VARIANTS`, or "efficientnet:WIDTH,DEPTH" for other multipliers; see `scaled_efficientnet`.
-        drop_path_rate: Probability of dropping the residual branch of the (hypothetical) next block after the last;
-            block i of n uses `drop_path_rate * i / n`.
+        drop_path_rate: Stochastic depth: block i of n, counted from 0, drops its residual branch with probability
+            `drop_path_rate * i / n` in training.
         padding: "same", TensorFlow's, or "symmetric".
         batch_norm_eps: eps of the BatchNorms; None takes 1e-3 for padding "same", else 1e-5.
         recompute: Keep only each block's input for the backward pass, and compute the block again there.
@@ -268,7 +268,7 @@ class EfficientNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initializes as the TensorFlow models do: normal with variance 2 / fan-out, BatchNorm scale 1, biases 0."""
+        """Initialize as the TensorFlow models do: convolutions normal with variance 2 / fan-out, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
@@ -279,7 +279,7 @@ class EfficientNet(nn.Module):
                 _normal(module.weight, module.weight.shape[2] * module.weight.shape[3])
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of stride 8, 16 and 32 of images [B, 3, H, W]; sizes are ceil-halved at each stride."""
+        """Compute the maps [C3, C4, C5], of stride 8, 16 and 32, of images [B, 3, H, W]; each stride of 2 rounds sides up."""
         x = self.bn1(self.conv_stem(images))
         features = []
         for index, stage in enumerate(self.blocks):

@@ -41,14 +41,14 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 
 
 def projection(in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Sequential | None:
-    """1x1 convolution and BatchNorm for a shortcut, or None where the shape stays."""
+    """Make the 1x1 convolution and BatchNorm of a shortcut, or None where the shape stays."""
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(conv(in_channels, out_channels, 1, stride), norm(out_channels))
 
 
 def add_shortcut(x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-    """`relu(x + shortcut)`, written over x: the BatchNorm that made x keeps its input, not its output."""
+    """Compute `relu(x + shortcut)` in place of x, which the BatchNorm before it does not keep for the backward pass."""
     return x.add_(shortcut).relu_()
 
 
@@ -95,7 +95,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet without its classifier; gives the feature maps of stride 8, 16 and 32.
+    """ResNet (He et al., arXiv:1512.03385) without its classifier, with torchvision's parameter names.
 
     Args:
         name: A key of `VARIANTS`.
@@ -132,13 +132,13 @@ class ResNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions normal with variance 2 / fan-out; BatchNorms start as the identity."""
+        """Initialize convolutions: normal with variance 2 / fan-out."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of stride 8, 16 and 32 of images [B, 3, H, W]; sizes are ceil-halved at each stride."""
+        """Compute the maps [C3, C4, C5], of stride 8, 16 and 32, of images [B, 3, H, W]; each stride of 2 rounds sides up."""
         x = self.bn1(self.conv1(images))
         x = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
         c3 = self.layer2(x)

@@ -15,10 +15,10 @@ STRIDES = (8, 16, 32)
 def timm_backbone(
     name: str, image_size: tuple[int, int], batch_norm_eps: float | None = None, frozen_batch_norm: bool = False
 ) -> nn.Module:
-    """A timm model's feature extractor without its head, freshly initialized; state-dict keys are timm's.
+    """Build the feature extractor of a timm model, with new weights and timm's state-dict keys.
 
     Args:
-        name: timm's name.
+        name: timm's name of the model.
         image_size: (height, width) of the images it will get.
         batch_norm_eps: eps of its BatchNorms; None leaves the model's own.
         frozen_batch_norm: Make its BatchNorms constants.
@@ -27,8 +27,8 @@ def timm_backbone(
         A module that turns images [B, 3, H, W] into [C3, C4, C5], with their widths in `feature_channels`.
 
     Raises:
-        ValueError: timm is not installed or has no such model, or that has no maps of stride 8, 16 and 32 for these images,
-            with sides rounded up.
+        ValueError: timm is not installed or has no such model, or the model gives no maps of stride 8, 16 and 32, with sides
+            rounded up, for these images.
     """
     try:
         import timm

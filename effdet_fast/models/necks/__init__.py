@@ -21,19 +21,22 @@ NECKS: dict[str, Callable[[tuple[int, ...], DetectorConfig], nn.Module]] = {
 
 
 def list_necks() -> list[str]:
-    """The names `create_neck` knows."""
+    """List the names that `create_neck` knows."""
     return list(NECKS)
 
 
 def create_neck(in_channels: tuple[int, ...], config: DetectorConfig) -> nn.Module:
-    """The neck of a configuration: a module that turns [C3, C4, C5] into `config.num_levels` maps of `fpn_channels`.
+    """Build the neck of a configuration.
 
     Args:
         in_channels: Channels of the backbone's maps, finest first.
         config: Model configuration.
 
+    Returns:
+        A module that turns the maps [C3, C4, C5] into `config.num_levels` maps of `config.fpn_channels` channels.
+
     Raises:
-        ValueError: Unknown neck, or levels it does not make.
+        ValueError: The neck is unknown, or does not make these levels.
     """
     if config.neck not in list_necks():
         raise ValueError(f"create_neck: neck must be one of {list_necks()}, got {config.neck!r}")

@@ -24,7 +24,7 @@ class NodeInput(NamedTuple):
 
 
 def bifpn_nodes(num_levels: int) -> list[list[NodeInput]]:
-    """The nodes of one BiFPN cell in order of computation.
+    """List the nodes of one BiFPN cell in order of computation.
 
     Features 0 to num_levels - 1 are the cell's inputs, finest first; node i adds feature num_levels + i. The last
     num_levels features are the cell's outputs.
@@ -122,9 +122,9 @@ class BiFpnCell(nn.Module):
 
 
 class BiFpn(nn.Module):
-    """Adds the levels coarser than the backbone's, then runs the cells.
+    """The neck of EfficientDet: levels coarser than the backbone's are added, then `config.fpn_cells` cells fuse all levels.
 
-    Extra levels from "p5" or by "pool" are made of C5 after a lateral convolution, which comes before the cells.
+    Extra levels "p5" and "pool" are made from C5 after a lateral convolution.
 
     Args:
         in_channels: Channels of the backbone's feature maps, finest first.
@@ -147,7 +147,7 @@ class BiFpn(nn.Module):
             channels = [width] * config.num_levels
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each."""
+        """Compute the levels min_level to max_level, [B, fpn_channels, H_l, W_l] each, from [C3, C4, C5]."""
         c5 = features[-1]
         p5 = c5 if self.lateral is None else self.lateral(c5)
         return self.cell(features + self.resample(c5, p5))

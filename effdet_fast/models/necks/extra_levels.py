@@ -1,4 +1,4 @@
-"""The pyramid's levels past the backbone's: made from C5, from P5, or by pooling."""
+"""The pyramid's levels that are coarser than the backbone's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def batch_norm(channels: int, activation: str | None = None) -> BatchNormAct2d:
 
 
 def plain_conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    """Convolution with bias and without normalization, initialized as FPNs are."""
+    """Make a convolution with bias and without normalization, initialized as FPNs are."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
     nn.init.kaiming_uniform_(conv.weight, a=1)
     if conv.bias is not None:
@@ -59,11 +59,13 @@ def max_pool(x: torch.Tensor, padding: str) -> torch.Tensor:
 
 
 class ExtraLevels(nn.ModuleDict):
-    """Makes the levels past C5, each half the size of the one before, as `config.extra_levels` says.
+    """The levels past C5, each half the size of the one before, made as `config.extra_levels` says.
 
-    - "efficientdet": 1x1 convolution and BatchNorm of C5, and max-pool 3x3; further levels are max-pooled (EfficientDet).
-    - "c5", "p5": 3x3 convolution of stride 2 of C5 or P5; further levels the same of the one before, after ReLU (RetinaNet).
-    - "pool": every second pixel of P5, and so on (FPN).
+    - "efficientdet": the first is a 1x1 convolution with BatchNorm of C5, max-pooled 3x3; each further level is the max-pooled
+      one before (EfficientDet).
+    - "c5", "p5": the first is a 3x3 convolution of stride 2 of C5 or P5; each further level is such a convolution of the ReLU of
+      the one before (RetinaNet).
+    - "pool": each level is every second pixel of the one before, from P5 on (FPN).
 
     Args:
         c5_channels: Channels of C5.
@@ -85,7 +87,7 @@ class ExtraLevels(nn.ModuleDict):
             channels = config.fpn_channels
 
     def forward(self, c5: torch.Tensor, p5: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
-        """Levels 6 and on, [B, fpn_channels, H_l, W_l]; p5 has fpn_channels, and only "p5" and "pool" look at it."""
+        """Compute the levels from 6 on, [B, fpn_channels, H_l, W_l] each; only "p5" and "pool" read p5."""
         levels: list[torch.Tensor] = []
         x = p5 if self.made_from in ("p5", "pool") else c5
         for name in self.names:
@@ -100,6 +102,6 @@ class ExtraLevels(nn.ModuleDict):
 
 
 def extra_level_names(num_backbone_levels: int, config: DetectorConfig) -> list[str]:
-    """ "p6", "p7" and so on."""
+    """Name the levels past the backbone's: "p6", "p7" and so on."""
     first = config.min_level + num_backbone_levels
     return [f"p{level}" for level in range(first, config.max_level + 1)]

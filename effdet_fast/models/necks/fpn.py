@@ -19,9 +19,9 @@ def conv_block(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequ
 
 
 class Fpn(nn.Module):
-    """Lateral 1x1 convolutions, coarse levels merged into finer ones, 3x3 convolutions; then the extra levels.
+    """The pyramid of FPN: 1x1 convolutions, coarse levels merged into finer ones, 3x3 convolutions; then the extra levels.
 
-    `config.fpn_cells` does not repeat it.
+    It is one pass, whatever `config.fpn_cells`.
 
     Args:
         in_channels: Channels of the backbone's feature maps, finest first.
@@ -40,12 +40,12 @@ class Fpn(nn.Module):
         self.extra_blocks = ExtraLevels(in_channels[-1], names, config)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each, of the backbone's maps, finest first."""
+        """Compute the levels min_level to max_level, [B, fpn_channels, H_l, W_l] each, from [C3, C4, C5]."""
         levels = self.top_down(features)
         return levels + self.extra_blocks(features[-1], levels[-1])
 
     def top_down(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The backbone's levels, merged from the coarsest to the finest."""
+        """Merge the backbone's levels from the coarsest to the finest."""
         merged = [block(feature) for block, feature in zip(self.inner_blocks, features, strict=True)]
         for level in range(len(merged) - 2, -1, -1):
             lateral = merged[level]

@@ -14,7 +14,7 @@ from effdet_fast.nn import BlockSequence, WeightedFusion
 
 
 class Merge(NamedTuple):
-    """One merging cell: which two features it reads, and of which level its result is.
+    """One merging cell: the two features that it reads and the level of its result.
 
     Features 0 to 4 are levels 3 to 7; merge i adds feature 5 + i.
     """
@@ -45,16 +45,16 @@ LEVELS = (3, 7)
 
 
 def feature_levels() -> list[int]:
-    """The level of each feature of a cell."""
+    """List the level of each feature of a cell."""
     return [*range(LEVELS[0], LEVELS[1] + 1), *(merge.level for merge in MERGES)]
 
 
 class MergingCell(nn.Module):
-    """Brings two features to one size and merges them; then ReLU, 3x3 convolution and BatchNorm, where it has them.
+    """A merge of two features at one size; then, if `merge.convolved`, ReLU, 3x3 convolution and BatchNorm.
 
     Args:
         merge: What to merge.
-        levels: Of the first and the second feature.
+        levels: Levels of the first and the second feature.
         config: Model configuration.
     """
 
@@ -76,7 +76,7 @@ class MergingCell(nn.Module):
                 nn.init.zeros_(self.conv.bias)
 
     def forward(self, first: torch.Tensor, second: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """[B, C, H, W] of the given size (H, W)."""
+        """Merge to [B, C, H, W] of the given size (H, W)."""
         first, second = (_pool(x, pool) for x, pool in zip((first, second), self.pools, strict=True))
         if self.gated:
             # Before the first feature is enlarged: one factor for a whole map changes nothing about which pixels are read.
@@ -86,7 +86,7 @@ class MergingCell(nn.Module):
 
 
 def _pool(x: torch.Tensor, side: int) -> torch.Tensor:
-    """Max over side x side pixels, fewer at the far ends of sizes that are no multiple."""
+    """Max-pool side x side pixels; the last ones of a size that is no multiple are pooled from fewer."""
     return x if side == 1 else F.max_pool2d(x, side, stride=side, ceil_mode=True)
 
 
@@ -109,16 +109,16 @@ class NasFpnCell(nn.Module):
 
 
 class NasFpn(nn.Module):
-    """Lateral 1x1 convolutions with BatchNorm, the extra levels, then `config.fpn_cells` cells.
+    """The neck of NAS-FPN: lateral 1x1 convolutions with BatchNorm, the extra levels, then `config.fpn_cells` cells.
 
-    Extra levels from "p5" or by "pool" are made of C5 after its lateral convolution.
+    Extra levels "p5" and "pool" are made from C5 after its lateral convolution.
 
     Args:
         in_channels: Channels of the backbone's feature maps, finest first.
         config: Model configuration.
 
     Raises:
-        ValueError: Other levels than the cell's.
+        ValueError: The configuration has other levels than 3 to 7.
     """
 
     def __init__(self, in_channels: tuple[int, ...], config: DetectorConfig) -> None:
@@ -137,6 +137,6 @@ class NasFpn(nn.Module):
         )
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Levels 3 to 7, [B, fpn_channels, H_l, W_l] each, of the backbone's maps, finest first."""
+        """Compute the levels 3 to 7, [B, fpn_channels, H_l, W_l] each, from [C3, C4, C5]."""
         levels = [project(feature) for project, feature in zip(self.lateral, features, strict=True)]
         return self.cell(levels + self.extra_blocks(features[-1], levels[-1]))

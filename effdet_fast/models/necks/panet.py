@@ -13,9 +13,10 @@ from effdet_fast.nn import WeightedFusion
 
 
 class Panet(Fpn):
-    """N3 = P3; N(l+1) is P(l+1) merged with N(l), which a 3x3 convolution of stride 2 halves, and convolved again.
+    """The feature pyramid of PANet: an FPN with levels P, then a bottom-up path with levels N.
 
-    As in the paper, ReLU follows both convolutions. Extra levels follow N5.
+    N3 is P3. For N(l+1), a 3x3 convolution of stride 2 halves N(l), the result is merged with P(l+1), and a 3x3 convolution
+    follows. As in the paper, ReLU follows both convolutions. The extra levels come after N5.
 
     Args:
         in_channels: Channels of the backbone's feature maps, finest first.
@@ -30,7 +31,7 @@ class Panet(Fpn):
         self.bottom_up_blocks = nn.ModuleList(plain_conv(channels, channels, 3) for _ in steps)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Levels min_level to max_level, [B, fpn_channels, H_l, W_l] each, of the backbone's maps, finest first."""
+        """Compute the levels min_level to max_level, [B, fpn_channels, H_l, W_l] each, from [C3, C4, C5]."""
         finest, *others = self.top_down(features)
         levels = [finest]
         paths = zip(others, self.down_blocks, self.bottom_up_fusions, self.bottom_up_blocks, strict=True)
