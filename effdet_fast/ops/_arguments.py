@@ -85,7 +85,7 @@ def integer(op: str, name: str, value: Any) -> int:
 
 
 def plain_integer(value: Any) -> int | None:
-    """As :func:`integer`, but None for what is none: bool, a float, a tensor, more than 64 bits."""
+    """As `integer`, but None for what is none: bool, a float, a tensor, more than 64 bits."""
     if type(value) is int:
         return value if -TOO_LARGE <= value < TOO_LARGE else None
     if isinstance(value, torch.SymInt):
@@ -105,7 +105,7 @@ def number(op: str, name: str, value: Any) -> float:
 
 
 def number_or_scalar(op: str, name: str, value: Any) -> float | Tensor:
-    """As :func:`number`; 0-d tensors are taken too, and symbols stay what they are."""
+    """As `number`; 0-d tensors are taken too, and symbols stay what they are."""
     if isinstance(value, torch.SymInt | torch.SymFloat):
         return value  # type: ignore[return-value]
     if type(value) is float or not isinstance(value, Tensor):

@@ -72,7 +72,7 @@ def is_native(x: Tensor) -> bool:
 def wants_second_derivative() -> bool:
     """Asked inside a backward: whether it must itself be differentiable (`create_graph=True`, or forward-mode differentiation).
 
-    Then it returns the :func:`gradients` of the reference.
+    Then it returns the `gradients` of the reference.
     """
     differentiated = torch.is_grad_enabled() or forward_ad._current_level >= 0
     return differentiated and not torch.compiler.is_compiling()

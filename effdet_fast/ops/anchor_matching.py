@@ -57,7 +57,7 @@ def match_anchors_reference(
     box_coder: str | None = "effdet",
     any_box: bool = False,
 ) -> AnchorTargets:
-    """Reference for :func:`match_anchors`: image by image, from the whole IoU matrix."""
+    """Reference for `match_anchors`: image by image, from the whole IoU matrix."""
     if not any_box:
         gt_labels = _labels_of_objects("match_anchors", anchors, gt_boxes, gt_labels, gt_counts)
     force = _force_rule(force_match, allow_low_quality_matches)
@@ -166,7 +166,7 @@ def match_anchors(
         any_box: every box is taken as it is: one without area is an object too, as in effdet, and none is refused.
 
     Returns:
-        :class:`AnchorTargets`. Deterministic. No gradient.
+        `AnchorTargets`. Deterministic. No gradient.
 
     Raises:
         TypeError: a dtype is not supported, or a number is not one.

@@ -37,7 +37,7 @@ def batch_norm_act_reference(
     activation: str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Reference for :func:`batch_norm_act`, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for `batch_norm_act`, differentiable by PyTorch. Half precision is computed in float32."""
     if not training or (x.numel() == 0 and group is None):
         return _from_statistics(x, *_fixed_statistics(x, running_mean, running_var), weight, bias, eps, activation)
     mean, var, count = _batch_statistics(x, group)

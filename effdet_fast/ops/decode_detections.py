@@ -41,7 +41,7 @@ def decode_detections_reference(
     candidates_per_level: bool = False,
     drop_empty: bool = False,
 ) -> Detections:
-    """Reference for :func:`decode_detections`; in float64 where the inputs are."""
+    """Reference for `decode_detections`; in float64 where the inputs are."""
     options = (clip_sizes, num_classes, max_candidates, box_coder)
     boxes, scores, labels, anchor_indices = _candidates(
         decode_candidates_reference, cls_outputs, box_outputs, anchors, options, candidates_per_level
@@ -159,7 +159,7 @@ def decode_detections(
 
     Per image, the ``max_candidates`` largest logits over all levels, anchors and classes are found, of equal ones those that come
     first in the order (level, row, column, anchor, class); their scores are sigmoids, their boxes are decoded from their anchors
-    and clipped; then :func:`batched_nms_padded` runs. Nothing waits for the device, and a CUDA graph can capture it.
+    and clipped; then `batched_nms_padded` runs. Nothing waits for the device, and a CUDA graph can capture it.
 
     As in ``torch.topk``, a NaN logit is greater than all others: such candidates come first. A score threshold drops them, as do
     the soft methods; without one they are detected first. -0.0 equals 0.0.
@@ -171,20 +171,20 @@ def decode_detections(
         anchors: ``[N, 4]`` (x1, y1, x2, y2), floating, ordered (level, row, column, anchor).
         num_classes: C, >= 1.
         max_candidates: how many logits go on, >= 1.
-        score_threshold: as in :func:`batched_nms_padded`.
-        iou_threshold: as in :func:`batched_nms_padded`.
-        max_detections: as in :func:`batched_nms_padded`.
+        score_threshold: as in `batched_nms_padded`.
+        iou_threshold: as in `batched_nms_padded`.
+        max_detections: as in `batched_nms_padded`.
         clip_sizes: ``[B, 2]`` (height, width) that boxes are clipped to before the suppression; None does not clip.
         box_coder: "effdet": deltas (ty, tx, th, tw), unbounded; "torchvision": (dx, dy, dw, dh), dw and dh at most
             log(1000 / 16).
-        method: as in :func:`batched_nms_padded`.
-        sigma: as in :func:`batched_nms_padded`.
+        method: as in `batched_nms_padded`.
+        sigma: as in `batched_nms_padded`.
         candidates_per_level: take ``max_candidates`` logits of each level, as torchvision's RetinaNet does, not of all levels.
         drop_empty: leave out candidates whose box has no area once it is clipped, which lay outside, before they count towards
             ``max_detections``. effdet and torchvision keep them.
 
     Returns:
-        :class:`Detections` with boxes and scores in float32 (float64 for float64 outputs), classes as ``labels`` and the rows of
+        `Detections` with boxes and scores in float32 (float64 for float64 outputs), classes as ``labels`` and the rows of
         ``anchors`` as ``indices``. Deterministic. No gradient.
 
     Raises:

@@ -44,7 +44,7 @@ def depthwise_conv2d_reference(
     *,
     prologue: str | None = None,
 ) -> Tensor:
-    """Reference for :func:`depthwise_conv2d`: activation, padding and ``F.conv2d`` one after the other."""
+    """Reference for `depthwise_conv2d`: activation, padding and ``F.conv2d`` one after the other."""
     geometry = _geometry("depthwise_conv2d", x, weight, stride, padding, dilation)
     return _pytorch(x, weight, bias, geometry, prologue)
 
@@ -197,7 +197,7 @@ def depthwise_separable_conv2d_reference(
     prologue: str | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Reference for :func:`depthwise_separable_conv2d`."""
+    """Reference for `depthwise_separable_conv2d`."""
     y = depthwise_conv2d_reference(x, depthwise_weight, None, stride, padding, dilation, prologue=prologue)
     return ACTIVATION_FUNCTIONS[activation](F.conv2d(y, pointwise_weight, bias))
 
@@ -219,17 +219,17 @@ def depthwise_separable_conv2d(
     ``activation(pointwise(depthwise_conv2d(x)) + bias)``.
 
     The pointwise part is a matrix product through PyTorch's library. Dtypes, layouts and errors are those of
-    :func:`depthwise_conv2d`.
+    `depthwise_conv2d`.
 
     Args:
         x: ``[N, C, H, W]``.
         depthwise_weight: ``[C, 1, k, k]``.
         pointwise_weight: ``[O, C, 1, 1]``.
         bias: ``[O]``, added to the output of the pointwise part; or None.
-        stride: as in :func:`depthwise_conv2d`.
-        padding: as in :func:`depthwise_conv2d`.
-        dilation: as in :func:`depthwise_conv2d`.
-        prologue: activation of the input, as in :func:`depthwise_conv2d`.
+        stride: as in `depthwise_conv2d`.
+        padding: as in `depthwise_conv2d`.
+        dilation: as in `depthwise_conv2d`.
+        prologue: activation of the input, as in `depthwise_conv2d`.
         activation: activation of the output: None, "silu", "relu" or "relu6".
 
     Returns:

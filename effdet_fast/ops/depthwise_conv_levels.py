@@ -35,7 +35,7 @@ def depthwise_conv2d_levels_reference(
     *,
     prologue: str | None = None,
 ) -> list[Tensor]:
-    """Reference for :func:`depthwise_conv2d_levels`: convolves the maps one by one with ``F.conv2d``."""
+    """Reference for `depthwise_conv2d_levels`: convolves the maps one by one with ``F.conv2d``."""
     return [depthwise_conv2d_reference(x, weight, bias, stride, padding, prologue=prologue) for x in xs]
 
 
@@ -136,7 +136,7 @@ def depthwise_conv2d_levels(
 ) -> list[Tensor]:
     """Convolve all levels of a pyramid with one depthwise filter in one pass.
 
-    :func:`depthwise_conv2d` of each map in one launch; one more for their gradients, one for the filter's.
+    `depthwise_conv2d` of each map in one launch; one more for their gradients, one for the filter's.
     What it spares is launches: a detector's pyramid has five levels, and all but the first are small.
 
     Args:
@@ -146,11 +146,11 @@ def depthwise_conv2d_levels(
         weight: ``[C, 1, k, k]``, of the dtype of the maps.
         bias: ``[C]``, or None.
         stride: one number or (vertical, horizontal).
-        padding: as in :func:`depthwise_conv2d`; "same" pads each map according to its size.
+        padding: as in `depthwise_conv2d`; "same" pads each map according to its size.
         prologue: None, "silu", "relu" or "relu6", applied to each input element before padding.
 
     Returns:
-        For each map ``[N, C, OH, OW]``, with the values of :func:`depthwise_conv2d`, under autocast too. Twice differentiable.
+        For each map ``[N, C, OH, OW]``, with the values of `depthwise_conv2d`, under autocast too. Twice differentiable.
         The gradients of ``weight`` and ``bias`` are summed over all maps in float32 (float64 for float64) in a fixed order
         and rounded once. Deterministic: the same bits in every run and for every thread count.
 

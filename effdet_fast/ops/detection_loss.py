@@ -67,7 +67,7 @@ def detection_loss_reference(
     box_coder: str = "effdet",
     class_weight: Tensor | None = None,
 ) -> DetectionLoss:
-    """Reference for :func:`detection_loss`: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for `detection_loss`: any device, differentiable by PyTorch. Half precision is computed in float32."""
     batch = cls_outputs[0].shape[0]
     dtype = arithmetic_dtype(cls_outputs[0])
     per_cell = cls_outputs[0].shape[1] // num_classes
@@ -231,7 +231,7 @@ def detection_loss(
 ) -> DetectionLoss:
     """Compute a detector's class and box loss over all levels and images in one pass, which also writes the gradients.
 
-    The defaults are effdet's ``loss_fn``: ``cls`` is the sum of :func:`sigmoid_focal_loss` over all anchors and classes,
+    The defaults are effdet's ``loss_fn``: ``cls`` is the sum of `sigmoid_focal_loss` over all anchors and classes,
     ``box`` the Huber loss summed over the deltas whose target is not 0, divided by 4; both are divided by
     ``num_positives.sum() + 1``. RetinaNet as torchvision trains it is ``gamma=2, box_loss_weight=1, normalizer="per_image",
     box_coder="torchvision"`` and ``box_loss="l1"`` or "giou".
@@ -251,11 +251,11 @@ def detection_loss(
         box_targets: deltas ``[B, N, 4]``, or for each level ``[B, H, W, A * 4]``, floating.
         num_positives: ``[B]``, the number of positive anchors of each image; with normalizer "batch" also one 0-d value for all.
         num_classes: number of classes.
-        alpha: as in :func:`sigmoid_focal_loss`.
-        gamma: as in :func:`sigmoid_focal_loss`.
+        alpha: as in `sigmoid_focal_loss`.
+        gamma: as in `sigmoid_focal_loss`.
         delta: where "huber" turns from quadratic to linear (then with slope ``delta``); the ``beta`` of "smooth_l1".
         box_loss_weight: of the box loss in ``total``.
-        label_smoothing: as in :func:`sigmoid_focal_loss`.
+        label_smoothing: as in `sigmoid_focal_loss`.
         box_loss: "huber" as above; or over the anchors with a label >= 0: "l1" and "smooth_l1", summed over the four deltas
             (smooth_l1: ``e^2 / (2 delta)`` where ``|e| < delta``, else ``|e| - delta / 2``), or "giou",
             ``1 - GIoU`` of the boxes that outputs and targets stand for, as ``torchvision.ops.generalized_box_iou_loss``.
@@ -265,7 +265,7 @@ def detection_loss(
         box_coder: what the deltas mean to "giou": "effdet" is (ty, tx, th, tw), not limited; "torchvision" is (dx, dy, dw, dh)
             with weights of 1, where outputs (not targets) dw and dh are limited to log(1000 / 16).
         class_weight: ``[num_classes]``, floating: multiplies the focal losses of each class's logits, as in
-            :func:`sigmoid_focal_loss`. No gradient flows to it.
+            `sigmoid_focal_loss`. No gradient flows to it.
 
     Returns:
         ``DetectionLoss(total, cls, box)``, scalars in float32 (float64 for float64 outputs), each differentiable with respect to

@@ -35,7 +35,7 @@ def sigmoid_focal_loss_reference(
     normalizer: float | Tensor | None = None,
     class_weight: Tensor | None = None,
 ) -> Tensor:
-    """Reference for :func:`sigmoid_focal_loss`: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for `sigmoid_focal_loss`: any device, differentiable by PyTorch. Half precision is computed in float32."""
     x = inputs.to(arithmetic_dtype(inputs))
     ignored = None
     if targets.is_floating_point():

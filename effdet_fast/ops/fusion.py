@@ -32,7 +32,7 @@ def weighted_fusion_reference(
     activation: str | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Reference for :func:`weighted_fusion`: any device, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for `weighted_fusion`: any device, differentiable by PyTorch. Half precision is computed in float32."""
     resample = ["none"] * len(inputs) if resample is None else list(resample)
     size = None if size is None else (size[0], size[1])
     size = _output_size("weighted_fusion_reference", [x.shape for x in inputs], resample, size)
@@ -189,7 +189,7 @@ def fast_normalized_fusion_reference(
     size: tuple[int, int] | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """:func:`weighted_fusion_reference` with method "fast"."""
+    """`weighted_fusion_reference` with method "fast"."""
     return weighted_fusion_reference(inputs, weights, eps=eps, resample=resample, size=size, activation=activation)
 
 
@@ -202,7 +202,7 @@ def fast_normalized_fusion(
     size: tuple[int, int] | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """:func:`weighted_fusion` with method "fast": weights ``relu(w_i) / (sum_j relu(w_j) + eps)``."""
+    """`weighted_fusion` with method "fast": weights ``relu(w_i) / (sum_j relu(w_j) + eps)``."""
     return _fusion("fast_normalized_fusion", inputs, weights, "fast", resample, size, activation, eps)
 
 

@@ -31,7 +31,7 @@ def soft_nms_reference(
     score_threshold: float = 0.001,
     max_detections: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reference for :func:`soft_nms`: one box after the other; in float64 where the boxes are."""
+    """Reference for `soft_nms`: one box after the other; in float64 where the boxes are."""
     check_choice("soft_nms_reference", "method", method, SOFT_NMS_METHODS)
     labels = torch.zeros_like(scores, dtype=torch.int64) if idxs is None else idxs.to(boxes.device).long()
     max_kept = max(1, len(scores)) if max_detections is None else max_detections
@@ -143,7 +143,7 @@ def soft_nms(
     its score is not above ``score_threshold``; the first box is no exception. A pair without an IoU (NaN in a box, no area)
     does not decay. Of equal scores the lower index comes first. A NaN score is above nothing: its box never takes part.
 
-    The IoU is that of :func:`nms` to the bit. Scores are computed in float32 (float64 for float64 inputs), so "linear" equals
+    The IoU is that of `nms` to the bit. Scores are computed in float32 (float64 for float64 inputs), so "linear" equals
     its formula in that precision to the bit; "gaussian" up to the rounding of exp.
 
     Args:

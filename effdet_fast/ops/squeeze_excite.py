@@ -37,7 +37,7 @@ def squeeze_excite_reference(
     *,
     activation: str = "silu",
 ) -> Tensor:
-    """Reference for :func:`squeeze_excite`, differentiable by PyTorch. Half precision is computed in float32."""
+    """Reference for `squeeze_excite`, differentiable by PyTorch. Half precision is computed in float32."""
     dtype = arithmetic_dtype(x)
     reduce_weight, reduce_bias, expand_weight, expand_bias = _to(
         dtype, reduce_weight, reduce_bias, expand_weight, expand_bias
