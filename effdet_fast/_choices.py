@@ -65,6 +65,7 @@ MAX_LEVELS = 8  # of a pyramid that is trained
 MAX_DECODED_LEVELS = 16  # of a pyramid that is only read
 MAX_FUSION_INPUTS = 4
 MAX_DETECTIONS = 1 << 30  # of an image
+MAX_KEPT_IN_BLOCK = 1024  # boxes that NMS on a GPU keeps in the shared memory of one block
 
 
 def _numbers(choices: type[IntEnum]) -> dict[str, int]:
@@ -112,6 +113,7 @@ def told() -> list[str]:
         "kMaxDecodedLevels": MAX_DECODED_LEVELS,
         "kMaxFusionInputs": MAX_FUSION_INPUTS,
         "kMaxDetections": MAX_DETECTIONS,
+        "kMaxKeptInBlock": MAX_KEPT_IN_BLOCK,
     }
     texts = [f"{each.__name__}({', '.join(in_cpp(member.name) for member in each)})" for each in choices]
     return texts + [f"{name}({value})" for name, value in limits.items()]

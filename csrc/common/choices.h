@@ -20,11 +20,13 @@
 //   kMaxDecodedLevels  a pyramid that is only read, which may be another library's: that table is smaller
 //   kMaxFusionInputs   of a node of a BiFPN
 //   kMaxDetections     of an image, whose rows are counted in 32 bits
-#define EF_LIMITS(EF_LIMIT)       \
-  EF_LIMIT(kMaxLevels, 8)         \
-  EF_LIMIT(kMaxDecodedLevels, 16) \
-  EF_LIMIT(kMaxFusionInputs, 4)   \
-  EF_LIMIT(kMaxDetections, 1073741824)
+//   kMaxKeptInBlock    boxes that NMS keeps in the shared memory of one block
+#define EF_LIMITS(EF_LIMIT)            \
+  EF_LIMIT(kMaxLevels, 8)              \
+  EF_LIMIT(kMaxDecodedLevels, 16)      \
+  EF_LIMIT(kMaxFusionInputs, 4)        \
+  EF_LIMIT(kMaxDetections, 1073741824) \
+  EF_LIMIT(kMaxKeptInBlock, 1024)
 
 namespace ef {
 #define EF_CHOICE(name, ...)                                                    \

@@ -1,3 +1,4 @@
+#include "../common/choices.h"
 #include "../common/platform.h"
 #include "nms.h"
 #include "nms_block_kernel.cuh"
@@ -5,8 +6,7 @@
 
 namespace ef::nms {
 namespace {
-constexpr int64_t kSmall = 1024;        // up to here a block per image takes all its boxes
-constexpr int64_t kMaxInShared = 1024;  // kept boxes that shared memory holds
+constexpr int64_t kSmall = 1024;  // up to here a block per image takes all its boxes
 
 bool is_small(int64_t n) { return n <= kSmall; }
 
@@ -20,7 +20,7 @@ size_t block_bytes(int64_t n, int64_t max_kept) {
 }  // namespace
 
 int64_t workspace_size(Cuda, int64_t batch, int64_t n) { return is_small(n) ? 0 : 1 + 2 * batch * ceil_div(n, kTile); }
-int64_t max_padded(Cuda) { return kMaxInShared; }
+int64_t max_padded(Cuda) { return kMaxKeptInBlock; }
 
 template <typename scalar_t>
 void launch_keep(Cuda device, const Problem<scalar_t>& problem, int64_t* workspace, bool* keep) {

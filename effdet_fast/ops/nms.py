@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from effdet_fast._choices import NMS_METHODS
+from effdet_fast._choices import MAX_KEPT_IN_BLOCK, NMS_METHODS
 from effdet_fast.ops import _library
 from effdet_fast.ops._arguments import arithmetic_dtype, check_choice
 from effdet_fast.ops._boxes import (
@@ -18,18 +18,14 @@ from effdet_fast.ops._boxes import (
 )
 from effdet_fast.ops.soft_nms import check_sigma, soft_nms_padded, soft_nms_padded_reference
 
-_MAX_IN_ORDER = (
-    1024  # detections of an image that one block finds one after the other; kMaxInShared in csrc/nms/nms_cuda.cu
-)
-
 
 def nms_reference(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Reference for :func:`nms`: one box after the other."""
+    """Reference for `nms`: one box after the other."""
     return batched_nms_reference(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
 
 
 def batched_nms_reference(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    """Reference for :func:`batched_nms`: one box after the other."""
+    """Reference for `batched_nms`: one box after the other."""
     order = scores.argsort(descending=True, stable=True)
     ranked, classes = boxes.detach().to(arithmetic_dtype(boxes))[order], idxs.to(boxes.device)[order]
     keep = torch.ones_like(classes, dtype=torch.bool)
@@ -53,7 +49,7 @@ def batched_nms_padded_reference(
     method: str = "hard",
     sigma: float = 0.5,
 ) -> Detections:
-    """Reference for :func:`batched_nms_padded`: takes the best box left of every image, ``max_detections`` times."""
+    """Reference for `batched_nms_padded`: takes the best box left of every image, ``max_detections`` times."""
     check_choice("batched_nms_padded_reference", "method", method, NMS_METHODS)
     boxes, scores, labels = boxes.detach(), scores.detach(), labels.to(boxes.device).long()
     if method != "hard":
@@ -111,7 +107,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Returns:
         Indices of the kept boxes, int64, by descending score. Their number depends on the values, so on a GPU the call waits for
-        the device once; :func:`batched_nms_padded` never does. Deterministic. No gradient.
+        the device once; `batched_nms_padded` never does. Deterministic. No gradient.
 
     Raises:
         TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast; a number is not one.
@@ -132,13 +128,13 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Classes are compared by id, so coordinates may be negative and ids of any size.
 
     Args:
-        boxes: ``[N, 4]``, as in :func:`nms`.
+        boxes: ``[N, 4]``, as in `nms`.
         scores: ``[N]``, dtype of ``boxes``.
         idxs: ``[N]``, class of each box; any integer dtype; on the device of ``boxes`` or on the CPU.
-        iou_threshold: as in :func:`nms`.
+        iou_threshold: as in `nms`.
 
     Returns:
-        Indices of the kept boxes of all classes, int64, by descending score; see :func:`nms`.
+        Indices of the kept boxes of all classes, int64, by descending score; see `nms`.
 
     Raises:
         TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast; a number is not one.
@@ -149,7 +145,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     iou_threshold = check_threshold("batched_nms", "iou_threshold", iou_threshold)
     if not _library.is_native(boxes):
         return batched_nms_reference(boxes, scores, idxs, iou_threshold)
-    if 0 < len(scores) <= _MAX_IN_ORDER:  # as the one image of a batch, whose kernel takes classes in any order
+    if 0 < len(scores) <= MAX_KEPT_IN_BLOCK:  # as the one image of a batch, whose kernel takes classes in any order
         ranked, order = scores.unsqueeze(0).sort(dim=1, descending=True, stable=True)
         picks = _hard_nms_padded(
             boxes.unsqueeze(0), ranked, order, idxs.unsqueeze(0), iou_threshold, None, len(scores)
@@ -184,16 +180,16 @@ def batched_nms_padded(
         boxes: ``[B, N, 4]``, (x1, y1, x2, y2); float16, bfloat16, float32 or float64; any strides.
         scores: ``[B, N]``, dtype of ``boxes``.
         labels: ``[B, N]``, class of each box; any integer dtype; on the device of ``boxes`` or on the CPU.
-        iou_threshold: as in :func:`nms`.
+        iou_threshold: as in `nms`.
         max_detections: K, >= 1.
         score_threshold: boxes with ``score > score_threshold`` take part, all without one. A NaN score is not greater than
-            anything, so a threshold drops it; without one it comes first, as in :func:`nms`.
-        method: "hard", or "gaussian" and "linear" for :func:`soft_nms`, whose rules then hold: scores decay, only "linear"
+            anything, so a threshold drops it; without one it comes first, as in `nms`.
+        method: "hard", or "gaussian" and "linear" for `soft_nms`, whose rules then hold: scores decay, only "linear"
             looks at ``iou_threshold``, and a NaN score never takes part.
         sigma: width of the gaussian method, > 0.
 
     Returns:
-        :class:`Detections` with K rows per image, by descending (decayed) score. Deterministic. No gradient.
+        `Detections` with K rows per image, by descending (decayed) score. Deterministic. No gradient.
 
     Raises:
         TypeError: a dtype is not supported, or ``scores`` has another than ``boxes`` outside autocast; a number is not one.
@@ -229,7 +225,7 @@ def ranked_nms_padded(
     score_threshold: float | None,
     max_detections: int,
 ) -> Detections:
-    """:func:`batched_nms_padded` of boxes that come by descending score; arguments are checked, and kernels are there."""
+    """`batched_nms_padded` of boxes that come by descending score; arguments are checked, and kernels are there."""
     if method != "hard":
         return soft_nms_padded(boxes, scores, labels, method, sigma, iou_threshold, score_threshold, max_detections)
     order = torch.arange(scores.shape[1], device=scores.device).repeat(len(scores), 1)
@@ -245,7 +241,7 @@ def _hard_nms_padded(
     score_threshold: float | None,
     max_detections: int,
 ) -> Detections:
-    if min(boxes.shape[1], max_detections) > _MAX_IN_ORDER:
+    if min(boxes.shape[1], max_detections) > MAX_KEPT_IN_BLOCK:
         return _nms_padded_by_class(boxes, ranked_scores, order, labels, iou_threshold, score_threshold, max_detections)
     found = _nms_padded(
         boxes.contiguous(), ranked_scores, order, labels.contiguous(), iou_threshold, score_threshold, max_detections
