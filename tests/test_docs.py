@@ -35,7 +35,9 @@ def examples_of(page: Path) -> list[tuple[str, str]]:
 
 EXAMPLES = {code: f"{page.relative_to(ROOT)}: {title}" for page in PAGES for title, code in examples_of(page)}
 COMMANDS = {
-    a or b: f"{page.relative_to(ROOT)}: {(a or b)[:60]}" for page in PAGES for a, b in COMMAND.findall(page.read_text())
+    a or b: f"{page.relative_to(ROOT)}: {a or b}"[:90]
+    for page in PAGES
+    for a, b in COMMAND.findall(page.read_text().replace("\\\n", " "))
 }
 
 
