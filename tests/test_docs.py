@@ -116,7 +116,15 @@ def test_the_readme_is_short_and_shows_each_way_in():
         assert call in text
 
 
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_linked_file_is_there(page):
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
-    assert not [link for link in links if not (page.parent / link).exists()]
+def test_every_linked_file_and_heading_is_there(page):
+    for link in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
