@@ -1,5 +1,6 @@
 # make demo   - set up, train MODEL on real photographs, evaluate, write pictures
 # make test   - set up, lint, build, run the test suite
+# make docs   - the site from docs/ and the docstrings, in build/site
 # make compat - build with the oldest supported torch, under PYTHON, and try its build and the newest torch's in each other
 # make cuda-archs - compile the CUDA kernels for every architecture that is supported
 # make rehearsal - call `make gpu`'s script with the oldest torch on a fake GPU
@@ -15,7 +16,7 @@ ifeq ($(shell command -v nvidia-smi),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: demo test test-full lint types build compat rehearsal cuda-archs gpu gpu-package clean
+.PHONY: demo test test-full lint types build docs compat rehearsal cuda-archs gpu gpu-package clean
 
 $(VENV)/ready: requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,11 @@ test: lint types build
 
 test-full: lint types build
 	$(PYTEST) tests
+
+# The notice that is switched off announces another tool.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html"
 
 demo: build
 	$(BIN)/python examples/neon_trees.py --model $(MODEL)

@@ -67,8 +67,7 @@ Both models get the same random weights under the same names, so that a checkpoi
 
 Losses, gradients and detections are compared on small images: of D0, D0 symmetric, Lite0 and both ResNet-18 forms in
 `make test`, of all others in `make test-full`. Backbones are compared with timm's EfficientNets, of either padding, in
-[tests/models/test_efficientnet.py](../tests/models/test_efficientnet.py), and with torchvision's ResNets in
-[tests/models/test_resnet.py](../tests/models/test_resnet.py).
+`tests/models/test_efficientnet.py`, and with torchvision's ResNets in `tests/models/test_resnet.py`.
 
 | | compared with | tests |
 | --- | --- | --- |
@@ -146,7 +145,7 @@ def either(rule: float, released: float) -> str:
 def page() -> str:
     """All of docs/models.md."""
     table = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER), *map(row, summaries())]
-    peers = [f"| `{prefix}*` | {peer} | [{tests}](../{tests}) |" for prefix, (peer, tests) in PEERS.items()]
+    peers = [f"| `{prefix}*` | {peer} | `{tests}` |" for prefix, (peer, tests) in PEERS.items()]
     return "\n".join([BEFORE, *table, AFTER.rstrip("\n"), *peers, "", SCALING, *scaling_tables()]) + "\n"
 
 
