@@ -51,7 +51,7 @@ def measure_alone(
     with tempfile.TemporaryDirectory() as folder:
         for number in range(PASSES):
             for tuned, name in turns if number % 2 == 0 else reversed(turns):
-                cache = str(Path(folder) / name)
+                cache = str(Path(folder) / str(names.index(name)))  # the compiler that it calls takes no spaces
                 arguments = (case, dtype, layout, name, rounds, torch.get_num_threads(), tuned, cache)
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
                     steps = pool.apply(_steps, arguments)
