@@ -2,6 +2,8 @@
 # make test   - set up, lint, build, run the test suite
 # make docs   - the site from docs/ and the docstrings, in build/site
 # make compat - build with the oldest supported torch, under PYTHON, and try its build and the newest torch's in each other
+# make wheel  - build dist/*.whl: one with the kernels for Linux (CUDA for WHEEL_ARCHS), one of Python alone
+# make wheel-check - try both in new environments under PYTHON
 # make cuda-archs - compile the CUDA kernels for every architecture that is supported
 # make rehearsal - call `make gpu`'s script with the oldest torch on a fake GPU
 # make gpu    - on a machine with a GPU: build for it, CUDA tests, sanitizer, benchmarks, profile: see docs/gpu.md
@@ -16,7 +18,7 @@ ifeq ($(shell command -v nvidia-smi),)
 export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: demo test test-full lint types build docs compat rehearsal cuda-archs gpu gpu-package clean
+.PHONY: demo test test-full lint types build docs compat rehearsal wheel wheel-check cuda-archs gpu gpu-package clean
 
 $(VENV)/ready: requirements/test.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,9 +69,27 @@ rehearsal:
 	env -u MAKEFLAGS -u PYTHON $(MAKE) build
 	tests/compat.sh $(BIN) $(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON)) rehearsal
 
+CUDA_ARCHS := 7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX
 cuda-archs: $(VENV)/ready
-	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" $(BIN)/python setup.py -q build_ext \
+	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py -q build_ext \
 		--build-temp build/cuda-archs --build-lib build/cuda-archs
+
+# auditwheel derives the tag, the oldest glibc that will do, from the symbols. What it must not copy into the wheel comes with torch.
+# Times in the wheels are the commit's, so that they do not depend on when it is built.
+WHEEL_ARCHS ?= $(CUDA_ARCHS)
+WHEEL := $(BIN)/python -W ignore setup.py -q build --build-base build/wheel bdist_wheel --dist-dir
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+wheel: export EFFDET_FAST_CUDA ?= 1
+wheel: $(VENV)/ready
+	rm -rf build/wheel/lib* build/wheel/unaudited dist/effdet_fast-*.whl
+	EFFDET_FAST_WHEEL=1 TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHS)" $(WHEEL) build/wheel/unaudited
+	$(BIN)/auditwheel repair --patcher none --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' \
+		--wheel-dir dist build/wheel/unaudited/*.whl
+	EFFDET_FAST_EXTENSION=0 $(WHEEL) dist
+	$(BIN)/python -m tests.wheels dist/*.whl
+
+wheel-check:
+	for wheel in dist/*.whl; do tests/wheel.sh $$wheel $(PYTHON) || exit; done
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py

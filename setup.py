@@ -4,6 +4,7 @@ No Python is in these libraries: any CPython loads them, and any torch from 2.11
 effdet_fast._C beside them, helpers in pybind11, is for this Python and optional.
 
 EFFDET_FAST_CUDA = auto (default) | 0 | 1 (fail if CUDA cannot be built)   EFFDET_FAST_EXTENSION = 1 (default) | 0 (Python only)
+EFFDET_FAST_WHEEL = 1 leaves out effdet_fast._C, so that one wheel fits every Python; `make wheel` sets it.
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, MAX_JOBS as everywhere in PyTorch. ccache is used where it is found.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]  # a build back end does not look here
@@ -79,16 +81,8 @@ def native_extensions() -> tuple[list[Extension], dict]:
     # Errors name their file; nobody needs to know where it lay.
     unplaced = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={Path(torch.__file__).parent}/=torch/"]
     hidden = "-fvisibility=hidden"
-    cpu_flags = [
-        "-O3",
-        "-g0",
-        "-std=c++20",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-fopenmp-simd",
-        hidden,
-        *unplaced,
-    ]
+    optimized = "-O3 -g0 -std=c++20 -fno-math-errno -fno-trapping-math -fopenmp-simd".split()
+    cpu_flags = [*optimized, hidden, *unplaced]
     # -O1 is for the host's part, which only launches: it compiles faster. nvcc optimizes kernels fully in any case.
     cuda_flags = {
         "cxx": ["-O1", "-g0", "-std=c++20", hidden, *unplaced],
@@ -136,7 +130,15 @@ def native_extensions() -> tuple[list[Extension], dict]:
             super().run()
             print(f"effdet_fast: {built}")
 
-    return [*map(library, infos), *python_module()], {"build_ext": Build}
+    libraries = [*map(library, infos)]
+    if os.environ.get("EFFDET_FAST_WHEEL") == "1":
+        return libraries, {"build_ext": Build, "bdist_wheel": WheelForAnyPython}
+    return [*libraries, *python_module()], {"build_ext": Build}
+
+
+class WheelForAnyPython(bdist_wheel):
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 if os.environ.get("EFFDET_FAST_EXTENSION", "1") == "0":
