@@ -93,7 +93,8 @@ def _add_build(report: Report) -> None:
     if cpu := info["cpu"]:
         report.add("CPU kernels", f"{cpu['cpu_levels']} ({cpu['cpu_level']} chosen on this processor), {_origin(cpu)}")
     else:
-        report.add("CPU kernels", f"not loaded: {_libraries.missing['cpu']}", REBUILD, failed=True)
+        reason = f"not loaded: {_libraries.missing['cpu']}; every op runs on its reference implementation"
+        report.add("CPU kernels", reason, REBUILD, failed=True)
     if cuda := info["cuda"]:
         report.add("CUDA kernels", f"CUDA {cuda['cuda']} ({cuda['cuda_archs']}), {_origin(cuda)}")
         for i in range(torch.cuda.device_count() if gpu else 0):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import wheels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -78,6 +80,7 @@ def test_without_the_extension_the_reference_runs_and_warns_once(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl") and wheels.main([str(wheel)]) == 0
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     program = (
