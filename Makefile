@@ -74,8 +74,8 @@ cuda-archs: $(VENV)/ready
 	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py -q build_ext \
 		--build-temp build/cuda-archs --build-lib build/cuda-archs
 
-# auditwheel derives the tag, the oldest glibc that will do, from the symbols. What it must not copy into the wheel comes with torch.
-# Times in the wheels are the commit's, so that they do not depend on when it is built.
+# auditwheel names the wheel after the oldest glibc that has its symbols. The libraries that it must not copy come with torch.
+# SOURCE_DATE_EPOCH, the commit's time, keeps the time of the build out of the wheels.
 WHEEL_ARCHS ?= $(CUDA_ARCHS)
 WHEEL := $(BIN)/python -W ignore setup.py -q build --build-base build/wheel bdist_wheel --dist-dir
 wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
