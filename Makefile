@@ -107,4 +107,4 @@ gpu-package: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gpu_package
 
 clean:
-	rm -rf build .gpu $(VENV) .venv-compat-* effdet_fast/*.so
+	rm -rf build dist .gpu $(VENV) .venv-compat-* effdet_fast/*.so
