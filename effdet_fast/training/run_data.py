@@ -60,13 +60,13 @@ def open_data(config: TrainConfig, processes: Processes, category_ids: list[int]
         raise ValueError(
             f"train: {config.train_annotations} has no box to train on; it has {len(train_set.annotations.bbox)} annotations"
         )
-    released = model_config(config.model)
-    image_size = config.image_size or released.image_size
+    model = model_config(config.model, **config.model_options)
+    image_size = config.image_size or model.image_size
     common: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": config.batch_size,
-        "mean": released.mean,
-        "std": released.std,
+        "mean": model.mean,
+        "std": model.std,
         "workers": config.workers,
         "seed": config.seed,
         "rank": processes.rank,
