@@ -84,9 +84,14 @@ class Row:
         return self.timings.get(OURS)
 
     @property
-    def best_peer(self) -> tuple[str, Timing] | None:
+    def peers(self) -> list[tuple[str, Timing]]:
+        """The fastest first."""
         peers = [(name, timing) for name, timing in self.timings.items() if not name.startswith(OURS)]
-        return min(peers, key=lambda peer: peer[1].median, default=None)
+        return sorted(peers, key=lambda peer: peer[1].median)
+
+    @property
+    def best_peer(self) -> tuple[str, Timing] | None:
+        return self.peers[0] if self.peers else None
 
     @property
     def speed_up(self) -> float | None:
