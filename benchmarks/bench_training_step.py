@@ -21,6 +21,7 @@ from effdet_fast.training.graphed_step import WARMUP_STEPS
 
 OP = "training_step"
 SIZE, OBJECTS = 512, 20
+CLASSES = 1000  # of ImageNet
 LEARNING_RATE = 1e-4
 # The biases before a BatchNorm have no gradient but round-off. Two values of a max-pool window may be nearly equal: then
 # round-off says which of them gets the gradient, and moves the whole. D0's was off by 2e-5 to 3e-3 in eight trials, with
@@ -130,9 +131,9 @@ def classifier(device: torch.device, dtype: torch.dtype, layout: str, *, name: s
     """timm's model, alone and compiled, beside itself after `accelerate`: what one more line in a script may be."""
     import timm
 
-    model = timm.create_model(name).to(device).train()
+    model = timm.create_model(name, num_classes=CLASSES).to(device).train()
     images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(model.num_classes, (batch,), device=device)
+    labels = torch.randint(CLASSES, (batch,), device=device)
 
     def loss(model: nn.Module) -> Tensor:
         return F.cross_entropy(model(images), labels)
