@@ -11,9 +11,9 @@ from effdet_fast.training.config import TrainConfig
 HEAD = """# Options of a training run
 
 Each option is a flag of `effdet-fast train` (`--batch-size 8`), an argument of `effdet_fast.train` (`batch_size=8`) and a
-field of `effdet_fast.TrainConfig`. `--model-option` sets a field of the [`DetectorConfig`](api/models.md) and may be repeated; its
-value is JSON or else text: `neck=panet`, `gradient_checkpointing=true`, `mean=[0.5,0.5,0.5]`. A resumed run keeps those that say
-so, and refuses another value; the others may be given anew beside `--resume`.
+field of `effdet_fast.TrainConfig`. `--model-option` sets a field of the [`DetectorConfig`](api/models.md) and may be repeated;
+its value is JSON or else text: `neck=panet`, `gradient_checkpointing=true`, `mean=[0.5,0.5,0.5]`. A resumed run keeps those that
+say so, and refuses another value; the others may be given anew beside `--resume`.
 
 Written by `python docs/training_options_page.py`.
 """
