@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,12 @@ def check(library: Path, *names: str) -> subprocess.CompletedProcess:
 
 
 def parameters(damages: list[tuple[str, ...]]) -> list:
-    """Each compiles an op: the first two of an op are for `make test`, the others for `make test-full`."""
-    seen: Counter[str] = Counter()
-    found = []
-    for i, damage in enumerate(damages):
-        seen[damage[0]] += 1
-        marks = [pytest.mark.slow] if seen[damage[0]] > 2 else []
-        found.append(pytest.param(damage, id=f"{damage[0]}-{i}", marks=marks))
-    return found
+    """Each compiles an op: the first of an op is for `make test`, the others for `make test-full`."""
+    ops = [damage[0] for damage in damages]
+    return [
+        pytest.param(damage, id=f"{op}-{i}", marks=[pytest.mark.slow] if op in ops[:i] else [])
+        for i, (op, damage) in enumerate(zip(ops, damages, strict=True))
+    ]
 
 
 def assert_noticed(folder: Path, op: str, self_test: str, file: str, sound: str, damaged: str) -> None:
