@@ -122,7 +122,7 @@ def _steps_alone(
 ) -> Iterator[Row]:
     for tuned, alone in measure_alone(case, dtype, layout, list(errors), min_rounds).items():
         timings = {
-            name: replace(Timing.of(steps.seconds, errors[name], steps.peak_bytes), first=steps.first_seconds)
+            name: Timing.of(steps.seconds, errors[name], steps.peak_bytes, steps.first_seconds)
             for name, steps in alone.items()
         }
         profiles = {name: steps.profile for name, steps in alone.items()}

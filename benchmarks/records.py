@@ -25,10 +25,14 @@ class Timing:
     first: float | None = None  # the first step of a process, compiling included; None where it is not measured
 
     @staticmethod
-    def of(samples: list[float], error: float | None = None, peak_bytes: int | None = None) -> "Timing":
-        return Timing(
-            statistics.median(samples), quantile(samples, 0.2), quantile(samples, 0.8), len(samples), error, peak_bytes
-        )
+    def of(
+        samples: list[float],
+        error: float | None = None,
+        peak_bytes: int | None = None,
+        first: float | None = None,
+    ) -> "Timing":
+        q20, q80 = quantile(samples, 0.2), quantile(samples, 0.8)
+        return Timing(statistics.median(samples), q20, q80, len(samples), error, peak_bytes, first)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,21 +76,21 @@ def _steps(
     step = implementation.step
     assert step is not None, f"{name} has no step"
     before = _resident("VmRSS")
-    start = time.perf_counter()
-    step()
-    first_seconds = time.perf_counter() - start
+    first_seconds = _seconds(step)
     for _ in range(WARMUP - 1):
         step()
     if before is not None:
         CLEAR_REFS.write_text("5")  # the peak begins anew
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
+    seconds = [_seconds(step) for _ in range(rounds)]
     peak = _resident("VmHWM")
     grown = None if before is None or peak is None else peak - before
     return Steps(seconds, first_seconds, grown, profile_of(implementation, torch.device("cpu")))
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 def _resident(field: str) -> int | None:
