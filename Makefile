@@ -74,7 +74,6 @@ cuda-archs: $(VENV)/ready
 	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" $(BIN)/python setup.py -q build_ext \
 		--build-temp build/cuda-archs --build-lib build/cuda-archs
 
-# auditwheel names the wheel after the oldest glibc that has its symbols. The libraries that it must not copy come with torch.
 # SOURCE_DATE_EPOCH, the commit's time, keeps the time of the build out of the wheels.
 WHEEL_ARCHS ?= $(CUDA_ARCHS)
 WHEEL := $(BIN)/python -W ignore setup.py -q build --build-base build/wheel bdist_wheel --dist-dir
@@ -83,8 +82,7 @@ wheel: export EFFDET_FAST_CUDA ?= 1
 wheel: $(VENV)/ready
 	rm -rf build/wheel/lib* build/wheel/unaudited dist/effdet_fast-*.whl
 	EFFDET_FAST_WHEEL=1 TORCH_CUDA_ARCH_LIST="$(WHEEL_ARCHS)" $(WHEEL) build/wheel/unaudited
-	$(BIN)/auditwheel repair --patcher none --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libcudart.so.*' \
-		--wheel-dir dist build/wheel/unaudited/*.whl
+	$(BIN)/python -m tests.wheels --repair build/wheel/unaudited/*.whl dist
 	EFFDET_FAST_EXTENSION=0 $(WHEEL) dist
 	$(BIN)/python -m tests.wheels dist/*.whl
 

@@ -1,15 +1,21 @@
-"""Lists wheels with what they need from outside, and refuses one that its name does not fit: python -m tests.wheels FILE ..."""
+"""Names a wheel after the glibc that it needs, and refuses one that its name does not fit.
+
+python -m tests.wheels FILE ...                 list them with what they need from outside, and check them
+python -m tests.wheels --repair FILE FOLDER     write one into the folder under auditwheel's name for it
+"""
 
 import json
 import re
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-# torch brings these, or the packages that it depends on do.
-FROM_TORCH = re.compile(r"lib(torch|torch_cpu|torch_cuda|c10|c10_cuda)\.so|libcudart\.so\.\d+")
+# torch brings these, or the packages that it depends on do: a wheel must not copy them.
+FROM_TORCH = [f"lib{name}.so" for name in ("torch", "torch_cpu", "torch_cuda", "c10", "c10_cuda")]
+FROM_TORCH += ["libcudart.so.[0-9]", "libcudart.so.[0-9][0-9]"]
 OURS = re.compile(r"effdet_fast/(.*/)?([^/]*\.py|py\.typed|kernels_\w+\.so)?|effdet_fast-[^/]*\.dist-info/.*")
 
 
@@ -18,6 +24,15 @@ def audit(wheel: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "auditwheel", "show", "--json", "--allow-pure-python-wheel", str(wheel)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return {"versioned_symbols": {}, "external_libs": {}} | found
+
+
+def repair(wheel: Path, folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """`auditwheel repair`, which copies nothing and takes the oldest glibc that has the symbols, unless `options` say which."""
+    excluded = [f"--exclude={pattern}" for pattern in FROM_TORCH]
+    command = [sys.executable, "-m", "auditwheel", "repair", "--patcher", "none", *excluded, *options]
+    return subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(wheel)], capture_output=True, text=True, check=False
+    )
 
 
 def newest_glibc(found: dict[str, Any]) -> tuple[int, int]:
@@ -31,7 +46,8 @@ def faults(name: str, files: list[str], found: dict[str, Any]) -> list[str]:
     faults = [f"{file} does not belong into a wheel" for file in files if not OURS.fullmatch(file)]
     if "effdet_fast/py.typed" not in files:
         faults.append("py.typed is missing")
-    faults += [f"{lib} does not come with torch" for lib in found["external_libs"] if not FROM_TORCH.fullmatch(lib)]
+    foreign = [lib for lib in found["external_libs"] if not any(fnmatchcase(lib, pattern) for pattern in FROM_TORCH)]
+    faults += [f"{lib} does not come with torch" for lib in foreign]
     libraries = [file for file in files if file.endswith(".so")]
     tag = re.search(r"-py3-none-(any|manylinux_(\d+)_(\d+)_\w+)\.whl$", name)
     if tag is None:
@@ -47,6 +63,10 @@ def faults(name: str, files: list[str], found: dict[str, Any]) -> list[str]:
 
 
 def main(wheels: list[str]) -> int:
+    if wheels[:1] == ["--repair"]:
+        done = repair(*map(Path, wheels[1:]))
+        print(done.stderr, end="")
+        return done.returncode
     failed = False
     for wheel in map(Path, wheels):
         with zipfile.ZipFile(wheel) as archive:
