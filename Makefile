@@ -37,7 +37,7 @@ build: $(VENV)/built
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run --Werror
 
 types: $(VENV)/ready
 	$(BIN)/mypy
@@ -99,6 +99,7 @@ gpu-package: $(VENV)/ready
 	EFFDET_FAST_CUDA=1 TORCH_CUDA_ARCH_LIST="$(GPU_ARCH)" $(BIN)/python setup.py -q build_ext --build-lib .gpu/built
 	mv .gpu/built/effdet_fast/kernels_*.so .gpu/
 	rm -r .gpu/built
+	TORCH_CUDA_ARCH_LIST="$(GPU_ARCH)" $(BIN)/python -m benchmarks.variants .gpu/variants
 	$(BIN)/pip install -q --target .gpu/site --no-deps --no-compile --only-binary :all: --implementation cp \
 		--python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 		--platform manylinux2014_x86_64 -r requirements/gpu.txt -c requirements/constraints.txt

@@ -29,6 +29,7 @@ from effdet_fast.files import write_atomically  # noqa: E402
 
 PACKAGE = ROOT / ".gpu"
 LIBRARIES = ("kernels_cpu.so", "kernels_cuda.so")
+VARIANTS = "variants"
 
 
 def fits(folder: Path, capability: tuple[int, int]) -> bool:
@@ -47,6 +48,16 @@ def take_libraries(capability: tuple[int, int]) -> bool:
             shutil.copy2(PACKAGE / name, in_place)
     load = "from effdet_fast import _libraries; print(_libraries.missing); raise SystemExit(len(_libraries.missing))"
     return fits(in_place, capability) and subprocess.run([sys.executable, "-c", load], cwd=ROOT).returncode == 0
+
+
+def take_variants(capability: tuple[int, int], work: Path) -> Path | None:
+    """The program of benchmarks/variants, if the package has one for this GPU. A copy: what is carried may not be executable."""
+    info = read_build_info(PACKAGE / VARIANTS)
+    if info is None or not covers(info["cuda_archs"], capability):
+        return None
+    program = Path(shutil.copy(PACKAGE / VARIANTS, work))
+    program.chmod(0o755)
+    return program
 
 
 def not_done(summary_of_correctness: dict[str, Any]) -> dict[str, list[str]]:
@@ -116,6 +127,7 @@ def run_part(part: str, output: Path, seconds: float, started: float) -> bool:
         sanitizer=shutil.which("compute-sanitizer"),
         ncu=shutil.which("ncu"),
         site=PACKAGE / "site" if (PACKAGE / "site").exists() else None,
+        variants=take_variants(capability, work),
     )
     if part == CORRECTNESS:
         plan = gpu_plan.correctness(place)

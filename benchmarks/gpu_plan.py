@@ -33,6 +33,7 @@ class Place:
     sanitizer: str | None
     ncu: str | None
     site: Path | None = None  # packages that were carried here
+    variants: Path | None = None  # the program of benchmarks/variants, if one for this GPU was carried here
 
 
 def correctness(place: Place) -> list[Step]:
@@ -54,6 +55,7 @@ def speed(place: Place, before: dict[str, list[str]]) -> list[Step]:
         *(probe for probe in probes(place) if probe.name not in before),
         sanitized(place, "racecheck", 35, OURS_BY_NAME),
         tests(place, HUGE, "cuda and slow", 45, workers=HUGE_WORKERS),
+        variants(place, 25),
         profiled(place, 30),
     ]
     return behind_build(place, steps)
@@ -133,6 +135,12 @@ def profiled(place: Place, budget: float) -> Step:
     command = [place.ncu or "", *by_name, *NCU_OPTIONS, "--set", "detailed"]
     command += ["--log-file", str(place.output / "profile.txt"), sys.executable, "-m", "benchmarks.single_pass"]
     return Step("ncu", command, budget, common(place), needs=("ncu works",))
+
+
+def variants(place: Place, budget: float) -> Step:
+    command = [str(place.variants), str(place.output / "variants.jsonl")]
+    why_not = None if place.variants else "no .gpu/variants for this GPU is here: make gpu-package builds it"
+    return Step("variants", command, budget, common(place), skip=why_not)
 
 
 def measured(place: Place, name: str, budget: float, *options: str) -> Step:

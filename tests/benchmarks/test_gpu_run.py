@@ -203,11 +203,16 @@ def test_the_plan_of_speed(tmp_path):
         "RetinaNet's step",
         "racecheck",
         "tests of huge tensors",
+        "variants",
         "ncu",
     ]
     by_name = {step.name: step for step in planned}
     assert by_name["ops"].command[3:13] == list(gpu_plan.OPS)
     assert all(by_name[name].command[-2:] == ["--end-within", "{limit}"] for name in ("D0's step", "ops"))
+    assert by_name["variants"].skip == "no .gpu/variants for this GPU is here: make gpu-package builds it"
+    with_variants = {step.name: step for step in gpu_plan.speed(place(tmp_path, variants=tmp_path / "program"), {})}
+    assert with_variants["variants"].skip is None
+    assert with_variants["variants"].command == [str(tmp_path / "program"), str(tmp_path / "variants.jsonl")]
     again = gpu_plan.speed(place(tmp_path), {"tests of kernels": ["a::b", "a::c"], "initcheck": [], "ncu works": []})
     assert [step.name for step in again[:3]] == ["tests again", "ncu works", "initcheck"]
     assert (tmp_path / "again.txt").read_text() == "a::b\na::c\n"
@@ -285,6 +290,20 @@ def test_libraries_are_built_unless_they_fit_and_load(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.subprocess, "run", lambda *arguments, **options: fits)
     (tmp_path / "setup.py").write_text("other sources")
     assert not gpu.take_libraries((9, 0))
+
+
+def test_variants_are_taken_where_they_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PACKAGE", tmp_path)
+    work = tmp_path / "work"
+    work.mkdir()
+    assert gpu.take_variants((9, 0), work) is None
+    write_library(tmp_path, "cuda", cuda_archs="sm_90")
+    carried = (tmp_path / "kernels_cuda.so").rename(tmp_path / "variants")
+    carried.chmod(0o644)
+    assert gpu.take_variants((8, 0), work) is None and not list(work.iterdir())
+    program = gpu.take_variants((9, 0), work)
+    assert program is not None and program.parent == work and os.access(program, os.X_OK)
+    assert program.read_bytes() == carried.read_bytes()
 
 
 def test_the_package_says_how_to_call(tmp_path, monkeypatch, capsys):
