@@ -15,7 +15,10 @@ _controls: ctypes.CDLL | None = None
 
 
 def load(library: Path | None = None) -> ctypes.CDLL:
-    """Loads the library (built where needed) once, with the schemas it implements; returns its controls."""
+    """Loads the library (built where needed) once, with the schemas it implements; returns its controls.
+
+    A process has one: RuntimeError where another than `library` is loaded.
+    """
     global _definitions, _controls
     if _controls is None:
         library = library or build()
@@ -25,6 +28,8 @@ def load(library: Path | None = None) -> ctypes.CDLL:
         torch.ops.load_library(str(library))
         _controls = ctypes.CDLL(str(library))
         _controls.ef_take_guard_violations.restype = ctypes.c_int64
+    elif library and _controls._name != str(library):
+        raise RuntimeError(f"{_controls._name} is loaded; {library} needs a process of its own")
     return _controls
 
 

@@ -28,10 +28,10 @@ FLAGS = [
 
 def sources(csrc: Path, kernels: str) -> list[Path]:
     """The launch functions and Tensor boundaries of every op, and the controls of the emulation."""
-    boundaries = [
-        folder / f"{folder.name}.cpp" for folder in csrc.iterdir() if folder.is_dir() and folder.name != "common"
+    boundaries = (folder / f"{folder.name}.cpp" for folder in csrc.iterdir())
+    return sorted([*csrc.glob(kernels), *(file for file in boundaries if file.exists())]) + [
+        ROOT / "tests/emulation/controls.cpp"
     ]
-    return sorted([*csrc.glob(kernels), *boundaries]) + [ROOT / "tests/emulation/controls.cpp"]
 
 
 def included(source: Path) -> set[Path]:
@@ -56,6 +56,7 @@ def build(
     only: str | None = None,
     only_float32: bool = False,
     cpu: bool = False,
+    observe: bool = False,
 ) -> Path:
     """Path of the library; an object is rebuilt only where its source or a header that it includes has changed.
 
@@ -66,6 +67,7 @@ def build(
         only: leave out all ops but this one.
         only_float32: leave out the other dtypes: enough for the self-tests, in a quarter of the time.
         cpu: the CPU's kernels instead of the emulated ones.
+        observe: the kernels tell what memory they ask for (requests.cpp); vectors stay whole, as nvcc leaves them.
     """
     flags = [
         *FLAGS,
@@ -78,15 +80,20 @@ def build(
         if sanitize
         else ["-O2"]
     )
+    if observe:
+        flags += ["-DEF_OBSERVE", "-fno-tree-sra", "-fno-ipa-sra"]
     folder = ROOT / "build/emulated"
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        key = hashlib.sha256(repr((flags, torch.__version__, source.name)).encode())
+        options = (
+            ["-fsanitize=thread"] if observe and source.parent.name != "emulation" else []
+        )  # its calls, not its library
+        key = hashlib.sha256(repr((flags, options, torch.__version__, source.name)).encode())
         for file in sorted(included(source), key=lambda file: file.parts[-2:]):  # a copy has the order of the original
             key.update(file.name.encode() + file.read_bytes())
         target = folder / f"{source.stem}-{key.hexdigest()[:20]}.o"
-        make(target, "-x", "c++", "-c", str(source))
+        make(target, *options, "-x", "c++", "-c", str(source))
         return target
 
     def make(target: Path, *arguments: str) -> None:
@@ -107,6 +114,7 @@ def build(
     ]
     if only_float32:
         chosen = [s for s in chosen if not s.stem.endswith(("_double", "_half", "_bfloat16"))]
+    chosen += [ROOT / "tests/emulation/requests.cpp"] if observe else []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, chosen))
     name = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]

@@ -6,6 +6,14 @@
 extern "C" {
 void ef_set_thread_order_seed(unsigned seed) { ef::emulation::thread_order_seed = seed; }
 
+// From now on launches are recorded, and `blocks` blocks of each run; -1 ends that. Forgets the earlier ones.
+void ef_observe(int64_t blocks) {
+  ef::emulation::observed_blocks = blocks;
+  ef::emulation::launches.clear();
+}
+const ef::emulation::Launch* ef_launches() { return ef::emulation::launches.data(); }
+uint64_t ef_launch_count() { return ef::emulation::launches.size(); }
+
 // Buffers written outside their bounds since the last call, those still alive included.
 int64_t ef_take_guard_violations() {
   using namespace ef::emulation;

@@ -1,6 +1,6 @@
 // Runs CUDA kernels on a CPU: each thread of a block is a fiber, blocks run one after another. Test-only.
 // Shared memory starts as NaN bytes; the order of the threads is shuffled by seed, so that a missing barrier shows; launch limits are
-// checked as a device would; a barrier that some threads never reach is an error. Not modeled: races between blocks, coalescing,
+// checked as a device would; a barrier that some threads never reach is an error. Not modeled: races between blocks,
 // the rounding of intrinsics, and warp functions with a partial mask (all threads of a warp that have not returned take part).
 #pragma once
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "observation.h"
 
 #define __global__
 #define __device__
@@ -105,6 +106,15 @@ inline void fiber_entry() {
   release_if_complete(b.warps[warp], b.warp_live[warp]);
   from_fiber_to_scheduler(&b.fibers[b.current], b.scheduler, true);
 }
+template <class T>
+Range range_of(const std::vector<T>& v) {
+  return {v.data(), v.size() * sizeof(T)};
+}
+// What the emulation touches while a thread runs.
+inline std::vector<Range> own_memory(const Block& b) {
+  return {{&running, sizeof(running)}, {&stacks, sizeof(stacks)}, range_of(stacks),   range_of(b.exchange), range_of(b.warps),
+          range_of(b.warp_live),       range_of(b.order),         range_of(b.fibers), range_of(b.done)};
+}
 inline void run_block(Block& b, const char* name) {
   const unsigned warps = (b.size + 31) / 32;
   b.live = b.size;
@@ -115,6 +125,9 @@ inline void run_block(Block& b, const char* name) {
   std::fill(b.shared.begin(), b.shared.end(), 0xff);
   std::fill(b.exchange.begin(), b.exchange.end(), ~uint64_t(0));
   for (unsigned i = 0; i < b.size; ++i) start_context(b.fibers[i], stacks[i].get(), b.scheduler, fiber_entry);
+#if defined(EF_OBSERVE)
+  if (observed_blocks >= 0) begin_requests({b.shared.data(), b.shared.size()}, own_memory(b));
+#endif
   while (b.live) {
     const uint64_t before = b.progress;
     for (unsigned i : b.order) {
@@ -235,6 +248,14 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
       block.z > 64 || shared_bytes > (227u << 10)) {
     throw std::runtime_error(std::string(name) + ": launch failed: invalid configuration");
   }
+  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
+  const bool observed = observed_blocks >= 0;
+  const uint64_t runs = observed ? std::min<uint64_t>(blocks, observed_blocks) : blocks;
+  if (observed) {
+    const char* symbol = symbol_of(reinterpret_cast<void*>(kernel));
+    launches.push_back({symbol, {grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes, runs});
+    if (runs == 0) return;
+  }
   auto call = [&] { kernel(static_cast<Params>(args)...); };
   Block b;
   b.grid = grid;
@@ -254,12 +275,16 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
     explicit Running(Block* b) { running = b; }
     ~Running() { running = nullptr; }
   } scope(&b);
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        b.index = dim3(x, y, z);
-        if (thread_order_seed) std::shuffle(b.order.begin(), b.order.end(), random);
-        run_block(b, name);
-      }
+  for (uint64_t i = 0; i < runs; ++i) {
+    // One of each share of the grid; where in its share varies, lest all fall on the same blockIdx.x.
+    const uint64_t first = i * blocks / runs, share = (i + 1) * blocks / runs - first;
+    const uint64_t chosen = first + (share * uint32_t(i * 0x9e3779b9u) >> 32);
+    b.index = dim3(chosen % grid.x, chosen / grid.x % grid.y, chosen / grid.x / grid.y);
+    if (thread_order_seed) std::shuffle(b.order.begin(), b.order.end(), random);
+    run_block(b, name);
+#if defined(EF_OBSERVE)
+    if (observed) end_requests();
+#endif
+  }
 }
 }  // namespace ef

@@ -1,6 +1,7 @@
 // Memory for the outputs and workspaces of emulated kernels: filled with NaN bytes, between guards of the same bytes. What a kernel
 // does not write stays NaN, what it reads past the end is NaN, and a write past the end is counted. Under AddressSanitizer the
-// sanitizer's own red zones take the guards' place.
+// sanitizer's own red zones take the guards' place. While launches are observed, which run few blocks or none, it is zeros that take no
+// memory before they are written.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,8 @@
 #include <cstring>
 #include <set>
 #include <vector>
+
+#include "observation.h"
 
 namespace ef::emulation {
 #if defined(__SANITIZE_ADDRESS__)
@@ -40,6 +43,13 @@ inline torch::stable::Tensor guarded_empty(const std::vector<int64_t>& sizes, co
                    : dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ? 2
                                                                                 : 1;
   for (int64_t size : sizes) payload *= size;
+  if (observed_blocks >= 0) {
+    constexpr size_t kAlignment = 256;  // as on a GPU: where sectors begin counts
+    void* memory = std::calloc(payload + kAlignment, 1);
+    if (!memory) throw std::bad_alloc();
+    const auto start = (reinterpret_cast<uintptr_t>(memory) + kAlignment) / kAlignment * kAlignment;
+    return torch::stable::from_blob(reinterpret_cast<void*>(start), sizes, strides, device, dtype, [memory](void*) { std::free(memory); });
+  }
   const size_t total = std::max<size_t>(1, payload + 2 * kGuardBytes);
   void* memory = nullptr;
   if (posix_memalign(&memory, 64, total) != 0) throw std::bad_alloc();
