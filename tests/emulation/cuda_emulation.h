@@ -180,37 +180,37 @@ inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 
 // Threads of one launch never run at the same time here, so a plain read-modify-write is atomic.
 template <class T>
-T ef_exchange(T* p, T value) {
+EF_UNOBSERVED T ef_exchange(T* p, T value) {
   const T old = *p;
   *p = value;
   return old;
 }
 template <class T>
-T atomicAdd(T* p, std::type_identity_t<T> v) {
+EF_UNOBSERVED T atomicAdd(T* p, std::type_identity_t<T> v) {
   return ef_exchange(p, T(*p + v));
 }
 template <class T>
-T atomicOr(T* p, std::type_identity_t<T> v) {
+EF_UNOBSERVED T atomicOr(T* p, std::type_identity_t<T> v) {
   return ef_exchange(p, T(*p | v));
 }
 template <class T>
-T atomicAnd(T* p, std::type_identity_t<T> v) {
+EF_UNOBSERVED T atomicAnd(T* p, std::type_identity_t<T> v) {
   return ef_exchange(p, T(*p & v));
 }
 template <class T>
-T atomicMax(T* p, std::type_identity_t<T> v) {
-  return ef_exchange(p, std::max(*p, v));
+EF_UNOBSERVED T atomicMax(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, *p < v ? v : *p);
 }
 template <class T>
-T atomicMin(T* p, std::type_identity_t<T> v) {
-  return ef_exchange(p, std::min(*p, v));
+EF_UNOBSERVED T atomicMin(T* p, std::type_identity_t<T> v) {
+  return ef_exchange(p, v < *p ? v : *p);
 }
 template <class T>
-T atomicExch(T* p, std::type_identity_t<T> v) {
+EF_UNOBSERVED T atomicExch(T* p, std::type_identity_t<T> v) {
   return ef_exchange(p, v);
 }
 template <class T>
-T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> v) {
+EF_UNOBSERVED T atomicCAS(T* p, std::type_identity_t<T> compare, std::type_identity_t<T> v) {
   return ef_exchange(p, *p == compare ? v : *p);
 }
 

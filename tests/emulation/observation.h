@@ -9,9 +9,10 @@
 
 namespace ef::emulation {
 // A warp's k-th execution of one instruction is a request. Of global memory it touches `touched` sectors of 32 bytes, `least` if its
-// bytes lay side by side; of shared memory it takes as many turns. Atomics are not counted.
+// bytes lay side by side; of shared memory it takes as many turns. Atomics are not counted. `of_width`: those in which a thread asks for
+// 1, 2, 4, 8 or 16 bytes.
 struct Requests {
-  uint64_t count = 0, bytes = 0, touched = 0, least = 0;
+  uint64_t count = 0, bytes = 0, touched = 0, least = 0, of_width[5] = {};
 };
 struct Launch {  // as observation.py reads it
   const char* kernel;
@@ -35,7 +36,10 @@ struct Range {
 };
 
 #if defined(EF_OBSERVE)
+#define EF_UNOBSERVED __attribute__((noinline, no_sanitize("thread")))  // inlined, its accesses would be its caller's
 void begin_requests(Range shared, std::vector<Range> private_memory);
 void end_requests();  // of the block that has run: added to those of the last launch
+#else
+#define EF_UNOBSERVED
 #endif
 }  // namespace ef::emulation

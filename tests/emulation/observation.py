@@ -6,7 +6,7 @@ Tensors may be as large as a GPU's: only blocks that are asked for run, and memo
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.emulation.backend import emulated, load
@@ -17,13 +17,14 @@ class Requests:
     """Accesses of a warp's threads by one instruction, of one kind.
 
     count: how many; bytes: what the threads ask for. touched: sectors of 32 bytes of global memory, or turns that shared memory
-    takes; least: the fewest in which as many different bytes fit.
+    takes; least: the fewest in which as many different bytes fit. of_width: how many by the bytes of a thread.
     """
 
     count: int
     bytes: int
     touched: int
     least: int
+    of_width: dict[int, int] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class Launch:
     shared_stores: Requests
 
 
+class _Requests(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("count", "bytes", "touched", "least")]
+    _fields_ += [("of_width", ctypes.c_uint64 * 5)]
+
+
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_char_p),
@@ -53,7 +59,7 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint64 * 3),
         ("shared_bytes", ctypes.c_uint64),
         ("blocks_run", ctypes.c_uint64),
-        ("requests", ctypes.c_uint64 * 4 * 4),
+        ("requests", _Requests * 4),
     ]
 
 
@@ -80,5 +86,10 @@ def recorded(controls: ctypes.CDLL, blocks: int) -> Iterator[list[Launch]]:
 
 
 def _launch(one: _Launch) -> Launch:
-    requests = [Requests(*kind) for kind in one.requests]
+    requests = [
+        Requests(
+            of.count, of.bytes, of.touched, of.least, {1 << i: count for i, count in enumerate(of.of_width) if count}
+        )
+        for of in one.requests
+    ]
     return Launch(one.kernel.decode(), tuple(one.grid), tuple(one.block), one.shared_bytes, one.blocks_run, *requests)

@@ -101,6 +101,7 @@ void end_requests() {
     Requests& to = is_shared ? (is_store ? launch.shared_stores : launch.shared_loads) : (is_store ? launch.stores : launch.loads);
     ++to.count;
     to.bytes += size;
+    for (int width = 0; width < 5; ++width) to.of_width[width] += accesses[first].size == 1u << width;
     (is_shared ? add_shared : add_global)(to, &accesses[first], &accesses[0] + last);
   }
 }

@@ -1,13 +1,17 @@
 """What the emulation sees of launches: their configuration, and the memory that warps ask for."""
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
 
 from effdet_fast import ops
 from tests.emulation.build import ROOT, build
-from tests.emulation.observation import Requests, observed, recorded
+from tests.emulation.observation import Requests as AllRequests
+from tests.emulation.observation import observed, recorded
+
+Requests = partial(AllRequests, of_width={})  # which is looked at by itself
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +65,14 @@ def test_vectors_stay_whole(patterns, x, y):
     for name in ("copy_four_floats", "copy_eight_halves"):
         launch = one_launch(patterns, name, pointer(x), pointer(y))
         assert launch.loads == launch.stores == Requests(1, 512, 16, 16)
+        assert launch.loads.of_width == launch.stores.of_width == {16: 1}
 
 
 def test_pairs_of_halves_and_lanes_that_do_not_store(patterns, x, y):
     launch = one_launch(patterns, "add_halves", pointer(x), pointer(y))
     assert launch.loads == Requests(1, 128, 4, 4)
     assert launch.stores == Requests(1, 32, 2, 1)
+    assert (launch.loads.of_width, launch.stores.of_width) == ({4: 1}, {2: 1})
 
 
 @pytest.mark.parametrize("width, turns", [(32, 32), (33, 1), (34, 2), (40, 8)])
@@ -74,6 +80,12 @@ def test_bank_conflicts(patterns, y, width, turns):
     launch = one_launch(patterns, "transpose", pointer(y), width)
     assert launch.shared_loads == Requests(1, 128, turns, 1)
     assert launch.shared_stores == Requests(32, 32 * 128, 32, 32)
+
+
+def test_atomics_are_left_out(patterns, y):
+    launch = one_launch(patterns, "count_by_atomics", pointer(y))
+    assert launch.loads == launch.stores == launch.shared_loads == Requests(0, 0, 0, 0)
+    assert launch.shared_stores == Requests(1, 128, 1, 1)
 
 
 def test_only_blocks_that_were_asked_for_run(patterns):

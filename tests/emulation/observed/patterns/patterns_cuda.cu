@@ -23,6 +23,14 @@ __global__ void halves_kernel(const c10::BFloat16* x, c10::BFloat16* y) {
   if (threadIdx.x % 2 == 0) y[threadIdx.x] = c10::BFloat16(values[0] + values[1]);
 }
 
+__global__ void atomics_kernel(int* y) {
+  int* counter = shared_memory<int>();
+  counter[threadIdx.x] = 0;
+  __syncthreads();
+  atomicAdd(counter, 1);
+  atomicMax(y, int(threadIdx.x));
+}
+
 constexpr Cuda kDevice{nullptr};
 extern "C" {
 void copy_floats(const float* x, float* y, int stride, int blocks) {
@@ -36,6 +44,7 @@ void copy_eight_halves(const void* x, void* y) {
 void add_halves(const void* x, void* y) {
   launch("halves", halves_kernel, 1, kWarpSize, 0, kDevice, static_cast<const c10::BFloat16*>(x), static_cast<c10::BFloat16*>(y));
 }
+void count_by_atomics(int* y) { launch("atomics", atomics_kernel, 1, kWarpSize, kWarpSize * sizeof(int), kDevice, y); }
 void transpose(float* y, int width) { launch("transpose", transpose_kernel, 1, kWarpSize, 32 * width * sizeof(float), kDevice, y, width); }
 }
 }  // namespace ef
