@@ -24,8 +24,8 @@ the operator must move at the least. To repeat: `python -m benchmarks focal_loss
 `python -m benchmarks --help` tells how to choose cases, dtypes and devices. Timings of two runs differ by some percent, of two
 machines by more: compare figures of one table only.
 
-`python -m benchmarks.kernels` shows registers and load widths of the built CUDA kernels, `python -m benchmarks.overhead` what
-calling an operator costs beside its work. [How the kernels work](kernels/index.md) has a page per operator.
+`python -m benchmarks.kernels` predicts the speed of the CUDA kernels from their machine code, `python -m benchmarks.overhead`
+shows what calling an operator costs beside its work. [How the kernels work](kernels/index.md) has a page per operator.
 
 ## Training steps
 

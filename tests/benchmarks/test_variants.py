@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import kernels
+from benchmarks import cuobjdump
 from effdet_fast._build_info import read_build_info
 from tests.emulation.build import INCLUDE, ROOT
 
@@ -219,7 +218,9 @@ def test_the_short_polynomials_are_as_good_as_the_long_one(sound, degree, exact_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None or kernels.find_cuobjdump() is None, reason="needs nvcc and cuobjdump")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None or cuobjdump.find_cuobjdump() is None, reason="needs nvcc and cuobjdump"
+)
 def test_what_nvcc_makes_of_them(tmp_path):
     program = tmp_path / "variants"
     command = [sys.executable, "-m", "benchmarks.variants", str(program)]
@@ -227,16 +228,14 @@ def test_what_nvcc_makes_of_them(tmp_path):
     assert read_build_info(program) == {"cuda_archs": "sm_90"}
     libraries = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=True).stdout
     assert "libc.so" in libraries and "libcuda" not in libraries and "not found" not in libraries
-    cuobjdump = kernels.find_cuobjdump()
-    assert cuobjdump is not None
-    found = kernels.kernels(program, cuobjdump)
-    assert len(found) >= 2 * 8 + 3 + 3 and [kernel.name for kernel in found if kernel.stack] == []
+    tool = cuobjdump.find_cuobjdump()
+    assert tool is not None
+    found = cuobjdump.resources(program, tool)
+    assert len(found) >= 2 * 8 + 3 + 3 and [symbol for (symbol, _), kernel in found.items() if kernel.stack] == []
     # Halves are put together behind each load, and so wait for it; words are taken apart a row later.
-    merges: dict[str, int] = {}
-    function = ""
-    for line in kernels._lines(cuobjdump, "-sass", program):
-        if match := re.match(r"\s*Function : (\S+)", line):
-            function = match[1]
-        elif "Held" in function:
-            merges[function] = merges.get(function, 0) + (" PRMT " in line)
+    merges = {
+        symbol: sum(one.name == "PRMT" for one in code.instructions)
+        for symbol, _, code in cuobjdump.codes(program, tool)
+        if "Held" in symbol
+    }
     assert len(merges) == 4 and all((count == 0) == ("Ej" in name) for name, count in merges.items()), merges
