@@ -183,7 +183,10 @@ def test_all_variants_are_right(sound, one_thread):
     assert wrong_variants(sound) == []
 
 
-@pytest.mark.parametrize("damages, noticed", DAMAGES, ids=map(str, range(len(DAMAGES))))
+@pytest.mark.parametrize(
+    "damages, noticed",
+    [pytest.param(*damage, id=str(i), marks=[pytest.mark.slow] if i else []) for i, damage in enumerate(DAMAGES)],
+)
 def test_damage_to_a_variant_is_noticed(tmp_path, one_thread, damages, noticed):
     for name in ("csrc", "tests/emulation", "benchmarks/variants"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -82,7 +82,7 @@ def test_is_the_loop_written_by_hand(build, name, amp):
     [
         ("efficientdet_d0", "sgd", "fp16"),
         ("efficientdet_lite0", "adamw", "bf16"),
-        ("retinanet_resnet18_fpn", "adamw", "fp16"),
+        pytest.param("retinanet_resnet18_fpn", "adamw", "fp16", marks=pytest.mark.slow),
         ("retinanet_resnet18_fpn_v2", "sgd", "none"),
     ],
 )
