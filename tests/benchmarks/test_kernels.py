@@ -27,6 +27,7 @@ from benchmarks.prediction import (
 from benchmarks.records import Record, Row, Timing
 from effdet_fast import _libraries
 from tests.emulation.build import INCLUDE, ROOT, build
+from tests.emulation.damage import damaged_csrc
 
 NVCC = "13.0.88"  # that the figures are of
 needs_machine_code = pytest.mark.skipif(
@@ -288,10 +289,9 @@ def test_launches_a_call(op):
 
 def test_a_launch_too_many_is_noticed(tmp_path):
     launch = 'launch("batch_norm_finish_stats"'
-    damaged_csrc(
-        tmp_path, "batch_norm_act/batch_norm_act_cuda.cu", launch, f"for (int twice = 0; twice < 2; ++twice) {launch}"
-    )
-    library = build(tmp_path / "csrc", only="batch_norm_act", only_float32=True)
+    twice = f"for (int i = 0; i < 2; ++i) {launch}"
+    csrc = damaged_csrc(tmp_path, "batch_norm_act/batch_norm_act_cuda.cu", launch, twice)
+    library = build(csrc, only="batch_norm_act", only_float32=True)
     command = [sys.executable, "-c", COUNT, str(library)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "({1, 4}, {3})\n"
@@ -319,14 +319,6 @@ DAMAGES = [
     ("stores", "squeeze_excite", 6, "store_vec<kVec>(y + i, out);", "y[i] = out.v[0];"),
     ("widths", "squeeze_excite", 6, "in = load_vec<kVec>(x + i)", "in = {x[i], x[i + 1]}"),
 ]
-
-
-def damaged_csrc(folder: Path, file: str, sound: str, damaged: str) -> None:
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    source = folder / "csrc" / file
-    text = source.read_text()
-    assert sound in text, "the control no longer fits the kernel"
-    source.write_text(text.replace(sound, damaged))
 
 
 def failing(csrc: Path, folder: Path, kernels: list[str]) -> dict[str, set[str]]:
@@ -371,6 +363,6 @@ def test_figures_of_the_machine_code(nvcc, tmp_path):
 
 @pytest.mark.parametrize("figure, op, place, sound, damaged", DAMAGES, ids=[damage[0] for damage in DAMAGES])
 def test_a_worse_figure_is_noticed(nvcc, tmp_path, figure, op, place, sound, damaged):
-    damaged_csrc(tmp_path, f"{op}/{op}_kernel.cuh", sound, damaged)
+    csrc = damaged_csrc(tmp_path, f"{op}/{op}_kernel.cuh", sound, damaged)
     kernel = list(FIGURES)[place]
-    assert figure in failing(tmp_path / "csrc", tmp_path, [kernel])[kernel]
+    assert figure in failing(csrc, tmp_path, [kernel])[kernel]

@@ -25,12 +25,18 @@ def parameters(damages: list[tuple[str, ...]]) -> list:
     ]
 
 
+def damaged_csrc(folder: Path, file: str, sound: str, damaged: str) -> Path:
+    """A copy of csrc in `folder`, in one file of which `damaged` stands for `sound`."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    text = (csrc / file).read_text()
+    assert sound in text, "the control no longer fits the kernel"
+    (csrc / file).write_text(text.replace(sound, damaged))
+    return csrc
+
+
 def assert_noticed(folder: Path, op: str, self_test: str, file: str, sound: str, damaged: str) -> None:
     """Replaces `sound` by `damaged` in a copy of the kernel's file, in `folder`; the op's self-test must then fail."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    source = folder / "csrc" / op / file
-    text = source.read_text()
-    assert sound in text, "the control no longer fits the kernel"
-    source.write_text(text.replace(sound, damaged))
-    done = check(build(folder / "csrc", only=op, only_float32=True), self_test)
+    csrc = damaged_csrc(folder, f"{op}/{file}", sound, damaged)
+    done = check(build(csrc, only=op, only_float32=True), self_test)
     assert done.returncode == 1, done.stdout + done.stderr
