@@ -23,13 +23,13 @@ __global__ void __launch_bounds__(Fetch::kThreads, Fetch::kMinBlocks) depthwise_
   const Place at = Fetch::place(m);
   if (!Fetch::kTogether && !at.inside) return;
   const int64_t oy = blockIdx.y * m.slab_rows, iy = oy - kKernel / 2, ix = at.column - kKernel / 2, column_step = m.c, row_step = m.w * m.c;
-  const int rows = int(oy + m.slab_rows < m.h ? m.slab_rows : m.h - oy), begin = iy < 0 ? int(-iy) : 0;
-  const int64_t end = iy + rows + kDepth < m.h ? rows + kDepth : m.h - iy;
+  const int rows = int(oy + m.slab_rows < m.h ? m.slab_rows : m.h - oy);
   const bf16* first = x + ((at.n * m.h + iy) * m.w + ix) * m.c + at.c;
   y += ((at.n * m.h + oy) * m.w + at.column) * m.c + at.c;
-  const unsigned kept = at.inside ? bits_inside<kColumns>(at.column, m.w) : 0;
+  const unsigned kept = at.inside ? depthwise_conv::inside<kColumns>(at.column, m.w) : 0;
 
-  Fetch input(m, at, {first, row_step, column_step, {begin, unsigned(end - begin)}, bits_inside<kLoaded>(ix, m.w)});
+  Fetch input(
+      m, at, {first, row_step, column_step, depthwise_conv::rows_inside(iy, rows + kDepth, m.h), depthwise_conv::inside<kLoaded>(ix, m.w)});
   float filter[kKernel][kKernel][2], sum[kKernel][kColumns][2] = {};
 #pragma unroll
   for (int i = 0; i < 2 * kKernel * kKernel; ++i) {

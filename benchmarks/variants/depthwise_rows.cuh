@@ -5,10 +5,12 @@
 
 #include "../../csrc/common/launch.cuh"
 #include "../../csrc/common/vec.cuh"
+#include "../../csrc/depthwise_conv/depthwise_conv_kernel.cuh"
 #include "async_copy.cuh"
 
 namespace ef::variants {
 using bf16 = c10::BFloat16;
+using depthwise_conv::RowRange;
 
 struct Map {
   int64_t n, c, h, w;  // x and y [n, h, w, c], c even
@@ -21,12 +23,6 @@ struct Place {
   bool inside;
 };
 
-struct RowRange {
-  int begin;
-  unsigned count;
-  __device__ bool has(int row) const { return unsigned(row - begin) < count; }
-};
-
 // What a thread reads: rows from `first` on (it may lie outside), those of them that exist, and the columns of it that do, as bits.
 struct Rows {
   const bf16* first;
@@ -34,14 +30,6 @@ struct Rows {
   RowRange there;
   unsigned valid;
 };
-
-template <int kCount>
-__device__ unsigned bits_inside(int64_t first, int64_t columns) {
-  unsigned bits = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) bits |= unsigned(first + i >= 0 && first + i < columns) << i;
-  return bits;
-}
 
 template <class Word>
 __device__ Word load_word(const bf16* p) {
