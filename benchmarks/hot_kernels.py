@@ -92,11 +92,11 @@ def analyze(kernel: Hot, code: Code, registers: int, call: Call, launch: Launch,
     size = {"x": call.x, "y": call.y}
     fit = blocks_on_multiprocessor(threads, registers, launch.shared_bytes)
     prediction = predict(
-        way_in,
         path,
         blocks=blocks,
         threads=threads,
         on_multiprocessor=fit,
+        before=before.cycles,
         rounds=rounds,
         floor_bytes=sum(size[letter] for letter in moves),
     )

@@ -8,6 +8,7 @@ import torch
 from benchmarks import OPS, cuobjdump
 from benchmarks.kernel_rows import Row, rows_of
 from benchmarks.launches import Call, calls_with_requests
+from benchmarks.table import between
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS
 
 FOLDER = Path(__file__).parents[1] / "docs/kernels"
@@ -27,16 +28,8 @@ def pages(path: Path, tool: str, op: str | None) -> Iterator[tuple[Path, str, st
     for page, ops in PAGES.items():
         if op is None or op in ops:
             file = FOLDER / f"{page}.md"
-            yield file, file.read_text(), with_table(file.read_text(), table_of(ops, path, tool))
-
-
-def with_table(text: str, table: str) -> str:
-    """ValueError unless the text has the two marks once each, one behind the other."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"expected {BEGIN} and {END} once each")
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+            text = file.read_text()
+            yield file, text, between(file.name, text, BEGIN, END, table_of(ops, path, tool))
 
 
 def table_of(ops: Iterable[str], path: Path, tool: str) -> str:
@@ -90,9 +83,9 @@ def _cells(name: str, rows: list[Row]) -> list[str]:
 
 
 def _range(values: Iterable[float], digits: int = 1) -> str:
-    low, *_, high = [found[0], *found] if len(found := sorted(values)) == 1 else found
-    texts = dict.fromkeys(f"{value:.{digits}f}" for value in (low, high))
-    return " to ".join(texts)
+    found = list(values)
+    low, high = (f"{value:.{digits}f}" for value in (min(found), max(found)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _launches(all_calls: list[Call]) -> str:

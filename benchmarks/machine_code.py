@@ -196,10 +196,11 @@ class Code:
             ways, best[block] = best.get(block, {}), {}
             if moves is None:
                 continue
+            own_worth = _worth(own, common is None, activated)
             for (loads, stores), (worth, way) in ways.items():
                 total = loads + moves[0], stores + moves[1]
                 if common is None or (total[0] <= common.loads and total[1] <= common.stores):
-                    best[block][total] = _sum(worth, _worth(own, common is None, activated)), (*way, block)
+                    best[block][total] = _sum(worth, own_worth), (*way, block)
             for after in self.successors[block]:
                 if after in inside and rank[after] > rank[block]:
                     there = best.setdefault(after, {})

@@ -162,19 +162,19 @@ class Prediction:
 
 
 def predict(
-    way_in: Sequence[Instruction],
     path: Sequence[Instruction],
     *,
     blocks: int,
     threads: int,
     on_multiprocessor: int,
+    before: float,
     rounds: float,
     floor_bytes: float,
 ) -> Prediction:
-    """Of a launch of `blocks` x `threads`, each of whose warps takes `rounds` of the path, and which must move `floor_bytes`."""
+    """Of a launch of `blocks` x `threads`, each of whose warps takes `rounds` of the path, `before` cycles after its beginning,
+    and which must move `floor_bytes`."""
     warps = math.ceil(threads / 32)
     waves = blocks / (MULTIPROCESSORS * on_multiprocessor)
-    before = walk(way_in, 1, before_loop=True).cycles
 
     def wave(resident: int) -> float:
         """Cycles of `resident` blocks a multiprocessor from beginning to end."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks import records
 from benchmarks.records import Record, Row, Timing
-from benchmarks.table import milliseconds
+from benchmarks.table import between, milliseconds
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -192,10 +192,7 @@ def family_table(row: Row) -> str:
 
 def with_table(readme: str, table: str) -> str:
     """The README's text with `table` between the markers."""
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README: must have exactly one {BEGIN} and one {END}")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    return between("README", readme, BEGIN, END, table)
 
 
 def written(everything: list[Record], root: Path = ROOT) -> dict[Path, str]:

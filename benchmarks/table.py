@@ -1,4 +1,4 @@
-"""The table on the screen."""
+"""The table on the screen, and how one gets into a page."""
 
 from benchmarks.records import OURS, Row, Timing
 
@@ -43,3 +43,12 @@ def _magnitude(value: float) -> int:
     while 0 < value < 1 and magnitude > -4:
         value, magnitude = value * 10, magnitude - 1
     return magnitude
+
+
+def between(name: str, text: str, begin: str, end: str, table: str) -> str:
+    """`text` with `table` between its markers; ValueError, with its `name`, unless it has each of them once, in this order."""
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end or begin in rest or end in before + after:
+        raise ValueError(f"{name}: must have exactly one {begin} and one {end}")
+    return f"{before}{begin}\n{table}\n{end}{after}"

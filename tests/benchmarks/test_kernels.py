@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import OPS, cuobjdump
 from benchmarks.hot_kernels import hot, main_path
-from benchmarks.kernel_pages import BEGIN, END, PAGES, with_table
+from benchmarks.kernel_pages import BEGIN, END, PAGES
 from benchmarks.kernels import measured
 from benchmarks.launches import Call, calls
 from benchmarks.machine_code import Accesses, Code, Instruction, instructions_of
@@ -25,6 +25,7 @@ from benchmarks.prediction import (
     walk,
 )
 from benchmarks.records import Record, Row, Timing
+from benchmarks.table import between
 from effdet_fast import _libraries
 from tests.emulation.build import INCLUDE, ROOT, build
 from tests.emulation.damage import damaged_csrc
@@ -193,24 +194,24 @@ def test_blocks_on_a_multiprocessor(threads, registers, shared, blocks):
 
 def test_a_prediction_keeps_to_its_limits():
     path = loop(ahead=True).main()[1]
-    launch = {"threads": 256, "on_multiprocessor": 8, "rounds": 100.0}
+    launch = {"threads": 256, "on_multiprocessor": 8, "before": 0.0, "rounds": 100.0}
     blocks = 132 * 8 * 4
     moved = blocks * 256 * 100 * 8.0
-    whole = predict([], path, blocks=blocks, floor_bytes=moved, **launch)
+    whole = predict(path, blocks=blocks, floor_bytes=moved, **launch)
     assert whole.waves == 4 and 50 < whole.percent_of_copy < 100
     assert whole.microseconds > moved / COPY_BYTES_A_SECOND * 1e6
-    one_more = predict([], path, blocks=blocks + 1, floor_bytes=moved, **launch)
+    one_more = predict(path, blocks=blocks + 1, floor_bytes=moved, **launch)
     assert one_more.microseconds > whole.microseconds + 100 * MEMORY_LATENCY / HERTZ * 1e6  # a wave for one block
 
 
 def test_a_page_has_one_table():
-    assert with_table(f"a\n{BEGIN}\nold\n{END}\nb\n", "new") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
+    assert between("page", f"a\n{BEGIN}\nold\n{END}\nb\n", BEGIN, END, "new") == f"a\n{BEGIN}\nnew\n{END}\nb\n"
     for broken in ("a", f"{BEGIN}", f"{END}{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}"):
-        with pytest.raises(ValueError, match="once each"):
-            with_table(broken, "new")
+        with pytest.raises(ValueError, match="page: must have exactly one"):
+            between("page", broken, BEGIN, END, "new")
     for page in PAGES:
         text = (ROOT / f"docs/kernels/{page}.md").read_text()
-        assert with_table(text, "new") != text and f"nvcc {NVCC}" in text
+        assert between(page, text, BEGIN, END, "new") != text and f"nvcc {NVCC}" in text
 
 
 def test_what_a_gpu_measured_stands_beside_the_prediction():
