@@ -15,13 +15,12 @@ from benchmarks import BENCHMARKS, START, build_times, contention, environment, 
 from benchmarks.harness import measure, release
 from benchmarks.table import format_row
 from benchmarks.timing import failure
-from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, PHASES, Case
+from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, DTYPES, PHASES, Case
 from effdet_fast.files import write_atomically
 
 # Why a case is missing from a record: what ended its process is not tried again when the record is gone on with.
 CUT_SHORT, NOT_REACHED = "the process ended while it was measured", "no time was left"
 DEVICE_LOST = 75  # exit status: after a fault no kernel of this process runs any more; another process can go on
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPES = {"cpu": ["float32"], "cuda": ["bfloat16", "float32"]}
 
 

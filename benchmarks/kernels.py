@@ -18,16 +18,12 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 from benchmarks import OPS, cuobjdump, kernel_pages, records
 from benchmarks.kernel_rows import COLUMNS, Row, rows_of
 from benchmarks.launches import Call, calls_with_requests
 from benchmarks.machine_code import GLOBAL_LOADS, GLOBAL_STORES, Code
-from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS
+from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, DTYPES
 from effdet_fast import _libraries
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def print_calls(path: Path, tool: str, arguments: argparse.Namespace) -> None:

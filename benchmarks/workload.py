@@ -14,6 +14,7 @@ OURS = "effdet_fast"
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "both", "step"
 PHASES = (FORWARD, BACKWARD, BOTH, STEP)
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Outputs = Tensor | tuple[Tensor, ...]
 
 

@@ -86,9 +86,8 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        options = (
-            ["-fsanitize=thread"] if observe and source.parent.name != "emulation" else []
-        )  # its calls, not its library
+        # For the calls that it makes at every access; its library is not linked.
+        options = ["-fsanitize=thread"] if observe and source.parent.name != "emulation" else []
         key = hashlib.sha256(repr((flags, options, torch.__version__, source.name)).encode())
         for file in sorted(included(source), key=lambda file: file.parts[-2:]):  # a copy has the order of the original
             key.update(file.name.encode() + file.read_bytes())
