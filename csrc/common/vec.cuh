@@ -26,7 +26,8 @@ EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
   if constexpr (sizeof(value) == 16) {
     uint32_t w[4];
     std::memcpy(w, &value, sizeof(w));
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                 : "memory");
     return;
   } else if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
     Vec<uint32_t, kSize / 2> words;
@@ -37,18 +38,31 @@ EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
 #endif
   *reinterpret_cast<Vec<T, kSize>*>(p) = value;
 }
-// values[i] = packed.v[i]. A bfloat16 is the upper half of a float: two in a word are one shift and one mask, where nvcc takes three.
+// kSize values as a load leaves them, for those that are loaded ahead of their use. Halves stay words: nvcc would take words apart, and a
+// struct of halves together again, right behind the load, and so wait for it there.
+template <typename T, int kSize>
+struct Packed {
+  using Word = std::conditional_t<sizeof(T) == 2 && kSize % 2 == 0, uint32_t, T>;
+  Vec<Word, kSize * sizeof(T) / sizeof(Word)> words;
+};
+template <int kSize, typename T>
+EF_HD Packed<T, kSize> load_packed(const T* p) {
+  return *reinterpret_cast<const Packed<T, kSize>*>(p);
+}
+// values[i] = value i of `packed`. A bfloat16 is the upper half of a float: two in a word are one shift and one mask, where nvcc takes
+// three.
 template <int kSize, typename T, typename A>
-EF_HD void unpack(const Vec<T, kSize>& packed, A (&values)[kSize]) {
-  if constexpr (std::is_same_v<T, c10::BFloat16> && kSize % 2 == 0) {
-    uint32_t words[kSize / 2], bits[kSize];
-    std::memcpy(words, &packed, sizeof(words));
+EF_HD void unpack(const Packed<T, kSize>& packed, A (&values)[kSize]) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) bits[i] = i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u;
-    std::memcpy(values, bits, sizeof(bits));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = A(packed.v[i]);
+  for (int i = 0; i < kSize; ++i) {
+    if constexpr (!std::is_same_v<typename Packed<T, kSize>::Word, uint32_t>) {
+      values[i] = A(packed.words.v[i]);
+    } else if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      const uint32_t bits = i % 2 == 0 ? packed.words.v[i / 2] << 16 : packed.words.v[i / 2] & 0xffff0000u;
+      std::memcpy(&values[i], &bits, sizeof(bits));
+    } else {
+      values[i] = A(T(uint16_t(packed.words.v[i / 2] >> i % 2 * 16), T::from_bits()));
+    }
   }
 }
 // Hides from nvcc how a pointer to global memory was computed, so that it is stepped on from and not computed anew from its beginnings.

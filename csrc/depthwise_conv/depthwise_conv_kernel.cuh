@@ -99,7 +99,7 @@ __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, 
   if constexpr (kVec == 1) {
     if (wide) {
       A center[kCenter];
-      unpack(load_vec<kCenter>(row + kBefore), center);
+      unpack(load_packed<kCenter>(row + kBefore), center);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         const bool halo = i < kBefore || i >= kBefore + kCenter;
@@ -115,7 +115,7 @@ __device__ void load_columns(const scalar_t* row, unsigned valid, int64_t step, 
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     if (valid >> i & 1) {
-      unpack(load_vec<kVec>(row), values[i]);
+      unpack(load_packed<kVec>(row), values[i]);
     } else {
 #pragma unroll
       for (int v = 0; v < kVec; ++v) values[i][v] = A(0);  // and every prologue keeps it zero
@@ -190,7 +190,7 @@ class Rows {
     const scalar_t* column = row_;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      if (valid_ >> i & 1) ahead_[i] = load_vec<kVec>(column);
+      if (valid_ >> i & 1) ahead_[i] = load_packed<kVec>(column);
       column += column_step_;
       if constexpr (kSteps) forget_origin(column);
     }
@@ -202,7 +202,7 @@ class Rows {
   unsigned valid_;
   bool wide_;
   int index_ = 0;
-  Vec<scalar_t, kVec> ahead_[kAhead ? kCount : 1] = {};  // columns outside stay zero, and every prologue keeps it
+  Packed<scalar_t, kVec> ahead_[kAhead ? kCount : 1] = {};  // columns outside stay zero, and every prologue keeps it
 };
 
 template <int kKernel, int kVec, typename scalar_t, typename A>
