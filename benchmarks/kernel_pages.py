@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import OPS, cuobjdump
-from benchmarks.kernel_rows import Row, rows_of
+from benchmarks.kernel_rows import Row, fits_of, rows_of
 from benchmarks.launches import Call, calls_with_requests
 from benchmarks.table import between
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS
@@ -34,18 +34,18 @@ def pages(path: Path, tool: str, op: str | None) -> Iterator[tuple[Path, str, st
 
 def table_of(ops: Iterable[str], path: Path, tool: str) -> str:
     """bfloat16 in both layouts; float32 of the ops that have no other."""
-    kinds = [(torch.bfloat16, CHANNELS_LAST), (torch.bfloat16, CONTIGUOUS)]
+    kinds, fits = [(torch.bfloat16, CHANNELS_LAST), (torch.bfloat16, CONTIGUOUS)], fits_of(path, tool)
     found = [
         (dtype, layout, call)
         for op in ops
         for dtype, layout in kinds
-        for call in calls_with_requests(op, dtype, layout)
+        for call in calls_with_requests(op, dtype, layout, fits)
     ]
     if not found:
         found = [
             (torch.float32, CONTIGUOUS, call)
             for op in ops
-            for call in calls_with_requests(op, torch.float32, CONTIGUOUS)
+            for call in calls_with_requests(op, torch.float32, CONTIGUOUS, fits)
         ]
     all_calls = [call for _, _, call in found]
     by_kernel: dict[str, list[Row]] = {}

@@ -8,7 +8,8 @@ from benchmarks import cuobjdump
 from benchmarks.cuobjdump import Resources
 from benchmarks.hot_kernels import Analysis, analyze, hot
 from benchmarks.launches import Call
-from tests.emulation.observation import Launch, Requests
+from benchmarks.prediction import blocks_on_multiprocessor
+from tests.emulation.observation import Fits, Launch, Requests
 
 COLUMNS = (
     "grid block shared blocks waves registers stack instr special loads KB ahead bytes sectors banks us copy".split()
@@ -71,6 +72,20 @@ class Library:
         resources = self.resources[symbol]
         found = analyze(kernel, self.codes[symbol], resources.registers, call, launch, itemsize) if kernel else None
         return Row(name.partition("::")[2], launch, resources, found)
+
+
+def fits_of(path: Path, tool: str) -> Fits:
+    """How many blocks of the kernels of a built library fit on a multiprocessor; the emulation asks by its own symbols."""
+    resources = {symbol: found for (symbol, _), found in cuobjdump.resources(path, tool).items()}
+    by_name = dict(zip(cuobjdump.readable(list(resources)), resources.values(), strict=True))
+    registers: dict[str, int] = {}
+
+    def fits(symbol: str, threads: int, shared_bytes: int) -> int:
+        if symbol not in registers:
+            registers[symbol] = by_name[cuobjdump.readable([symbol])[0]].registers
+        return blocks_on_multiprocessor(threads, registers[symbol], shared_bytes)
+
+    return fits
 
 
 def rows_of(path: Path, tool: str, all_calls: list[Call], itemsize: int) -> list[list[Row]]:

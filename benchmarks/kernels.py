@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks import OPS, cuobjdump, kernel_pages, records
-from benchmarks.kernel_rows import COLUMNS, Row, rows_of
+from benchmarks.kernel_rows import COLUMNS, Row, fits_of, rows_of
 from benchmarks.launches import Call, calls_with_requests
 from benchmarks.machine_code import GLOBAL_LOADS, GLOBAL_STORES, Code
 from benchmarks.workload import CHANNELS_LAST, CONTIGUOUS, DTYPES
@@ -29,7 +29,8 @@ from effdet_fast import _libraries
 def print_calls(path: Path, tool: str, arguments: argparse.Namespace) -> None:
     dtype, everything = DTYPES[arguments.dtype], records.load_all()
     ops = [arguments.op] if arguments.op else OPS
-    found = [call for op in ops for call in calls_with_requests(op, dtype, arguments.layout, arguments.case)]
+    fits = fits_of(path, tool)
+    found = [call for op in ops for call in calls_with_requests(op, dtype, arguments.layout, fits, arguments.case)]
     for call, rows in zip(found, rows_of(path, tool, found, dtype.itemsize), strict=True):
         known = [row.analysis.prediction.microseconds for row in rows if row.analysis]
         total = _total(rows, known) + measured(call, arguments.dtype, arguments.layout, everything)

@@ -14,7 +14,7 @@ import torch
 from benchmarks.unwritten import Unwritten
 from benchmarks.workload import BACKWARD, FORWARD, Outputs
 from tests.emulation.build import build
-from tests.emulation.observation import Launch, observed
+from tests.emulation.observation import Fits, Launch, observed
 
 BLOCKS = 4  # of a launch that run
 PEERS = ("effdet", "timm", "torchvision")
@@ -38,27 +38,34 @@ class Call:
 
 
 def calls(
-    op: str, dtype: torch.dtype, layout: str, case: str = "", blocks: int = 0, library: Path | None = None
+    op: str,
+    dtype: torch.dtype,
+    layout: str,
+    case: str = "",
+    blocks: int = 0,
+    library: Path | None = None,
+    fits: Fits | None = None,
 ) -> Iterator[Call]:
-    """Forward, and backward where there is one, of the op's cases on a GPU whose names contain `case`."""
+    """Forward, and backward where there is one, of the op's cases on a GPU whose names contain `case`; some launches depend on how
+    many blocks of their kernel fit on a multiprocessor."""
     for one in importlib.import_module(f"benchmarks.bench_{op}").cases("cuda"):
         if case not in one.name or layout not in one.layouts or dtype not in one.dtypes:
             continue
         with _without(PEERS), Unwritten():
             ours = one.build(torch.device("cpu"), dtype, layout).ours
-            with observed(blocks, library) as launches:
+            with observed(blocks, library, fits) as launches:
                 results = _tensors(ours.forward())
             x, y = sum(map(_bytes, filter(_is_map, ours.leaves))), sum(map(_bytes, results))
             yield Call(op, one.name, FORWARD, launches, x, y)
             if ours.leaves:
-                with observed(blocks, library) as launches:
+                with observed(blocks, library, fits) as launches:
                     torch.autograd.grad(results, ours.leaves, [torch.empty_like(result) for result in results])
                 yield Call(op, one.name, BACKWARD, launches, x, y)
 
 
-def calls_with_requests(op: str, dtype: torch.dtype, layout: str, case: str = "") -> Iterator[Call]:
+def calls_with_requests(op: str, dtype: torch.dtype, layout: str, fits: Fits, case: str = "") -> Iterator[Call]:
     """The same from a library built for it, some of whose blocks run."""
-    return calls(op, dtype, layout, case, BLOCKS, build(observe=True))
+    return calls(op, dtype, layout, case, BLOCKS, build(observe=True), fits)
 
 
 @contextmanager

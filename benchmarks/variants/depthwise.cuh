@@ -1,9 +1,8 @@
 // Depthwise convolution forward, k x k, stride 1, channels_last, bfloat16, as csrc/depthwise_conv has it: a thread owns a pair of channels
-// x a few columns and marches down a slab of rows. Only how it comes by the next row is another in each variant.
+// x a few columns and marches down a tile of some rows. Only how it comes by the next row is another in each variant.
 //
 //              memory                        shared memory                   registers
-//   halves     row m + 1 ----------------------------------------------> pairs of 16 bit (Held)    as csrc does
-//   words      row m + 1 ----------------------------------------------> words of 32 bit (Held)    taken apart behind the wait
+//   words      row m + 1 ----------------------------------------------> words of 32 bit (Held)    as csrc does
 //   async      row m + 2 or 4 --cp.async 4--> a thread's own slots -----> row m                    no barrier
 //   staged     row m + 3 or 5 --cp.async 16-> the block's columns ------> row m                    a barrier a row; halos once a block
 //
@@ -13,8 +12,8 @@
 #include "launch_plan.h"
 
 namespace ef::variants {
-// Output row m of the slab stays in the registers m % kKernel, which the loop's unrolling makes constants, until row m + kKernel - 1 of
-// the input, counted from the first that the slab reaches, has been added.
+// Output row m of the tile stays in the registers m % kKernel, which the loop's unrolling makes constants, until row m + kKernel - 1 of
+// the input, counted from the first that the tile reaches, has been added.
 template <int kKernel, class Fetch>
 __global__ void __launch_bounds__(Fetch::kThreads, Fetch::kMinBlocks) depthwise_kernel(const Map m, const bf16* __restrict__ x,
                                                                                        const bf16* __restrict__ weight,  // [c, k, k]
@@ -22,8 +21,8 @@ __global__ void __launch_bounds__(Fetch::kThreads, Fetch::kMinBlocks) depthwise_
   constexpr int kColumns = Fetch::kColumns, kLoaded = Fetch::kLoaded, kDepth = kKernel - 1;
   const Place at = Fetch::place(m);
   if (!Fetch::kTogether && !at.inside) return;
-  const int64_t oy = blockIdx.y * m.slab_rows, iy = oy - kKernel / 2, ix = at.column - kKernel / 2, column_step = m.c, row_step = m.w * m.c;
-  const int rows = int(oy + m.slab_rows < m.h ? m.slab_rows : m.h - oy);
+  const int64_t oy = blockIdx.y * m.tile_rows, iy = oy - kKernel / 2, ix = at.column - kKernel / 2, column_step = m.c, row_step = m.w * m.c;
+  const int rows = int(oy + m.tile_rows < m.h ? m.tile_rows : m.h - oy);
   const bf16* first = x + ((at.n * m.h + iy) * m.w + ix) * m.c + at.c;
   y += ((at.n * m.h + oy) * m.w + at.column) * m.c + at.c;
   const unsigned kept = at.inside ? depthwise_conv::inside<kColumns>(at.column, m.w) : 0;
@@ -70,15 +69,14 @@ __global__ void __launch_bounds__(Fetch::kThreads, Fetch::kMinBlocks) depthwise_
 
 template <int kKernel, class Fetch>
 auto depthwise_launch(const Map& m) {
-  return LaunchPlan{depthwise_kernel<kKernel, Fetch>, dim3(unsigned(Fetch::blocks(m)), unsigned(ceil_div(m.h, m.slab_rows))),
+  return LaunchPlan{depthwise_kernel<kKernel, Fetch>, dim3(unsigned(Fetch::blocks(m)), unsigned(ceil_div(m.h, m.tile_rows))),
                     dim3(Fetch::kThreads), Fetch::kSharedBytes};
 }
 
 // f(name, launch plan) for each variant, the plain one first.
 template <int kKernel, class F>
 void each_depthwise(const Map& m, F&& f) {
-  f("halves", depthwise_launch<kKernel, Held<kKernel, Vec<bf16, 2>>>(m));
-  f("words", depthwise_launch<kKernel, Held<kKernel, uint32_t>>(m));
+  f("words", depthwise_launch<kKernel, Held<kKernel>>(m));
   f("async, 2 ahead", depthwise_launch<kKernel, Async<kKernel, 2>>(m));
   f("async, 4 ahead", depthwise_launch<kKernel, Async<kKernel, 4>>(m));
   const auto staged = [&]<int kChannels>() {

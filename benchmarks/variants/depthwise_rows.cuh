@@ -14,7 +14,7 @@ using depthwise_conv::RowRange;
 
 struct Map {
   int64_t n, c, h, w;  // x and y [n, h, w, c], c even
-  int64_t slab_rows;
+  int64_t tile_rows;
 };
 
 // A thread's image, first channel and first column; not `inside`: it has none, and only helps its block.
@@ -31,11 +31,7 @@ struct Rows {
   unsigned valid;
 };
 
-template <class Word>
-__device__ Word load_word(const bf16* p) {
-  return *reinterpret_cast<const Word*>(p);
-}
-__device__ inline void unpack_word(const Vec<bf16, 2>& word, float (&values)[2]) { unpack(word, values); }
+__device__ inline uint32_t load_word(const bf16* p) { return *reinterpret_cast<const uint32_t*>(p); }
 __device__ inline void unpack_word(uint32_t word, float (&values)[2]) {
   const uint32_t bits[2] = {word << 16, word & 0xffff0000u};
   std::memcpy(values, bits, sizeof(values));
@@ -54,8 +50,8 @@ struct Alone {
   }
 };
 
-// The next row, asked for before the arithmetic of this one, as `Word`s of two halves.
-template <int kKernel, class Word>
+// The next row, asked for before the arithmetic of this one.
+template <int kKernel>
 class Held : public Alone<kKernel> {
  public:
   using Alone<kKernel>::kLoaded;
@@ -80,7 +76,7 @@ class Held : public Alone<kKernel> {
     const bf16* column = row_;
 #pragma unroll
     for (int i = 0; i < kLoaded; ++i) {
-      if (rows_.valid >> i & 1) ahead_[i] = load_word<Word>(column);
+      if (rows_.valid >> i & 1) ahead_[i] = load_word(column);
       column += rows_.column_step;
       forget_origin(column);
     }
@@ -89,7 +85,7 @@ class Held : public Alone<kKernel> {
   Rows rows_;
   const bf16* row_;
   int index_ = 0;
-  Word ahead_[kLoaded] = {};  // columns outside stay zero
+  uint32_t ahead_[kLoaded] = {};  // columns outside stay zero
 };
 
 // kAhead rows on their way into slots of the thread's own: [kSlots][kLoaded][kThreads] words, so that lanes lie side by side.
@@ -200,7 +196,7 @@ class Staged {
     read_ = read_ + 1 == kSlots ? 0 : read_ + 1;
     if (exists) {
 #pragma unroll
-      for (int i = 0; i < kLoaded; ++i) unpack_word(load_word<uint32_t>(slot + offset(i)), values[i]);
+      for (int i = 0; i < kLoaded; ++i) unpack_word(load_word(slot + offset(i)), values[i]);
     }
     return exists;
   }

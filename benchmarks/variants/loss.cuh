@@ -59,7 +59,9 @@ template <int kDegree>
 __device__ float low_background(const Logits& x, const focal_loss::Parameters<float>& p, const focal_loss::Slope<float>& slope,
                                 Logits& grad) {
   float sum = 0, values[kLogits];
-  unpack(x, values);
+  Packed<bf16, kLogits> words;
+  std::memcpy(&words, &x, sizeof(words));
+  unpack(words, values);
 #pragma unroll
   for (int k = 0; k < kLogits; ++k) {
     const float z = values[k], e = bounded_exp(-z), y = quotient_of(1.f, 1.f + e);

@@ -23,6 +23,16 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   check_cuda(name, cudaGetLastError());
 }
 
+// How many blocks of a kernel the current device runs at the same time.
+template <class... Params>
+int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  int device = 0, multiprocessors = 0, blocks = 0;
+  check_cuda("device", cudaGetDevice(&device));
+  check_cuda("device", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda("occupancy", cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes));
+  return int64_t(blocks) * multiprocessors;
+}
+
 template <typename T>
 __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];

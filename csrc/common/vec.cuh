@@ -18,21 +18,22 @@ template <int kSize, typename T>
 EF_HD Vec<T, kSize> load_vec(const T* p) {
   return *reinterpret_cast<const Vec<T, kSize>*>(p);
 }
-// To global memory. 16 bytes go out by an instruction of their own: whether nvcc merges a struct's members is up to the code around it.
-// Fewer halves go out as words, for the same reason.
+// To global memory. 8 and 16 bytes go out by an instruction of their own: whether nvcc merges a struct's members is up to the code around
+// it. Two halves go out as a word, for the same reason.
 template <int kSize, typename T>
 EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
 #if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(value) == 16) {
-    uint32_t w[4];
+  if constexpr (kSize > 1 && sizeof(value) >= 4) {
+    uint32_t w[sizeof(value) / 4];
     std::memcpy(w, &value, sizeof(w));
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                 : "memory");
-    return;
-  } else if constexpr (sizeof(T) == 2 && kSize % 2 == 0) {
-    Vec<uint32_t, kSize / 2> words;
-    std::memcpy(&words, &value, sizeof(words));
-    *reinterpret_cast<Vec<uint32_t, kSize / 2>*>(p) = words;
+    if constexpr (sizeof(value) == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+                   : "memory");
+    } else if constexpr (sizeof(value) == 8) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(w[0]), "r"(w[1]) : "memory");
+    } else {
+      *reinterpret_cast<uint32_t*>(p) = w[0];
+    }
     return;
   }
 #endif
@@ -72,6 +73,19 @@ EF_HD void forget_origin(T*& p) {
   asm("" : "+l"(p));
   __builtin_assume(__isGlobal(p));
 #endif
+}
+// Hides from nvcc how a number was computed, so that it stays in a register and is not computed anew wherever it is used.
+EF_HD float kept(float value) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+f"(value));
+#endif
+  return value;
+}
+EF_HD int64_t kept(int64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm("" : "+l"(value));
+#endif
+  return value;
 }
 template <typename... T>
 bool is_vec_aligned(const T*... p) {

@@ -30,10 +30,9 @@ EF_HD Units units_of(const Shape& s, int columns, int64_t slab_rows) {
 // through the taps ky = u + a s. Row m of grad stays in the registers m % (kDepth + 1), which the loop's unrolling makes constants.
 // In all steps but the first and last few every row is there: nothing else is asked in them, but in float64, for which only gradient
 // checks ask.
-template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t, typename A>
+template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t, typename A>
 __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in, const Strides& out, const scalar_t* grad,
-                         const scalar_t* x, int rows, int64_t iy, int64_t ix, bool wide, int with_bias,
-                         A (&sum)[kKernel * kKernel + 1][kVec]) {
+                         const scalar_t* x, int rows, int64_t iy, int64_t ix, int with_bias, A (&sum)[kKernel * kKernel + 1][kVec]) {
   constexpr int kDepth = (kKernel - 1) / kStride, kRows = kDepth + 1, kLoaded = (kColumns - 1) * kStride + kKernel;
   const unsigned valid = inside<kLoaded>(ix, s.w), all = (1u << kColumns) - 1;
   const auto is_inside = [&](int64_t y) { return y >= 0 && y < s.h; };
@@ -42,10 +41,10 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
   while (end_full > first_full && !is_inside(iy + end_full * kStride - 1)) --end_full;
   const unsigned full_steps = end_full > first_full ? end_full - first_full : 0;
   // Others leave no registers for it; 3x3 has warps enough to hide the wait.
-  constexpr bool kAhead = kVec > 1 && kKernel == 5 && sizeof(scalar_t) == 2;
-  Rows<0, kColumns, kColumns, kVec, true, kAhead, scalar_t> outputs(grad, {0, unsigned(rows)}, out.row, all, out.column, wide);
-  Rows<kKernel / 2, kColumns, kLoaded, kVec, true, kAhead, scalar_t> inputs(x, rows_inside(iy, (rows + kDepth) * kStride, s.h), in.row,
-                                                                            valid, in.column, wide);
+  constexpr bool kAhead = sizeof(scalar_t) == 2 && (kVec == 1 || kKernel == 5 || kStride == 2);
+  Rows<0, kWide ? kColumns : 1, kColumns, kVec, true, kAhead, scalar_t> outputs(grad, {0, unsigned(rows)}, out.row, all, out.column);
+  Rows<kKernel / 2, kWide ? kColumns : 1, kLoaded, kVec, true, kAhead, scalar_t> inputs(x, rows_inside(iy, (rows + kDepth) * kStride, s.h),
+                                                                                        in.row, valid, in.column);
   constexpr bool kFullSteps = sizeof(scalar_t) < 8;
   A g[kRows][kColumns][kVec];
   for (int first = 0; first < rows + kDepth; first += kRows) {
@@ -90,21 +89,21 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
 
 // blockDim.x channel groups x blockDim.y shares of the chunk's units. Where a thread has one channel, as in nchw, the lanes of a warp share
 // it: blockDim.x = 1, and shares are added over the warp first.
-template <int kKernel, int kStride, int kColumns, int kVec, typename scalar_t>
+template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, scalar_t>)
-    depthwise_conv_grad_weight_kernel(const Tasks<scalar_t> tasks, int with_bias,
+    depthwise_conv_grad_weight_kernel(const TiledLevels<scalar_t> levels, int with_bias,
                                       acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
   using A = acc_t<scalar_t>;
   constexpr int kTaps = kKernel * kKernel;
   constexpr bool kLanesShare = kVec == 1;
-  const Task<scalar_t>& task = task_of(tasks, blockIdx.y);
-  const Shape& s = task.level.shape;
-  const Strides in = strides_of(s, s.h, s.w), out = strides_of(s, s.oh, s.ow);
+  const TiledLevel<scalar_t>& of = level_of(levels, blockIdx.y);
+  const Shape& s = of.level.shape;
+  const Strides in = of.in.kept(), out = of.out.kept();
   const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
-  const Units units = units_of(s, kColumns, task.slab_rows);
-  const int64_t first_unit = (blockIdx.y - task.first_block) * task.chunk_units, end = first_unit + task.chunk_units;
+  const Units units = units_of(s, kColumns, of.tile_rows);
+  const int64_t first_unit = (blockIdx.y - of.first_block) * of.chunk_tiles, end = first_unit + of.chunk_tiles;
   const int64_t last_unit = end < units.count ? end : units.count;
-  const Activation prologue = tasks.task[0].level.shape.prologue;  // of all; at a constant address
+  const Activation prologue = levels.level[0].level.shape.prologue;  // of all; at a constant address
   A sum[kTaps + 1][kVec];
 #pragma unroll
   for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
@@ -112,15 +111,15 @@ __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, s
     for (int64_t unit = first_unit + threadIdx.y; unit < last_unit; unit += blockDim.y) {
       const int64_t across = unit % units.across, slab = unit / units.across % units.slabs, n = unit / units.across / units.slabs;
       const bool is_group = across < units.groups;
-      const int64_t ox = is_group ? across * kColumns : units.groups * kColumns + across - units.groups, oy = slab * task.slab_rows;
+      const int64_t ox = is_group ? across * kColumns : units.groups * kColumns + across - units.groups, oy = slab * of.tile_rows;
       const int64_t ix = ox * kStride - s.left, iy = oy * kStride - s.top;
-      const int rows = int(oy + task.slab_rows < s.oh ? task.slab_rows : s.oh - oy);
-      const scalar_t* grad = task.level.grad + n * out.image + c * out.channel + oy * out.row + ox * out.column;
-      const scalar_t* x = task.level.x + n * in.image + c * in.channel + iy * in.row + ix * in.column;
+      const int rows = int(oy + of.tile_rows < s.oh ? of.tile_rows : s.oh - oy);
+      const scalar_t* grad = of.level.grad + n * out.image + c * out.channel + oy * out.row + ox * out.column;
+      const scalar_t* x = of.level.x + n * in.image + c * in.channel + iy * in.row + ix * in.column;
       if (kColumns > 1 && is_group) {
-        add_unit<kKernel, kStride, kColumns, kVec>(s, prologue, in, out, grad, x, rows, iy, ix, kStride == 1 && task.wide, with_bias, sum);
+        add_unit<kKernel, kStride, kColumns, kVec, kWide>(s, prologue, in, out, grad, x, rows, iy, ix, with_bias, sum);
       } else {
-        add_unit<kKernel, kStride, 1, kVec>(s, prologue, in, out, grad, x, rows, iy, ix, false, with_bias, sum);
+        add_unit<kKernel, kStride, 1, kVec, false>(s, prologue, in, out, grad, x, rows, iy, ix, with_bias, sum);
       }
     }
   }

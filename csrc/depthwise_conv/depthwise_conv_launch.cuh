@@ -10,9 +10,9 @@
 
 namespace ef::depthwise_conv {
 namespace {
-constexpr int64_t kSlabRows = 32;         // of a marching thread: it reads kernel - 1 rows more
-constexpr int64_t kMinSlabRows = 4;       // where taller slabs leave multiprocessors idle
-constexpr int64_t kMarchingBlocks = 528;  // four on each multiprocessor of the largest part
+constexpr int64_t kTileRows = 32;    // of a tile of the filter's gradient: a thread reads kernel - 1 rows more
+constexpr int64_t kMinTileRows = 4;  // where taller tiles leave multiprocessors idle
+constexpr int64_t kStartRows = 2;    // that a marching thread could do until its first one is there
 
 // A thread has 4 columns of a pair of channels where channels lie side by side in pairs, else of one channel. Of float64, which only
 // gradient checks use, it has one value: such kernels compile in a quarter of the time.
@@ -21,91 +21,137 @@ constexpr int kColumns = sizeof(scalar_t) == 8 ? 1 : 4;
 template <typename scalar_t>
 constexpr int kPair = sizeof(scalar_t) == 8 ? 1 : 2;
 template <typename scalar_t>
-bool in_pairs(const Levels<scalar_t>& levels) {
-  constexpr int kVec = kPair<scalar_t>;
-  const auto aligned = [](const scalar_t* p) { return reinterpret_cast<uintptr_t>(p) % (kVec * sizeof(scalar_t)) == 0; };
-  const Shape& any = levels.level[0].shape;
-  return any.channels_last && any.c % kVec == 0 &&
-         std::all_of(levels.level, levels.level + levels.count,
-                     [&](const Level<scalar_t>& level) { return aligned(level.x) && aligned(level.grad) && aligned(level.result); });
+bool is_aligned(const scalar_t* p, int values) {
+  return reinterpret_cast<uintptr_t>(p) % (values * sizeof(scalar_t)) == 0;
 }
-
-// Whether 4 columns of a row are one aligned vector in every row of x and y, with equally many zeros on both sides.
+template <typename scalar_t>
+bool are_aligned(const Level<scalar_t>& level, int values) {
+  return is_aligned(level.x, values) && is_aligned(level.grad, values) && is_aligned(level.result, values);
+}
+template <typename scalar_t>
+bool is_in_pairs(const Level<scalar_t>& level) {
+  return level.shape.channels_last && level.shape.c % kPair<scalar_t> == 0 && are_aligned(level, kPair<scalar_t>);
+}
+// Whether the columns of a tile are one aligned vector in every row of x and y, with equally many zeros on both sides.
 template <typename scalar_t>
 bool is_wide(const Level<scalar_t>& level) {
   const Shape& s = level.shape;
   constexpr int kWide = kColumns<scalar_t>;
-  const auto aligned = [](const scalar_t* p) { return reinterpret_cast<uintptr_t>(p) % (kWide * sizeof(scalar_t)) == 0; };
-  return !s.channels_last && s.stride == 1 && s.left == s.kernel / 2 && s.ow == s.w && s.w % kWide == 0 && aligned(level.x) &&
-         aligned(level.grad) && aligned(level.result);
+  return kWide > 1 && !s.channels_last && s.stride == 1 && s.left == s.kernel / 2 && s.ow == s.w && s.w % kWide == 0 &&
+         are_aligned(level, kWide);
 }
 
-// Calls f.template operator()<kernel, stride, vec>().
+// Calls f.template operator()<kernel, stride, vec, wide>(). `weight`: null where the kernel does not read it.
 template <typename scalar_t, class F>
-void specialize(const Shape& s, bool pairs, F&& f) {
+void specialize(const Levels<scalar_t>& levels, const scalar_t* weight, F&& f) {
+  const Shape& any = levels.level[0].shape;
+  const auto all = [&](const auto& is) { return std::all_of(levels.level, levels.level + levels.count, is); };
+  const bool pairs = is_aligned(weight, kPair<scalar_t>) && all(is_in_pairs<scalar_t>), wide = all(is_wide<scalar_t>);
   const auto with_filter = [&]<int kKernel, int kStride>() {
-    pairs ? f.template operator()<kKernel, kStride, kPair<scalar_t>>() : f.template operator()<kKernel, kStride, 1>();
+    if constexpr (kStride == 1 && kColumns<scalar_t> > 1) {
+      if (wide) return f.template operator()<kKernel, kStride, 1, true>();
+    }
+    pairs ? f.template operator()<kKernel, kStride, kPair<scalar_t>, false>() : f.template operator()<kKernel, kStride, 1, false>();
   };
   const auto with_kernel = [&]<int kKernel>() {
-    s.stride == 1 ? with_filter.template operator()<kKernel, 1>() : with_filter.template operator()<kKernel, 2>();
+    any.stride == 1 ? with_filter.template operator()<kKernel, 1>() : with_filter.template operator()<kKernel, 2>();
   };
-  s.kernel == 3 ? with_kernel.template operator()<3>() : with_kernel.template operator()<5>();
+  any.kernel == 3 ? with_kernel.template operator()<3>() : with_kernel.template operator()<5>();
 }
 
-// One task a level, with its shape; where it begins and its slabs are for the caller to say.
+// The levels with their shapes; where each begins and how it is cut is for the caller to say.
 template <typename scalar_t>
-Tasks<scalar_t> tasks_of(const Levels<scalar_t>& levels) {
-  Tasks<scalar_t> tasks;
+TiledLevels<scalar_t> tiled(const Levels<scalar_t>& levels) {
+  TiledLevels<scalar_t> result{};
   for (int i = 0; i < kMaxLevels; ++i) {
-    tasks.task[i] = {i < levels.count ? levels.level[i] : Level<scalar_t>{}, std::numeric_limits<int64_t>::max(), 0, 0,
-                     i < levels.count && is_wide(levels.level[i])};
+    TiledLevel<scalar_t>& of = result.level[i];
+    of.first_block = std::numeric_limits<unsigned>::max();
+    if (i >= levels.count) continue;
+    of.level = levels.level[i];
+    const Shape& s = of.level.shape;
+    of.in = strides_of(s, s.h, s.w);
+    of.out = strides_of(s, s.oh, s.ow);
   }
-  return tasks;
+  return result;
 }
 
-// The grid of a marching kernel in which a level has so many cells and `rows` steps; completes the tasks.
-template <typename scalar_t, class Cells, class Rows>
-dim3 marching_grid(int levels, Tasks<scalar_t>& tasks, const Cells& cells, const Rows& rows) {
-  int64_t blocks = 0, slabs = 0, all = 0;
-  for (int64_t slab_rows = kSlabRows; all < kMarchingBlocks && slab_rows >= kMinSlabRows; slab_rows /= 2) {
-    blocks = slabs = all = 0;
-    for (int i = 0; i < levels; ++i) {
-      Task<scalar_t>& task = tasks.task[i];
-      const Shape& s = task.level.shape;
-      task.first_block = blocks;
-      task.slab_rows = std::max(slab_rows, ceil_div(rows(s), 65535));
-      blocks += ceil_div(cells(s), kThreads);
-      slabs = std::max(slabs, ceil_div(rows(s), task.slab_rows));
-      all += ceil_div(cells(s), kThreads) * ceil_div(rows(s), task.slab_rows);
+// How a marching kernel sees a level: groups of channels and of columns, and rows.
+struct Extent {
+  int64_t channels, columns, rows;
+};
+// Cuts the levels into tiles, and returns how many blocks have them. The device runs `resident` blocks at a time; the tiles are of the
+// height at which its threads together march down the fewest rows, those that are read for the first output and those that pass
+// until the first is there (kStartRows) included. The result of a kernel does not depend on it.
+template <typename scalar_t, class ExtentOf>
+unsigned cut(TiledLevels<scalar_t>& levels, int count, int64_t resident, int64_t halo_rows, const ExtentOf& extent_of) {
+  Extent extents[kMaxLevels];
+  int64_t highest = 0;
+  for (int i = 0; i < count; ++i) {
+    extents[i] = extent_of(levels.level[i].level.shape);
+    highest = std::max(highest, extents[i].rows);
+  }
+  // The tiles of a level below each other, which are of equal height, if none has more than `rows` rows.
+  const auto blocks_of = [&](int i, int64_t rows) {
+    const Extent& e = extents[i];
+    return ceil_div(levels.level[i].level.shape.n * ceil_div(e.rows, rows) * e.columns * e.channels, kThreads);
+  };
+  int64_t best_rows = highest, least = std::numeric_limits<int64_t>::max();
+  for (int64_t ranges = 1; ranges == 1 || ceil_div(highest, ranges) >= kMinTileRows; ++ranges) {
+    const int64_t rows = ceil_div(highest, ranges);
+    int64_t blocks = 0;
+    for (int i = 0; i < count; ++i) blocks += blocks_of(i, rows);
+    const int64_t marched = ceil_div(blocks, resident) * (rows + halo_rows + kStartRows);
+    if (marched < least) {
+      least = marched;
+      best_rows = rows;
     }
   }
-  return dim3(unsigned(blocks), unsigned(slabs));
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) {
+    TiledLevel<scalar_t>& of = levels.level[i];
+    const Extent& e = extents[i];
+    const int64_t ranges = ceil_div(e.rows, best_rows);
+    of.first_block = unsigned(blocks);
+    of.tile_rows = int(ceil_div(e.rows, ranges));
+    of.inner = Divisor(of.level.shape.channels_last ? e.channels : e.columns);
+    of.outer = Divisor(of.level.shape.channels_last ? e.columns : e.channels);
+    of.row_ranges = Divisor(ceil_div(e.rows, of.tile_rows));
+    blocks += blocks_of(i, of.tile_rows);
+  }
+  if (blocks * kThreads > std::numeric_limits<int>::max()) throw std::runtime_error("depthwise_conv: the maps have too many elements");
+  return unsigned(blocks);
+}
+
+// The filters of a block's threads.
+template <int kKernel, int kVec, typename scalar_t>
+size_t filter_bytes(const Shape& s) {
+  return kVec == 1 ? 0 : size_t(pairs_of_block(s.c / kVec)) * kVec * kKernel * kKernel * sizeof(scalar_t);
 }
 }  // namespace
 
 template <typename scalar_t>
 void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
-  specialize<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
-    Tasks<scalar_t> tasks = tasks_of(levels);
-    const dim3 grid = marching_grid(
-        levels.count, tasks, [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.ow, kColumns<scalar_t>); },
-        [](const Shape& s) { return s.oh; });
-    launch("depthwise_conv", depthwise_conv_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, scalar_t>, grid, kThreads, 0, device, tasks,
-           weight, bias);
+  specialize(levels, weight, [&]<int kKernel, int kStride, int kVec, bool kWide>() {
+    const auto kernel = depthwise_conv_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, kWide, scalar_t>;
+    const size_t bytes = filter_bytes<kKernel, kVec, scalar_t>(levels.level[0].shape);
+    TiledLevels<scalar_t> all = tiled(levels);
+    const unsigned blocks = cut(all, levels.count, resident_blocks(kernel, kThreads, bytes), (kKernel - 1) / kStride,
+                                [](const Shape& s) { return Extent{s.c / kVec, ceil_div(s.ow, kColumns<scalar_t>), s.oh}; });
+    launch("depthwise_conv", kernel, blocks, kThreads, bytes, device, all, weight, bias);
   });
 }
 
 template <typename scalar_t>
 void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight) {
-  specialize<scalar_t>(levels.level[0].shape, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
+  specialize(levels, weight, [&]<int kKernel, int kStride, int kVec, bool kWide>() {
     constexpr int kOutputs = std::max(1, kColumns<scalar_t> / kStride);  // so that kColumns columns of the input are a thread's
-    Tasks<scalar_t> tasks = tasks_of(levels);
-    const dim3 grid = marching_grid(
-        levels.count, tasks,
-        [](const Shape& s) { return s.n * (s.c / kVec) * ceil_div(s.w + (kStride == 1 ? 0 : s.left), kOutputs * kStride); },
-        [](const Shape& s) { return ceil_div(s.h + s.top, kStride); });
-    launch("depthwise_conv_grad_input", depthwise_conv_grad_input_kernel<kKernel, kStride, kOutputs, kVec, scalar_t>, grid, kThreads, 0,
-           device, tasks, weight);
+    const auto kernel = depthwise_conv_grad_input_kernel<kKernel, kStride, kOutputs, kVec, kWide, scalar_t>;
+    const size_t bytes = filter_bytes<kKernel, kVec, scalar_t>(levels.level[0].shape);
+    TiledLevels<scalar_t> all = tiled(levels);
+    const unsigned blocks = cut(all, levels.count, resident_blocks(kernel, kThreads, bytes), (kKernel - 1) / kStride, [](const Shape& s) {
+      return Extent{s.c / kVec, ceil_div(s.w + (kStride == 1 ? 0 : s.left), kOutputs * kStride), ceil_div(s.h + s.top, kStride)};
+    });
+    launch("depthwise_conv_grad_input", kernel, blocks, kThreads, bytes, device, all, weight);
   });
 }
 
@@ -123,24 +169,24 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
                         scalar_t* grad_bias) {
   const Shape& any = levels.level[0].shape;
   const int taps = any.kernel * any.kernel;
-  Tasks<scalar_t> tasks = tasks_of(levels);
+  TiledLevels<scalar_t> all = tiled(levels);
   int64_t chunks = 0;
-  specialize<scalar_t>(any, in_pairs(levels), [&]<int kKernel, int kStride, int kVec>() {
+  specialize(levels, static_cast<const scalar_t*>(nullptr), [&]<int kKernel, int kStride, int kVec, bool kWide>() {
     const dim3 block = weight_block(any, kVec);
     for (int i = 0; i < levels.count; ++i) {
-      Task<scalar_t>& task = tasks.task[i];
-      const Shape& s = task.level.shape;
+      TiledLevel<scalar_t>& of = all.level[i];
+      const Shape& s = of.level.shape;
       const int64_t count = chunk_count(device, s);
-      task.first_block = chunks;
-      task.slab_rows = kSlabRows;
-      while (task.slab_rows > kMinSlabRows && units_of(s, kColumns<scalar_t>, task.slab_rows).count < count * block.y) task.slab_rows /= 2;
-      task.chunk_units = ceil_div(units_of(s, kColumns<scalar_t>, task.slab_rows).count, count);
+      of.first_block = unsigned(chunks);
+      of.tile_rows = kTileRows;
+      while (of.tile_rows > kMinTileRows && units_of(s, kColumns<scalar_t>, of.tile_rows).count < count * block.y) of.tile_rows /= 2;
+      of.chunk_tiles = ceil_div(units_of(s, kColumns<scalar_t>, of.tile_rows).count, count);
       chunks += count;
     }
     const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(chunks));
     const size_t bytes = (taps + 1) * size_t(kThreads) * kVec * sizeof(acc_t<scalar_t>);
-    launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, scalar_t>, grid,
-           block, kVec == 1 ? bytes / kWarpSize : bytes, device, tasks, grad_bias != nullptr, partials);
+    launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, kWide, scalar_t>,
+           grid, block, kVec == 1 ? bytes / kWarpSize : bytes, device, all, grad_bias != nullptr, partials);
   });
   launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kWarpSize)),
          dim3(kWarpSize, kSlabShares), kSlabShares * kWarpSize * sizeof(acc_t<scalar_t>), device, any.c, taps, chunks, partials,

@@ -301,10 +301,14 @@ def test_a_launch_too_many_is_noticed(tmp_path):
 # Of a round of the main path: loads under way at a wait, on average, at least; instructions between a load and the wait for it,
 # the median, at least; bytes of a thread's loads and stores, exactly. And no stack.
 FIGURES = {
-    "depthwise_conv::depthwise_conv_kernel<3, 1, 4, 2, float>": (6.0, 100, {8}, {8}),
-    "depthwise_conv::depthwise_conv_kernel<5, 1, 4, 2, float>": (8.0, 200, {8}, {8}),
-    "depthwise_conv::depthwise_conv_kernel<3, 1, 4, 2, c10::BFloat16>": (4.9, 10, {4}, {4}),
-    "depthwise_conv::depthwise_conv_kernel<5, 1, 4, 2, c10::BFloat16>": (3.9, 10, {4}, {4}),
+    "depthwise_conv::depthwise_conv_kernel<3, 1, 4, 2, false, float>": (6.0, 100, {8}, {8}),
+    "depthwise_conv::depthwise_conv_kernel<5, 1, 4, 2, false, float>": (8.0, 200, {8}, {8}),
+    "depthwise_conv::depthwise_conv_kernel<3, 1, 4, 2, false, c10::BFloat16>": (6.0, 130, {4}, {4}),
+    "depthwise_conv::depthwise_conv_kernel<5, 1, 4, 2, false, c10::BFloat16>": (8.0, 260, {4}, {4}),
+    "depthwise_conv::depthwise_conv_kernel<5, 1, 4, 2, false, c10::Half>": (8.0, 260, {4}, {4}),
+    "depthwise_conv::depthwise_conv_kernel<5, 1, 4, 1, true, c10::BFloat16>": (5.0, 120, {8, 2}, {8}),
+    "depthwise_conv::depthwise_conv_grad_input_kernel<5, 1, 4, 2, false, c10::BFloat16>": (8.0, 260, {4}, {4}),
+    "depthwise_conv::depthwise_conv_grad_input_kernel<3, 2, 2, 2, false, c10::BFloat16>": (3.0, 100, {4}, {4}),
     "batch_norm_act::batch_norm_stats_kernel<true, 8, c10::BFloat16>": (1.0, 5, {16}, set()),
     "batch_norm_act::batch_norm_act_kernel<true, 8, (ef::Activation)1, c10::BFloat16>": (1.0, 1, {16}, {16}),
     "squeeze_excite::squeeze_excite_scale_kernel<false, 8, false, c10::BFloat16>": (4.0, 30, {16}, {16}),
@@ -314,11 +318,11 @@ FIGURES = {
 FILES = ("depthwise_conv", "batch_norm_act", "squeeze_excite", "fusion")
 # (what fails, op, its place in FIGURES, the text of the op's kernels to damage, what it becomes)
 DAMAGES = [
-    ("ahead", "depthwise_conv", 0, "(kVec > 1), scalar_t> input", "false, scalar_t> input"),
+    ("ahead", "depthwise_conv", 0, "(sizeof(scalar_t) < 8), scalar_t> input", "false, scalar_t> input"),
     ("stack", "depthwise_conv", 0, "sum[(i + 1) % kRows]", "sum[(i + 1 + rows) % kRows]"),
-    ("loads", "squeeze_excite", 6, "#pragma unroll 4", "#pragma unroll 1"),
-    ("stores", "squeeze_excite", 6, "store_vec<kVec>(y + i, out);", "y[i] = out.v[0];"),
-    ("widths", "squeeze_excite", 6, "in = load_vec<kVec>(x + i)", "in = {x[i], x[i + 1]}"),
+    ("loads", "squeeze_excite", 10, "#pragma unroll 4", "#pragma unroll 1"),
+    ("stores", "squeeze_excite", 10, "store_vec<kVec>(y + i, out);", "y[i] = out.v[0];"),
+    ("widths", "squeeze_excite", 10, "in = load_vec<kVec>(x + i)", "in = {x[i], x[i + 1]}"),
 ]
 
 

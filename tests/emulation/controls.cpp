@@ -6,6 +6,9 @@
 extern "C" {
 void ef_set_thread_order_seed(unsigned seed) { ef::emulation::thread_order_seed = seed; }
 
+void ef_set_multiprocessors(int64_t count) { ef::emulation::multiprocessors = count; }
+void ef_set_blocks_that_fit(int64_t (*f)(const char*, int64_t, uint64_t)) { ef::emulation::blocks_that_fit = f; }
+
 // From now on launches are recorded, and `blocks` blocks of each run; -1 ends that. Forgets the earlier ones.
 void ef_observe(int64_t blocks) {
   ef::emulation::observed_blocks = blocks;

@@ -27,6 +27,9 @@ struct dim3 {
 
 namespace ef::emulation {
 inline unsigned thread_order_seed = 0;  // 0: in order
+// Of the device that is emulated; how many blocks of a kernel fit on one, by its symbol, threads and shared memory: 4 if nobody says.
+inline int64_t multiprocessors = 132;
+inline int64_t (*blocks_that_fit)(const char*, int64_t, uint64_t) = nullptr;
 
 struct Barrier {
   unsigned arrived = 0, generation = 0;
@@ -238,6 +241,12 @@ namespace ef {
 template <typename T>
 T* shared_memory() {
   return reinterpret_cast<T*>(emulation::running->shared.data());
+}
+
+template <class... Params>
+int64_t resident_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  using namespace emulation;
+  return multiprocessors * (blocks_that_fit ? blocks_that_fit(symbol_of(reinterpret_cast<void*>(kernel)), threads, shared_bytes) : 4);
 }
 
 template <class... Params, class... Args>

@@ -4,7 +4,7 @@ Tensors may be as large as a GPU's: only blocks that are asked for run, and memo
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +47,11 @@ class Launch:
     shared_stores: Requests
 
 
+# How many blocks of a kernel, by its symbol, fit on a multiprocessor with so many threads and bytes of shared memory.
+Fits = Callable[[str, int, int], int]
+_Fits = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64, ctypes.c_uint64)
+
+
 class _Requests(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ("count", "bytes", "touched", "least")]
     _fields_ += [("of_width", ctypes.c_uint64 * 5)]
@@ -64,25 +69,29 @@ class _Launch(ctypes.Structure):
 
 
 @contextmanager
-def observed(blocks: int = 0, library: Path | None = None) -> Iterator[list[Launch]]:
+def observed(blocks: int = 0, library: Path | None = None, fits: Fits | None = None) -> Iterator[list[Launch]]:
     """Inside, `torch.ops.effdet_fast.*` launches its CUDA kernels for CPU tensors, of which `blocks` blocks run, spread over the
-    grid. Results are garbage: zeros where no block wrote. The list is filled when the context is left."""
-    with emulated(library), recorded(load(library), blocks) as launches:
+    grid. Results are garbage: zeros where no block wrote. The list is filled when the context is left. Launches that ask how
+    many blocks fit hear what `fits` says."""
+    with emulated(library), recorded(load(library), blocks, fits) as launches:
         yield launches
 
 
 @contextmanager
-def recorded(controls: ctypes.CDLL, blocks: int) -> Iterator[list[Launch]]:
+def recorded(controls: ctypes.CDLL, blocks: int, fits: Fits | None = None) -> Iterator[list[Launch]]:
     """The launches of this emulated library."""
     controls.ef_launches.restype = ctypes.POINTER(_Launch)
     controls.ef_launch_count.restype = ctypes.c_uint64
     launches: list[Launch] = []
+    said = _Fits(lambda symbol, threads, shared: fits(symbol.decode(), threads, shared)) if fits else _Fits()
+    controls.ef_set_blocks_that_fit(said)
     controls.ef_observe(ctypes.c_int64(blocks))
     try:
         yield launches
     finally:
         launches += [_launch(one) for one in controls.ef_launches()[: controls.ef_launch_count()]]
         controls.ef_observe(ctypes.c_int64(-1))
+        controls.ef_set_blocks_that_fit(_Fits())
 
 
 def _launch(one: _Launch) -> Launch:

@@ -109,7 +109,23 @@ def test_launches_of_an_operator_without_running_it():
     with observed() as launches:
         ops.depthwise_conv2d(x, weight, None, 1, "same")
     (launch,) = launches
-    assert "depthwise_conv_kernelILi3ELi1ELi4ELi2EN3c108BFloat16" in launch.kernel
-    # A thread has 2 channels and 4 columns, a block 128 threads, a slab 32 rows.
-    assert launch.grid == (64 * 16 * 64 // 128, 256 // 32, 1) and launch.block == (128, 1, 1)
-    assert (launch.shared_bytes, launch.blocks_run, launch.loads.count) == (0, 0, 0)
+    assert "depthwise_conv_kernelILi3ELi1ELi4ELi2ELb0EN3c108BFloat16" in launch.kernel
+    # A thread has 2 channels and 4 columns, a block 128 threads.
+    row_ranges, rest = divmod(launch.grid[0], 64 * 16 * 64 // 128)
+    assert 256 // 64 <= row_ranges <= 256 // 16 and rest == 0 and launch.block == (128, 1, 1)
+    assert (launch.shared_bytes, launch.blocks_run, launch.loads.count) == (32 * 9 * 2, 0, 0)
+
+
+def test_a_launch_is_told_how_many_blocks_fit():
+    asked = []
+
+    def fits(symbol: str, threads: int, shared_bytes: int) -> int:
+        asked.append((symbol, threads, shared_bytes))
+        return 1 << 20
+
+    x = torch.empty(1, 32, 64, 64).contiguous(memory_format=torch.channels_last)
+    with observed(fits=fits) as launches:
+        ops.depthwise_conv2d(x, torch.empty(32, 1, 5, 5), None, 1, "same")
+    (launch,) = launches
+    assert asked == [(launch.kernel, 128, 32 * 25 * 4)]
+    assert launch.grid[0] == 16 * 16 * 64 // 4 // 128  # tiles of the fewest rows

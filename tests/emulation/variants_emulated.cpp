@@ -26,9 +26,9 @@ int run_all(const char* path) {
 }
 void set_thread_order_seed(unsigned seed) { ef::emulation::thread_order_seed = seed; }
 
-bool depthwise(const char* name, int kernel, int64_t n, int64_t c, int64_t h, int64_t w, int64_t slab_rows, const bf16* x,
+bool depthwise(const char* name, int kernel, int64_t n, int64_t c, int64_t h, int64_t w, int64_t tile_rows, const bf16* x,
                const bf16* weight, bf16* y) {
-  const Map map{n, c, h, w, slab_rows};
+  const Map map{n, c, h, w, tile_rows};
   if (kernel == 5) return call(name, [&](auto&& f) { each_depthwise<5>(map, f); }, map, x, weight, y);
   return call(name, [&](auto&& f) { each_depthwise<3>(map, f); }, map, x, weight, y);
 }

@@ -60,7 +60,7 @@ def test_same_padding_over_odd_sizes(backend, channels, kernel, stride, channels
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("channels, size", [(88, (13, 13)), (160, (7, 5))])
+@pytest.mark.parametrize("channels, size", [(88, (13, 13)), (160, (7, 5)), (600, (5, 3))])
 @pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
 def test_many_channels(native_backend, channels, size, kernel, stride, channels_last):
     if native_backend.name == "emulated" and kernel == 3:
@@ -90,7 +90,7 @@ def test_every_kind_of_padding(backend, padding, kernel, stride, channels_last):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_wide_rows_take_every_tile(backend, channels_last):
-    """Rows long enough for the widest tiles, several slabs of rows, and leftovers of each."""
+    """Rows long enough for the widest tiles, several ranges of rows, and leftovers of each."""
     height = 36 if backend.name == "emulated" else 70
     for kernel, stride, width in ((3, 1, 83), (5, 1, 70), (5, 2, 139), (3, 2, 150)):
         if backend.name == "emulated" and stride == 2:
@@ -254,7 +254,7 @@ def test_not_finite_input_stays_where_the_filter_reaches(native_backend, kernel,
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
 def test_not_finite_input_beside_outputs_that_are_not_there(native_backend, kernel, stride, channels_last):
-    """In the image's first and last rows and columns, and beside slabs of rows and groups of columns, no tap may add 0 * inf."""
+    """In the image's first and last rows and columns, and beside ranges of rows and groups of columns, no tap may add 0 * inf."""
     for height, width in ((37, 7), (5, 6), (2, 9)):
         x, weight, bias = make((1, 4, height, width), kernel, torch.float32, native_backend.device, channels_last)
         for channel, (row, column) in enumerate(((0, 1), (-1, 2), (1, -1), (height // 2, 0))):
@@ -267,8 +267,8 @@ def test_not_finite_input_beside_outputs_that_are_not_there(native_backend, kern
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("kernel, stride", itertools.product((3, 5), (1, 2)))
-def test_weight_gradient_over_slabs_of_every_height(native_backend, kernel, stride, channels_last):
-    """Slabs of a whole image, of many rows, and shorter than the filter; columns in groups and left over."""
+def test_weight_gradient_over_tiles_of_every_height(native_backend, kernel, stride, channels_last):
+    """Tiles of a whole image, of many rows, and shorter than the filter; columns in groups and left over."""
     for height in (1, 2, 4, 5, 8, 33, 67):
         for padding in ("same", (1, 2, 4, 0)):
             check(native_backend, (2, 2, height, 10), kernel, stride, padding, channels_last=channels_last)

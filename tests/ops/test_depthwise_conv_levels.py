@@ -1,5 +1,6 @@
 """The depthwise convolution of several maps with one filter, on every backend."""
 
+import ctypes
 import re
 
 import pytest
@@ -16,6 +17,7 @@ from tests.checks import (
     random_map,
     with_gradients,
 )
+from tests.emulation.backend import emulated, load
 from tests.ops.accuracy import assert_convolved
 
 HALF = (torch.float16, torch.bfloat16)
@@ -80,12 +82,27 @@ def test_each_map_has_the_bits_it_has_alone(native_backend, channels, channels_l
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
-def test_tall_maps_take_several_slabs(native_backend):
+def test_tall_maps_take_several_tiles(native_backend):
     sizes = ((1, 70, 6), (1, 40, 5), (1, 3, 3))
     inputs = make(4, 3, True, sizes, device=native_backend.device)
     actual, expected = (with_gradients(f, inputs, padding=1) for f in (together, separately))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_same_bits_on_every_gpu(channels_last):
+    """How large the device is decides how tall tiles are, and nothing else."""
+    inputs = make(6, 5, channels_last, ((2, 40, 9), (1, 17, 5), (1, 2, 3)))
+    controls, results = load(), []
+    for multiprocessors in (1, 2, 132):
+        controls.ef_set_multiprocessors(ctypes.c_int64(multiprocessors))
+        try:
+            with emulated():
+                results.append(with_gradients(together, inputs, padding="same", prologue="silu"))
+        finally:
+            controls.ef_set_multiprocessors(ctypes.c_int64(132))
+    assert all(all_equal(result, results[0]) for result in results)
 
 
 def test_views_into_nan_and_mixed_layouts(backend):
