@@ -20,10 +20,11 @@
 #include "depthwise_conv_rows.cuh"
 
 namespace ef::depthwise_conv {
-// Blocks on a multiprocessor; 2, 3 or 4 leave 255, 168 or 128 registers: as many as the sums and the filter take.
-template <int kKernel, typename scalar_t>
-inline constexpr int kMinBlocks = kKernel == 5 || sizeof(scalar_t) == 8 ? 2 : 4;
-
+// Blocks on a multiprocessor; 2, 3, 4 or 5 leave 255, 168, 128 or 102 registers: as many as the sums and the filter take, halves of which
+// wait in words.
+template <int kKernel, int kStride, typename scalar_t>
+inline constexpr int kMinBlocks =
+    (kKernel == 3 && sizeof(scalar_t) < 8 ? 4 : 2) + (sizeof(scalar_t) == 2 && (kKernel == 5 || kStride == 1));
 // Only this filter costs so many instructions to unpack in each row that the registers are worth it.
 template <int kKernel, int kStride>
 inline constexpr bool kUnpacks = kKernel == 5 && kStride == 1;
@@ -89,7 +90,7 @@ __device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
 // through the taps ky = u + a s; then output m - kDepth is complete. Output m stays in the registers m % (kDepth + 1), which the loop's
 // unrolling makes constants, and its first product is added to the bias.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, kStride, scalar_t>)
     depthwise_conv_kernel(const TiledLevels<scalar_t> levels,
                           const scalar_t* __restrict__ weight,  // [c, k, k]
                           const scalar_t* __restrict__ bias) {  // [c], or null
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
 // columns: those of the thread are group s kColumns + [0, s kColumns), but for stride 1 counted from the first column of the image, which
 // leaves vectors of them aligned.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, scalar_t>)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, kStride, scalar_t>)
     depthwise_conv_grad_input_kernel(const TiledLevels<scalar_t> levels,
                                      const scalar_t* __restrict__ weight) {  // [c, k, k]
   using A = acc_t<scalar_t>;

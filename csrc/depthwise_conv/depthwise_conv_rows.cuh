@@ -107,8 +107,13 @@ class Rows {
   __device__ bool next(A (&values)[kCount][kVec]) {
     const bool exists = kExists || there_.has(index_);
     if (exists) {
-      if constexpr (!kAhead) load();
-      columns_.unpack_to(values);
+      if constexpr (kAhead) {
+        ahead_.unpack_to(values);
+      } else {
+        Held now;
+        now.load(row_, valid_, column_step_);
+        now.unpack_to(values);
+      }
     }
     ++index_;
     row_ += row_step_;
@@ -117,8 +122,9 @@ class Rows {
   }
 
  private:
+  using Held = Columns<kBefore, kWide, kCount, kVec, kSteps, scalar_t>;
   __device__ void load() {
-    if (!kAhead || there_.has(index_)) columns_.load(row_, valid_, column_step_);
+    if (there_.has(index_)) ahead_.load(row_, valid_, column_step_);
   }
 
   const scalar_t* row_;
@@ -126,7 +132,7 @@ class Rows {
   int64_t row_step_, column_step_;
   unsigned valid_;
   int index_ = 0;
-  Columns<kBefore, kWide, kCount, kVec, kSteps, scalar_t> columns_;
+  Held ahead_;
 };
 
 // Pairs of channels of a block's threads.
