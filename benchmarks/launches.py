@@ -46,8 +46,8 @@ def calls(
     library: Path | None = None,
     fits: Fits | None = None,
 ) -> Iterator[Call]:
-    """Forward, and backward where there is one, of the op's cases on a GPU whose names contain `case`; some launches depend on how
-    many blocks of their kernel fit on a multiprocessor."""
+    """Forward, and backward where there is one, of the op's cases on a GPU whose names contain `case`. Some launches depend on
+    how many blocks of their kernel fit on a multiprocessor."""
     for one in importlib.import_module(f"benchmarks.bench_{op}").cases("cuda"):
         if case not in one.name or layout not in one.layouts or dtype not in one.dtypes:
             continue

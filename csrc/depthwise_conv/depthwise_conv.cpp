@@ -37,10 +37,18 @@ void check_like_output(const Tensor& grad, const Tensor& x, const Shape& s) {
                   "depthwise_conv: grad must be dense and like the output");
 }
 
+bool fits_dtype(const Tensor& parameter, ScalarType dtype) {
+  return parameter.scalar_type() == dtype || parameter.scalar_type() == acc_dtype(dtype);
+}
 void check_filter(const Tensor& weight, const Tensor& x) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 && weight.size(2) == weight.size(3) &&
-                      weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
-                  "depthwise_conv: weight must be dense [c, 1, k, k]");
+                      weight.is_contiguous() && fits_dtype(weight, x.scalar_type()),
+                  "depthwise_conv: weight must be dense [c, 1, k, k], of the dtype of the maps or of the arithmetic");
+}
+template <typename scalar_t>
+Parameter<scalar_t> parameter_of(const std::optional<Tensor>& values, ScalarType dtype) {
+  if (!values) return {nullptr, false};
+  return {values->const_data_ptr(), values->scalar_type() != dtype};
 }
 
 void check_maps(std::span<const Tensor> maps) {
@@ -67,19 +75,21 @@ Tensors forward(std::span<const Tensor> xs, const Tensor& weight, const std::opt
                 std::span<const int64_t> out_width, int64_t prologue, bool channels_last) {
   check_counts(xs, left, top, out_height, out_width);
   const DeviceScope<Device> scope(xs[0]);
-  const ScalarType dtype = weight.scalar_type();
-  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous() && bias->scalar_type() == dtype),
-                  "depthwise_conv: bias must be dense [c]");
+  const ScalarType dtype = xs[0].scalar_type();
+  STD_TORCH_CHECK(!bias.has_value() || (bias->numel() == weight.size(0) && bias->is_contiguous() && fits_dtype(*bias, dtype)),
+                  "depthwise_conv: bias must be dense [c], of the dtype of the maps or of the arithmetic");
   Tensors ys;
   dispatch_floating(dtype, "depthwise_conv", [&]<typename scalar_t>() {
     Levels<scalar_t> levels{};
     for (size_t i = 0; i < xs.size(); ++i) {
       check_filter(weight, xs[i]);
+      STD_TORCH_CHECK(xs[i].scalar_type() == dtype, "depthwise_conv: maps must have the same dtype");
       const Shape s = checked_shape(xs[i], weight.size(2), stride, left[i], top[i], out_height[i], out_width[i], prologue, channels_last);
       ys.push_back(allocate(xs[i], {s.n, s.c, s.oh, s.ow}, dtype, channels_last));
-      if (ys[i].numel() > 0) levels.add({s, start_of<scalar_t>(xs[i], weight), nullptr, mutable_data<scalar_t>(ys[i])});
+      if (ys[i].numel() > 0) levels.add({s, start_of<scalar_t>(xs[i], ys[i]), nullptr, mutable_data<scalar_t>(ys[i])});
     }
-    if (levels.count > 0) launch_forward<scalar_t>(scope.device, levels, const_data<scalar_t>(weight), const_data<scalar_t>(bias));
+    if (levels.count > 0)
+      launch_forward<scalar_t>(scope.device, levels, parameter_of<scalar_t>(weight, dtype), parameter_of<scalar_t>(bias, dtype));
   });
   return ys;
 }
@@ -90,19 +100,20 @@ Tensors grad_input(std::span<const Tensor> grads, std::span<const Tensor> xs, co
   check_counts(xs, grads, left, top);
   check_maps(grads);
   const DeviceScope<Device> scope(xs[0]);
-  const ScalarType dtype = weight.scalar_type();
+  const ScalarType dtype = xs[0].scalar_type();
   Tensors grad_xs;
   dispatch_floating(dtype, "depthwise_conv_grad_input", [&]<typename scalar_t>() {
     Levels<scalar_t> levels{};
     for (size_t i = 0; i < xs.size(); ++i) {
       const Tensor &x = xs[i], &grad = grads[i];
       check_filter(weight, x);
+      STD_TORCH_CHECK(x.scalar_type() == dtype, "depthwise_conv: maps must have the same dtype");
       const Shape s = checked_shape(x, weight.size(2), stride, left[i], top[i], grad.size(2), grad.size(3), prologue, channels_last);
       check_like_output(grad, x, s);
       grad_xs.push_back(allocate(x, {s.n, s.c, s.h, s.w}, dtype, channels_last));
-      if (x.numel() > 0) levels.add({s, const_data<scalar_t>(x), start_of<scalar_t>(grad, weight), mutable_data<scalar_t>(grad_xs[i])});
+      if (x.numel() > 0) levels.add({s, const_data<scalar_t>(x), start_of<scalar_t>(grad, x), mutable_data<scalar_t>(grad_xs[i])});
     }
-    if (levels.count > 0) launch_grad_input<scalar_t>(scope.device, levels, const_data<scalar_t>(weight));
+    if (levels.count > 0) launch_grad_input<scalar_t>(scope.device, levels, parameter_of<scalar_t>(weight, dtype));
   });
   return grad_xs;
 }
@@ -111,14 +122,15 @@ Tensors grad_input(std::span<const Tensor> grads, std::span<const Tensor> xs, co
 template <class Device>
 std::tuple<Tensor, Tensor> grad_weight(std::span<const Tensor> grads, std::span<const Tensor> xs, int64_t kernel, int64_t stride,
                                        std::span<const int64_t> left, std::span<const int64_t> top, int64_t prologue, bool channels_last,
-                                       bool with_bias) {
+                                       bool with_bias, bool in_float32) {
   check_counts(xs, grads, left, top);
   check_maps(grads);
   const DeviceScope<Device> scope(xs[0]);
   const ScalarType dtype = xs[0].scalar_type();
   const int64_t channels = xs[0].size(1);
-  Tensor weight = allocate(xs[0], {channels, 1, kernel, kernel}, dtype);
-  Tensor bias = allocate(xs[0], {with_bias ? channels : 0}, dtype);
+  const ScalarType of_filter = in_float32 ? acc_dtype(dtype) : dtype;
+  Tensor weight = allocate(xs[0], {channels, 1, kernel, kernel}, of_filter);
+  Tensor bias = allocate(xs[0], {with_bias ? channels : 0}, of_filter);
   dispatch_floating(dtype, "depthwise_conv_grad_weight", [&]<typename scalar_t>() {
     Levels<scalar_t> levels{};
     int64_t chunks = 0;
@@ -136,8 +148,9 @@ std::tuple<Tensor, Tensor> grad_weight(std::span<const Tensor> grads, std::span<
       return;
     }
     Tensor partials = allocate(xs[0], {chunks, kernel * kernel + 1, channels}, acc_dtype(dtype));
-    launch_grad_weight<scalar_t>(scope.device, levels, mutable_data<acc_t<scalar_t>>(partials), mutable_data<scalar_t>(weight),
-                                 with_bias ? mutable_data<scalar_t>(bias) : nullptr);
+    const bool full = of_filter != dtype;
+    launch_grad_weight<scalar_t>(scope.device, levels, mutable_data<acc_t<scalar_t>>(partials), {weight.mutable_data_ptr(), full},
+                                 {with_bias ? bias.mutable_data_ptr() : nullptr, full});
   });
   return {weight, bias};
 }
@@ -172,13 +185,13 @@ Tensors grad_input_levels(const Tensors& grads, const Tensors& xs, const Tensor&
 
 template <class Device>
 std::tuple<Tensor, Tensor> grad_weight_one(const Tensor& grad, const Tensor& x, int64_t kernel, int64_t stride, int64_t left, int64_t top,
-                                           int64_t prologue, bool channels_last, bool with_bias) {
-  return grad_weight<Device>(one(grad), one(x), kernel, stride, one(left), one(top), prologue, channels_last, with_bias);
+                                           int64_t prologue, bool channels_last, bool with_bias, bool in_float32) {
+  return grad_weight<Device>(one(grad), one(x), kernel, stride, one(left), one(top), prologue, channels_last, with_bias, in_float32);
 }
 template <class Device>
 std::tuple<Tensor, Tensor> grad_weight_levels(const Tensors& grads, const Tensors& xs, int64_t kernel, int64_t stride, const Numbers& left,
-                                              const Numbers& top, int64_t prologue, bool channels_last, bool with_bias) {
-  return grad_weight<Device>(grads, xs, kernel, stride, left, top, prologue, channels_last, with_bias);
+                                              const Numbers& top, int64_t prologue, bool channels_last, bool with_bias, bool in_float32) {
+  return grad_weight<Device>(grads, xs, kernel, stride, left, top, prologue, channels_last, with_bias, in_float32);
 }
 
 template <class Device>

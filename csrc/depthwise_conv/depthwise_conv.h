@@ -26,6 +26,31 @@ struct Level {
   scalar_t* result;      // y or the gradient of x; null for the gradient of the filter
 };
 
+// A filter or a bias: of the dtype of the maps or, as autocast leaves it, of that of the arithmetic (`full`). Its values are used rounded
+// to the dtype of the maps in any case.
+template <typename scalar_t>
+struct Parameter {
+  const void* data;  // or null
+  bool full;
+  EF_HD acc_t<scalar_t> operator[](int64_t i) const {
+    using A = acc_t<scalar_t>;
+    return A(full ? scalar_t(static_cast<const A*>(data)[i]) : static_cast<const scalar_t*>(data)[i]);
+  }
+};
+// Its gradient, of its dtype, and rounded to that alone.
+template <typename scalar_t>
+struct ParameterGradient {
+  void* data;  // or null
+  bool full;
+  EF_HD void set(int64_t i, acc_t<scalar_t> value) const {
+    if (full) {
+      static_cast<acc_t<scalar_t>*>(data)[i] = value;
+    } else {
+      static_cast<scalar_t*>(data)[i] = scalar_t(value);
+    }
+  }
+};
+
 // The maps of a call, each with at least one element. All but n, sizes and padding is the same for all.
 template <typename scalar_t>
 struct Levels {
@@ -35,21 +60,23 @@ struct Levels {
 };
 
 template <typename scalar_t>
-void launch_forward(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias);
+void launch_forward(Cpu, const Levels<scalar_t>& levels, Parameter<scalar_t> weight, Parameter<scalar_t> bias);
 template <typename scalar_t>
-void launch_forward(Cuda, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias);
+void launch_forward(Cuda, const Levels<scalar_t>& levels, Parameter<scalar_t> weight, Parameter<scalar_t> bias);
 
 template <typename scalar_t>
-void launch_grad_input(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight);
+void launch_grad_input(Cpu, const Levels<scalar_t>& levels, Parameter<scalar_t> weight);
 template <typename scalar_t>
-void launch_grad_input(Cuda, const Levels<scalar_t>& levels, const scalar_t* weight);
+void launch_grad_input(Cuda, const Levels<scalar_t>& levels, Parameter<scalar_t> weight);
 
 // partials: [chunks][kernel * kernel + 1][c], added over the chunks in order; the last row is the bias's. The chunks are those of the
 // first level, then of the next; their number depends on the shapes only. grad_bias [c] may be null.
 template <typename scalar_t>
-void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight, scalar_t* grad_bias);
+void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, ParameterGradient<scalar_t> grad_weight,
+                        ParameterGradient<scalar_t> grad_bias);
 template <typename scalar_t>
-void launch_grad_weight(Cuda, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight, scalar_t* grad_bias);
+void launch_grad_weight(Cuda, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, ParameterGradient<scalar_t> grad_weight,
+                        ParameterGradient<scalar_t> grad_bias);
 int64_t chunk_count(Cpu, const Shape& shape);  // of one level
 int64_t chunk_count(Cuda, const Shape& shape);
 }  // namespace ef::depthwise_conv

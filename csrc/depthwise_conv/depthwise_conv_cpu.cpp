@@ -105,7 +105,7 @@ Span columns_read(const Shape& s, int64_t first, int64_t last) {
 
 // Group after group [tap][lane]; for the gradient, the taps of a row in the order of its phases.
 template <typename scalar_t>
-std::vector<acc_t<scalar_t>> packed_filter(const Shape& s, const scalar_t* weight, int64_t group, bool gradient) {
+std::vector<acc_t<scalar_t>> packed_filter(const Shape& s, Parameter<scalar_t> weight, int64_t group, bool gradient) {
   const int taps = s.kernel * s.kernel, phases = gradient ? s.stride : 1;
   int order[5];
   for (int q = 0, i = 0; q < phases; ++q) {
@@ -116,8 +116,8 @@ std::vector<acc_t<scalar_t>> packed_filter(const Shape& s, const scalar_t* weigh
   for (int64_t first = 0; first < s.c; first += group) {
     const int64_t channels = std::min(s.c - first, group), lanes = lanes_of(channels);
     for (int t = 0; t < taps; ++t, out += lanes) {
-      const scalar_t* in = weight + first * taps + t / s.kernel * s.kernel + order[t % s.kernel];
-      for (int64_t c = 0; c < channels; ++c) out[c] = in[c * taps];
+      const int64_t tap = t / s.kernel * s.kernel + order[t % s.kernel];
+      for (int64_t c = 0; c < channels; ++c) out[c] = weight[(first + c) * taps + tap];
     }
   }
   return packed;
@@ -273,19 +273,19 @@ void grad_weight_part(const Shape& s, const scalar_t* grad, const scalar_t* x, a
 }  // namespace
 
 template <typename scalar_t>
-void launch_forward(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
+void launch_forward(Cpu, const Levels<scalar_t>& levels, Parameter<scalar_t> weight, Parameter<scalar_t> bias) {
   using A = acc_t<scalar_t>;
   const Shape& any = levels.level[0].shape;
   const std::vector<A> filter = packed_filter(any, weight, Parts(any, any.oh, any.ow, any.stride).group, false);
-  std::vector<A> biases(bias ? lanes_of(any.c) : 0);
-  if (bias) std::copy_n(bias, any.c, biases.begin());
+  std::vector<A> biases(bias.data ? lanes_of(any.c) : 0);
+  for (int64_t c = 0; bias.data && c < any.c; ++c) biases[c] = bias[c];
   for_each_block(levels, false, [&](const Level<scalar_t>& level, const Part& part) {
-    forward_part(level.shape, level.x, filter.data(), bias ? biases.data() : nullptr, level.result, part);
+    forward_part(level.shape, level.x, filter.data(), bias.data ? biases.data() : nullptr, level.result, part);
   });
 }
 
 template <typename scalar_t>
-void launch_grad_input(Cpu, const Levels<scalar_t>& levels, const scalar_t* weight) {
+void launch_grad_input(Cpu, const Levels<scalar_t>& levels, Parameter<scalar_t> weight) {
   const Shape& any = levels.level[0].shape;
   const std::vector<acc_t<scalar_t>> filter = packed_filter(any, weight, Parts(any, any.h, any.w, 1).group, true);
   for_each_block(levels, true, [&](const Level<scalar_t>& level, const Part& part) {
@@ -298,7 +298,8 @@ int64_t chunk_count(Cpu, const Shape& s) {
 }
 
 template <typename scalar_t>
-void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight, scalar_t* grad_bias) {
+void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, ParameterGradient<scalar_t> grad_weight,
+                        ParameterGradient<scalar_t> grad_bias) {
   using A = acc_t<scalar_t>;
   const int64_t channels = levels.level[0].shape.c, taps = int64_t(levels.level[0].shape.kernel) * levels.level[0].shape.kernel;
   std::vector<Parts> parts;
@@ -315,24 +316,26 @@ void launch_grad_weight(Cpu, const Levels<scalar_t>& levels, acc_t<scalar_t>* pa
     const Level<scalar_t>& level = levels.level[i];
     const int64_t rows = level.shape.n * level.shape.oh, step = ceil_div(rows, first_chunk[i + 1] - first_chunk[i]);
     const int64_t chunk = part / parts[i].groups;
-    grad_weight_part(level.shape, level.grad, level.x, partials + (first_chunk[i] + chunk) * (taps + 1) * channels, grad_bias != nullptr,
-                     parts[i], clipped(chunk * step, (chunk + 1) * step, rows), part % parts[i].groups * parts[i].group);
+    grad_weight_part(level.shape, level.grad, level.x, partials + (first_chunk[i] + chunk) * (taps + 1) * channels,
+                     grad_bias.data != nullptr, parts[i], clipped(chunk * step, (chunk + 1) * step, rows),
+                     part % parts[i].groups * parts[i].group);
   });
   std::vector<A> sum(channels);
-  for (int64_t t = 0; t < taps + (grad_bias ? 1 : 0); ++t) {
+  for (int64_t t = 0; t < taps + (grad_bias.data ? 1 : 0); ++t) {
     std::fill(sum.begin(), sum.end(), A(0));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const A* partial = partials + (chunk * (taps + 1) + t) * channels;
       for (int64_t c = 0; c < channels; ++c) sum[c] += partial[c];
     }
-    for (int64_t c = 0; c < channels; ++c) (t < taps ? grad_weight[c * taps + t] : grad_bias[c]) = scalar_t(sum[c]);
+    for (int64_t c = 0; c < channels; ++c) t < taps ? grad_weight.set(c * taps + t, sum[c]) : grad_bias.set(c, sum[c]);
   }
 }
 
-#define EF_DEFINE(scalar_t)                                                                     \
-  template void launch_forward(Cpu, const Levels<scalar_t>&, const scalar_t*, const scalar_t*); \
-  template void launch_grad_input(Cpu, const Levels<scalar_t>&, const scalar_t*);               \
-  template void launch_grad_weight(Cpu, const Levels<scalar_t>&, acc_t<scalar_t>*, scalar_t*, scalar_t*);
+#define EF_DEFINE(scalar_t)                                                                                     \
+  template void launch_forward(Cpu, const Levels<scalar_t>&, Parameter<scalar_t>, Parameter<scalar_t>);         \
+  template void launch_grad_input(Cpu, const Levels<scalar_t>&, Parameter<scalar_t>);                           \
+  template void launch_grad_weight(Cpu, const Levels<scalar_t>&, acc_t<scalar_t>*, ParameterGradient<scalar_t>, \
+                                   ParameterGradient<scalar_t>);
 EF_FOR_EACH_FLOATING(EF_DEFINE)
 #undef EF_DEFINE
 }  // namespace ef::depthwise_conv

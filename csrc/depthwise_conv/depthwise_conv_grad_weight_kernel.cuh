@@ -151,8 +151,8 @@ inline constexpr int kSlabShares = 16;
 template <typename scalar_t>
 __global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
                                  const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
-                                 scalar_t* __restrict__ grad_weight,            // [channels][taps]
-                                 scalar_t* __restrict__ grad_bias) {            // [channels], or null
+                                 ParameterGradient<scalar_t> grad_weight,       // [channels][taps]
+                                 ParameterGradient<scalar_t> grad_bias) {       // [channels], or null
   using A = acc_t<scalar_t>;
   const int64_t i = int64_t(blockIdx.x) * kWarpSize + threadIdx.x, count = (taps + 1) * channels;
   A sum = 0;
@@ -167,9 +167,9 @@ __global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
   for (int share = 1; share < kSlabShares; ++share) sum += shared[share * kWarpSize + threadIdx.x];
   const int64_t t = i / channels, c = i % channels;
   if (t < taps) {
-    grad_weight[c * taps + t] = scalar_t(sum);
-  } else if (grad_bias) {
-    grad_bias[c] = scalar_t(sum);
+    grad_weight.set(c * taps + t, sum);
+  } else if (grad_bias.data) {
+    grad_bias.set(c, sum);
   }
 }
 }  // namespace ef::depthwise_conv

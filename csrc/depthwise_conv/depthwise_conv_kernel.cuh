@@ -92,8 +92,8 @@ __device__ void activate_all(Activation prologue, A (&x)[kCount][kVec]) {
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, kStride, scalar_t>)
     depthwise_conv_kernel(const TiledLevels<scalar_t> levels,
-                          const scalar_t* __restrict__ weight,  // [c, k, k]
-                          const scalar_t* __restrict__ bias) {  // [c], or null
+                          const Parameter<scalar_t> weight,  // [c, k, k]
+                          const Parameter<scalar_t> bias) {  // [c], or null
   using A = acc_t<scalar_t>;
   constexpr int kDepth = (kKernel - 1) / kStride, kRows = kDepth + 1, kLoaded = (kColumns - 1) * kStride + kKernel;
   const TiledLevel<scalar_t>& of = level_of(levels, blockIdx.x);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, kStride, scalar_
   load_filter<kKernel, kVec, kUnpacks<kKernel, kStride>>(weight, tile.channels, of.inner.remainder(first_tile), of.inner.value, filter);
   if (tile.n >= s.n) return;
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) init[v] = bias ? A(bias[tile.channels * kVec + v]) : A(0);
+  for (int v = 0; v < kVec; ++v) init[v] = bias.data ? bias[tile.channels * kVec + v] : A(0);
 #pragma unroll
   for (int j = 0; j < kRows * kColumns * kVec; ++j) sum[j / (kColumns * kVec)][j / kVec % kColumns][j % kVec] = init[j % kVec];
   for (int first = 0;; first += kRows) {
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, kStride, scalar_
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<kKernel, kStride, scalar_t>)
     depthwise_conv_grad_input_kernel(const TiledLevels<scalar_t> levels,
-                                     const scalar_t* __restrict__ weight) {  // [c, k, k]
+                                     const Parameter<scalar_t> weight) {  // [c, k, k]
   using A = acc_t<scalar_t>;
   constexpr int kBefore = (kKernel - 1) / kStride;  // outputs to the left that still reach the thread's columns
   constexpr int kLoaded = kColumns + kBefore, kOwned = kColumns * kStride;

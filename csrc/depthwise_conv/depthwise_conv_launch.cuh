@@ -29,6 +29,11 @@ bool are_aligned(const Level<scalar_t>& level, int values) {
   return is_aligned(level.x, values) && is_aligned(level.grad, values) && is_aligned(level.result, values);
 }
 template <typename scalar_t>
+bool reads_pairs(const Parameter<scalar_t>& weight) {
+  return weight.full ? is_aligned(static_cast<const acc_t<scalar_t>*>(weight.data), kPair<scalar_t>)
+                     : is_aligned(static_cast<const scalar_t*>(weight.data), kPair<scalar_t>);
+}
+template <typename scalar_t>
 bool is_in_pairs(const Level<scalar_t>& level) {
   return level.shape.channels_last && level.shape.c % kPair<scalar_t> == 0 && are_aligned(level, kPair<scalar_t>);
 }
@@ -41,12 +46,12 @@ bool is_wide(const Level<scalar_t>& level) {
          are_aligned(level, kWide);
 }
 
-// Calls f.template operator()<kernel, stride, vec, wide>(). `weight`: null where the kernel does not read it.
+// Calls f.template operator()<kernel, stride, vec, wide>(). `weight`: none where the kernel does not read it.
 template <typename scalar_t, class F>
-void specialize(const Levels<scalar_t>& levels, const scalar_t* weight, F&& f) {
+void specialize(const Levels<scalar_t>& levels, const Parameter<scalar_t>& weight, F&& f) {
   const Shape& any = levels.level[0].shape;
   const auto all = [&](const auto& is) { return std::all_of(levels.level, levels.level + levels.count, is); };
-  const bool pairs = is_aligned(weight, kPair<scalar_t>) && all(is_in_pairs<scalar_t>), wide = all(is_wide<scalar_t>);
+  const bool pairs = reads_pairs(weight) && all(is_in_pairs<scalar_t>), wide = all(is_wide<scalar_t>);
   const auto with_filter = [&]<int kKernel, int kStride>() {
     if constexpr (kStride == 1 && kColumns<scalar_t> > 1) {
       if (wide) return f.template operator()<kKernel, kStride, 1, true>();
@@ -130,7 +135,7 @@ size_t filter_bytes(const Shape& s) {
 }  // namespace
 
 template <typename scalar_t>
-void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight, const scalar_t* bias) {
+void launch_forward(Cuda device, const Levels<scalar_t>& levels, Parameter<scalar_t> weight, Parameter<scalar_t> bias) {
   specialize(levels, weight, [&]<int kKernel, int kStride, int kVec, bool kWide>() {
     const auto kernel = depthwise_conv_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, kWide, scalar_t>;
     const size_t bytes = filter_bytes<kKernel, kVec, scalar_t>(levels.level[0].shape);
@@ -142,7 +147,7 @@ void launch_forward(Cuda device, const Levels<scalar_t>& levels, const scalar_t*
 }
 
 template <typename scalar_t>
-void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, const scalar_t* weight) {
+void launch_grad_input(Cuda device, const Levels<scalar_t>& levels, Parameter<scalar_t> weight) {
   specialize(levels, weight, [&]<int kKernel, int kStride, int kVec, bool kWide>() {
     constexpr int kOutputs = std::max(1, kColumns<scalar_t> / kStride);  // so that kColumns columns of the input are a thread's
     const auto kernel = depthwise_conv_grad_input_kernel<kKernel, kStride, kOutputs, kVec, kWide, scalar_t>;
@@ -165,13 +170,13 @@ dim3 weight_block(const Shape& s, int vec) {
 }  // namespace
 
 template <typename scalar_t>
-void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, scalar_t* grad_weight,
-                        scalar_t* grad_bias) {
+void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scalar_t>* partials, ParameterGradient<scalar_t> grad_weight,
+                        ParameterGradient<scalar_t> grad_bias) {
   const Shape& any = levels.level[0].shape;
   const int taps = any.kernel * any.kernel;
   TiledLevels<scalar_t> all = tiled(levels);
   int64_t chunks = 0;
-  specialize(levels, static_cast<const scalar_t*>(nullptr), [&]<int kKernel, int kStride, int kVec, bool kWide>() {
+  specialize(levels, Parameter<scalar_t>{}, [&]<int kKernel, int kStride, int kVec, bool kWide>() {
     const dim3 block = weight_block(any, kVec);
     for (int i = 0; i < levels.count; ++i) {
       TiledLevel<scalar_t>& of = all.level[i];
@@ -186,15 +191,16 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
     const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(chunks));
     const size_t bytes = (taps + 1) * size_t(kThreads) * kVec * sizeof(acc_t<scalar_t>);
     launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, kWide, scalar_t>,
-           grid, block, kVec == 1 ? bytes / kWarpSize : bytes, device, all, grad_bias != nullptr, partials);
+           grid, block, kVec == 1 ? bytes / kWarpSize : bytes, device, all, grad_bias.data != nullptr, partials);
   });
   launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kWarpSize)),
          dim3(kWarpSize, kSlabShares), kSlabShares * kWarpSize * sizeof(acc_t<scalar_t>), device, any.c, taps, chunks, partials,
          grad_weight, grad_bias);
 }
 
-#define EF_DEFINE_LAUNCHES(scalar_t)                                                             \
-  template void launch_forward(Cuda, const Levels<scalar_t>&, const scalar_t*, const scalar_t*); \
-  template void launch_grad_input(Cuda, const Levels<scalar_t>&, const scalar_t*);               \
-  template void launch_grad_weight(Cuda, const Levels<scalar_t>&, acc_t<scalar_t>*, scalar_t*, scalar_t*);
+#define EF_DEFINE_LAUNCHES(scalar_t)                                                                             \
+  template void launch_forward(Cuda, const Levels<scalar_t>&, Parameter<scalar_t>, Parameter<scalar_t>);         \
+  template void launch_grad_input(Cuda, const Levels<scalar_t>&, Parameter<scalar_t>);                           \
+  template void launch_grad_weight(Cuda, const Levels<scalar_t>&, acc_t<scalar_t>*, ParameterGradient<scalar_t>, \
+                                   ParameterGradient<scalar_t>);
 }  // namespace ef::depthwise_conv

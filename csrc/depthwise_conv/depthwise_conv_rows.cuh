@@ -138,28 +138,44 @@ class Rows {
 // Pairs of channels of a block's threads.
 EF_HD int pairs_of_block(int64_t pairs) { return pairs < kThreads ? int(pairs) : kThreads; }
 
+// Values i and i + 1, as those of maps are packed.
+template <bool kFull, typename scalar_t>
+__device__ Packed<scalar_t, 2> load_two(const Parameter<scalar_t>& values, int i) {
+  if constexpr (kFull) {
+    const auto wide = load_vec<2>(static_cast<const acc_t<scalar_t>*>(values.data) + i);
+    const Vec<scalar_t, 2> rounded{scalar_t(wide.v[0]), scalar_t(wide.v[1])};
+    Packed<scalar_t, 2> result;
+    std::memcpy(&result, &rounded, sizeof(result));
+    return result;
+  } else {
+    return load_packed<2>(static_cast<const scalar_t*>(values.data) + i);
+  }
+}
+
 // The filter of the `group`-th kVec channels. Threads with pairs of channels lie along the pairs, from `first` on and all over again behind
 // the last of `pairs`: their block reads its filters side by side, and a thread takes its own from shared memory, where it is an odd
 // number of words and meets no other in a bank. For all threads of the block.
 // `kUnpack`: it stays in registers as numbers, and not in half as many words that are unpacked in each row: fewer instructions.
 template <int kKernel, int kVec, bool kUnpack, typename scalar_t, typename A>
-__device__ void load_filter(const scalar_t* weight, int group, int first, int pairs, A (&filter)[kKernel][kKernel][kVec]) {
+__device__ void load_filter(const Parameter<scalar_t>& weight, int group, int first, int pairs, A (&filter)[kKernel][kKernel][kVec]) {
   constexpr int kTaps = kKernel * kKernel;
   if constexpr (kVec == 1) {
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) filter[t / kKernel][t % kKernel][0] = A(weight[int64_t(group) * kTaps + t]);
+    for (int t = 0; t < kTaps; ++t) filter[t / kKernel][t % kKernel][0] = weight[int64_t(group) * kTaps + t];
   } else {
-    using Two = Packed<scalar_t, 2>;
-    Two* shared = shared_memory<Two>();  // [pairs_of_block, taps]
+    Packed<scalar_t, 2>* shared = shared_memory<Packed<scalar_t, 2>>();  // [pairs_of_block, taps]
     const int last = pairs_of_block(pairs) * kTaps - 1;
-    Two two[kTaps];
+    const auto stage = [&]<bool kFull>() {
+      Packed<scalar_t, 2> two[kTaps];
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k) {
-      const int i = first * kTaps + min(k * kThreads + int(threadIdx.x), last);
-      two[k] = load_packed<2>(weight + 2 * (i < pairs * kTaps ? i : i - pairs * kTaps));
-    }
+      for (int k = 0; k < kTaps; ++k) {
+        const int i = first * kTaps + min(k * kThreads + int(threadIdx.x), last);
+        two[k] = load_two<kFull>(weight, 2 * (i < pairs * kTaps ? i : i - pairs * kTaps));
+      }
 #pragma unroll
-    for (int k = 0; k < kTaps; ++k) shared[min(k * kThreads + int(threadIdx.x), last)] = two[k];
+      for (int k = 0; k < kTaps; ++k) shared[min(k * kThreads + int(threadIdx.x), last)] = two[k];
+    };
+    sizeof(scalar_t) == 2 && weight.full ? stage.template operator()<sizeof(scalar_t) == 2>() : stage.template operator()<false>();
     __syncthreads();
     shared += int(threadIdx.x) % pairs_of_block(pairs) * kTaps;
 #pragma unroll

@@ -21,6 +21,7 @@ from effdet_fast.ops._arguments import (
 )
 from effdet_fast.ops._layout import empty_in_layout, in_layout, is_channels_last, with_strides_of
 
+HALF = (torch.float16, torch.bfloat16)
 Padding = int | str | tuple[int, int] | tuple[int, int, int, int]
 
 
@@ -59,6 +60,7 @@ def _pytorch(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry,
     if not symmetric:
         x = F.pad(x, geometry.sides)
     pads = (top, left) if symmetric else (0, 0)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight, bias, geometry.stride, pads, geometry.dilation, groups=x.shape[1])
 
 
@@ -76,12 +78,18 @@ _depthwise_conv_grad_input = _library.define(
 )
 _depthwise_conv_grad_weight = _library.define(
     f"depthwise_conv_grad_weight(Tensor grad, Tensor x, int kernel, {_GEOMETRY}, int prologue, bool channels_last, "
-    "bool with_bias) -> (Tensor, Tensor)",
-    lambda grad, x, kernel, stride, left, top, prologue, channels_last, with_bias: (
-        x.new_empty(x.shape[1], 1, kernel, kernel),
-        x.new_empty(x.shape[1] if with_bias else 0),
+    "bool with_bias, bool in_float32) -> (Tensor, Tensor)",
+    lambda grad, x, kernel, stride, left, top, prologue, channels_last, with_bias, in_float32: empty_filters(
+        x, x.shape[1], kernel, with_bias, in_float32
     ),
 )
+
+
+def empty_filters(x: Tensor, channels: int, kernel: int, with_bias: bool, in_float32: bool) -> tuple[Tensor, Tensor]:
+    """What a filter and a bias, or their gradients, look like; empty without a bias."""
+    dtype = torch.float32 if in_float32 else x.dtype
+    shapes = (channels, 1, kernel, kernel), (channels if with_bias else 0,)
+    return x.new_empty(shapes[0], dtype=dtype), x.new_empty(shapes[1], dtype=dtype)
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -108,7 +116,10 @@ class _DepthwiseConv(torch.autograd.Function):
         if need_x:
             grad_x = _depthwise_conv_grad_input(grad, x, weight, *options)
         if need_weight or need_bias:
-            grad_weight, grad_bias = _depthwise_conv_grad_weight(grad, x, weight.shape[2], *options, need_bias)
+            in_float32 = weight.dtype != x.dtype
+            grad_weight, grad_bias = _depthwise_conv_grad_weight(
+                grad, x, weight.shape[2], *options, need_bias, in_float32
+            )
             grad_weight = with_strides_of(weight, grad_weight)
         return grad_x, grad_weight if need_weight else None, grad_bias if need_bias else None, None, None, None
 
@@ -159,8 +170,9 @@ def depthwise_conv2d(
 
     Returns:
         ``[N, C, OH, OW]`` (``[N, C * m, OH, OW]``). Accumulated in float32 (float64 for float64). Under autocast it is computed
-        in, and returned in, the autocast dtype. Gradients flow to ``x``, ``weight`` and ``bias``; forward and backward are
-        deterministic: the same bits in every run and for every thread count.
+        in, and returned in, the autocast dtype; a float32 ``weight`` is rounded as it is read, and its gradient is not
+        rounded. Gradients flow to ``x``, ``weight`` and ``bias``; forward and backward are deterministic: the same bits in
+        every run and for every thread count.
 
     Raises:
         TypeError: a dtype is not supported, or differs between the tensors outside autocast; a number is not an integer.
@@ -179,8 +191,8 @@ def depthwise_conv2d(
     check_choice(op, "prologue", prologue, ACTIVATIONS)
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+        x = _autocast(x, dtype)
+        weight, bias = _autocast_filter(x, weight, bias)
     run = _native if geometry.has_kernel and _library.is_native(x) else _pytorch
     return run(x, weight, bias, geometry, prologue)
 
@@ -260,6 +272,13 @@ def _check_operand(op: str, name: str, operand: Tensor, x: Tensor, x_name: str =
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == torch.float64 else x.to(dtype)
+
+
+def _autocast_filter(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """For an `x` of autocast's dtype, beside which kernels read float32 as it is."""
+    dtype = torch.float32 if weight.dtype == torch.float32 and x.dtype in HALF else x.dtype
+    weight = weight.to(dtype)
+    return weight, None if bias is None else bias.to(dtype)
 
 
 def _pair(op: str, name: str, value: int | tuple[int, int]) -> tuple[int, int]:

@@ -19,10 +19,12 @@ from effdet_fast.ops.depthwise_conv import (
     Geometry,
     Padding,
     _autocast,
+    _autocast_filter,
     _check_operand,
     _geometry,
     _pytorch,
     depthwise_conv2d_reference,
+    empty_filters,
 )
 
 
@@ -48,9 +50,8 @@ def _grad_input_fake(grads, xs, weight, stride, left, top, prologue, channels_la
     return [empty_in_layout(x, x.shape, channels_last) for x in xs]
 
 
-def _grad_weight_fake(grads, xs, kernel, stride, left, top, prologue, channels_last, with_bias):
-    channels = xs[0].shape[1]
-    return xs[0].new_empty(channels, 1, kernel, kernel), xs[0].new_empty(channels if with_bias else 0)
+def _grad_weight_fake(grads, xs, kernel, stride, left, top, prologue, channels_last, with_bias, in_float32):
+    return empty_filters(xs[0], xs[0].shape[1], kernel, with_bias, in_float32)
 
 
 _GEOMETRY = "int stride, SymInt[] left, SymInt[] top"
@@ -66,7 +67,7 @@ _grad_input = _library.define(
 )
 _grad_weight = _library.define(
     f"depthwise_conv_levels_grad_weight(Tensor[] grads, Tensor[] xs, int kernel, {_GEOMETRY}, int prologue, "
-    "bool channels_last, bool with_bias) -> (Tensor, Tensor)",
+    "bool channels_last, bool with_bias, bool in_float32) -> (Tensor, Tensor)",
     _grad_weight_fake,
 )
 
@@ -108,7 +109,7 @@ class _DepthwiseConvLevels(torch.autograd.Function):
             if need_weight or need_bias:
                 some = [dense[i] for i in used], [xs[i] for i in used]
                 numbers = _numbers([ctx.geometries[i] for i in used])
-                sums = _grad_weight(*some, weight.shape[2], *numbers, *last, need_bias)
+                sums = _grad_weight(*some, weight.shape[2], *numbers, *last, need_bias, weight.dtype != xs[0].dtype)
                 grad_weight = with_strides_of(weight, sums[0]) if need_weight else None
                 grad_bias = sums[1] if need_bias else None
         return grad_weight, grad_bias, None, None, None, *grad_xs
@@ -185,8 +186,8 @@ def depthwise_conv2d_levels(
     check_choice(op, "prologue", prologue, ACTIVATIONS)
     dtype = autocast_dtype(xs[0])
     if dtype is not None:
-        xs, weight = [_autocast(x, dtype) for x in xs], _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+        xs = [_autocast(x, dtype) for x in xs]
+        weight, bias = _autocast_filter(xs[0], weight, bias)
     if not (geometries[0].has_kernel and _library.is_native(xs[0])):
         return [_pytorch(x, weight, bias, geometry, prologue) for x, geometry in zip(xs, geometries, strict=True)]
     channels_last = is_channels_last(xs[0])

@@ -105,8 +105,10 @@ def test_opcheck(device, channels_last, dtype):
     torch.library.opcheck(raw.depthwise_conv, (x, weight, bias, 2, 1, 1, 4, 4, 1, channels_last))
     torch.library.opcheck(raw.depthwise_conv, (x, weight, None, 2, 1, 1, 4, 4, 0, channels_last))
     torch.library.opcheck(raw.depthwise_conv_grad_input, (y, x, weight, 2, 1, 1, 1, channels_last))
-    for with_bias in (False, True):
-        torch.library.opcheck(raw.depthwise_conv_grad_weight, (y, x, 5, 2, 1, 1, 1, channels_last, with_bias))
+    torch.library.opcheck(raw.depthwise_conv, (x, weight.float(), bias.float(), 2, 1, 1, 4, 4, 0, channels_last))
+    torch.library.opcheck(raw.depthwise_conv_grad_input, (y, x, weight.float(), 2, 1, 1, 1, channels_last))
+    for last in ((False, False), (True, False), (True, True)):
+        torch.library.opcheck(raw.depthwise_conv_grad_weight, (y, x, 5, 2, 1, 1, 1, channels_last, *last))
 
 
 @pytest.mark.compiles
@@ -146,6 +148,28 @@ def test_autocast(backend, dtype):
         assert grad.dtype == t.dtype == torch.float32
     with torch.autocast(backend.device.type, dtype):
         assert ops.depthwise_conv2d(*(t.detach().double() for t in inputs)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_filters_under_autocast(backend, dtype, channels_last):
+    """They are used rounded, as PyTorch rounds them; their gradients are not rounded."""
+    x, weight, bias = make((2, 6, 9, 8), 5, channels_last, device=backend.device)
+    options = dict(stride=2, padding="same", prologue="silu")
+    rounded = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast(backend.device.type, dtype):
+        y = ops.depthwise_conv2d(x, weight, bias, **options)
+    assert torch.equal(y, ops.depthwise_conv2d(*rounded, **options))
+    exact = [t.detach().double().requires_grad_() for t in rounded]
+    upstream = torch.randn_like(y)
+    actual = torch.autograd.grad(y, [x, weight, bias], upstream)
+    in_half = torch.autograd.grad(ops.depthwise_conv2d(*rounded, **options), rounded, upstream)
+    expected = torch.autograd.grad(ops.depthwise_conv2d_reference(*exact, **options), exact, upstream.double())
+    assert torch.equal(actual[0].to(dtype), in_half[0])
+    for a, h, e in zip(actual[1:], in_half[1:], expected[1:], strict=True):
+        assert a.dtype == torch.float32 and h.dtype == dtype
+        error, of_half = ((t.double() - e).abs().max() for t in (a, h))
+        assert error <= of_half if backend.name == "reference" else error < of_half / 50
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "relu", "relu6"])
@@ -248,10 +272,12 @@ def test_raw_ops_guard_themselves():
         raw.depthwise_conv(X.mT, W, None, 1, 1, 1, 5, 5, 0, False)
     with pytest.raises(RuntimeError, match="weight must be dense"):
         raw.depthwise_conv(X, W[:5], None, 1, 1, 1, 5, 5, 0, False)
+    with pytest.raises(RuntimeError, match="of the dtype of the maps or of the arithmetic"):
+        raw.depthwise_conv(X, W.bfloat16(), None, 1, 1, 1, 5, 5, 0, False)
     with pytest.raises(RuntimeError, match="no kernel for this filter"):
         raw.depthwise_conv(X, torch.zeros(6, 1, 7, 7), None, 1, 3, 3, 5, 5, 0, False)
     with pytest.raises(RuntimeError, match="grad must be dense"):
-        raw.depthwise_conv_grad_weight(X[:1], X, 3, 1, 1, 1, 0, False, False)
+        raw.depthwise_conv_grad_weight(X[:1], X, 3, 1, 1, 1, 0, False, False, False)
 
 
 def test_modules_load_what_they_replace():

@@ -214,8 +214,8 @@ def test_opcheck(device, channels_last):
     torch.library.opcheck(raw.depthwise_conv_levels, arguments)
     torch.library.opcheck(raw.depthwise_conv_levels, (xs, weight, None, *arguments[3:]))
     torch.library.opcheck(raw.depthwise_conv_levels_grad_input, (ys, xs, weight, *numbers, 1, channels_last))
-    for with_bias in (False, True):
-        arguments = (ys, xs, 5, *numbers, 1, channels_last, with_bias)
+    for last in ((False, False), (True, False), (True, True)):
+        arguments = (ys, xs, 5, *numbers, 1, channels_last, *last)
         torch.library.opcheck(raw.depthwise_conv_levels_grad_weight, arguments)
 
 
@@ -236,7 +236,7 @@ def test_compile_full_graph(device, dynamic):
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast(backend, dtype):
     inputs = make(device=backend.device)
-    mixed = [t.detach().to(dtype) if i == 1 else t for i, t in enumerate(inputs)]
+    mixed = [t.detach().to(dtype) if i == 1 else t for i, t in enumerate(inputs)]  # filters stay float32
     with torch.autocast(backend.device.type, dtype):
         actual, expected = together(*mixed, padding="same"), separately(*mixed, padding="same")
     for a, e in zip(actual, expected, strict=True):
@@ -308,7 +308,7 @@ def test_raw_ops_guard_themselves():
         raw.depthwise_conv_levels([X, X[:, :4].contiguous()], W, None, 1, [1, 1], [1, 1], [5, 5], [5, 5], 0, False)
     with pytest.raises(RuntimeError, match="same channels and dtype"):
         y = X[:, :4].contiguous()
-        raw.depthwise_conv_levels_grad_weight([X, y], [X, y], 3, 1, [1, 1], [1, 1], 0, False, False)
+        raw.depthwise_conv_levels_grad_weight([X, y], [X, y], 3, 1, [1, 1], [1, 1], 0, False, False, False)
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
