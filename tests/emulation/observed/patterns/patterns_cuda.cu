@@ -19,7 +19,7 @@ __global__ void transpose_kernel(float* y, int width) {
 
 __global__ void halves_kernel(const c10::BFloat16* x, c10::BFloat16* y) {
   float values[2];
-  unpack(load_vec<2>(x + threadIdx.x * 2), values);
+  unpack(load_packed<2>(x + threadIdx.x * 2), values);
   if (threadIdx.x % 2 == 0) y[threadIdx.x] = c10::BFloat16(values[0] + values[1]);
 }
 
