@@ -1,11 +1,13 @@
 // Runs CUDA kernels on a CPU: each thread of a block is a fiber, blocks run one after another. Test-only.
-// Shared memory starts as NaN bytes; the order of the threads is shuffled by seed, so that a missing barrier shows; launch limits are
-// checked as a device would; a barrier that some threads never reach is an error. Not modeled: races between blocks,
-// the rounding of intrinsics, and warp functions with a partial mask (all threads of a warp that have not returned take part).
+// Shared memory starts as NaN bytes; the order of the threads and of the blocks is shuffled by seed, so that a missing barrier shows, and
+// what relies on an order; launch limits are checked as a device would; a barrier that some threads never reach is an error. Not modeled:
+// races between blocks, the rounding of intrinsics, and warp functions with a partial mask (all threads of a warp that have not returned
+// take part).
 #pragma once
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -26,7 +28,7 @@ struct dim3 {
 };
 
 namespace ef::emulation {
-inline unsigned thread_order_seed = 0;  // 0: in order
+inline unsigned thread_order_seed = 0;  // of blocks too; 0: in order
 // Of the device that is emulated; how many blocks of a kernel fit on one, by its symbol, threads and shared memory: 4 if nobody says.
 inline int64_t multiprocessors = 132;
 inline int64_t (*blocks_that_fit)(const char*, int64_t, uint64_t) = nullptr;
@@ -284,11 +286,19 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
     explicit Running(Block* b) { running = b; }
     ~Running() { running = nullptr; }
   } scope(&b);
-  for (uint64_t i = 0; i < runs; ++i) {
+  std::vector<uint64_t> chosen(runs);
+  std::iota(chosen.begin(), chosen.end(), uint64_t(0));
+  if (observed) {
     // One of each share of the grid; where in its share varies, lest all fall on the same blockIdx.x.
-    const uint64_t first = i * blocks / runs, share = (i + 1) * blocks / runs - first;
-    const uint64_t chosen = first + (share * uint32_t(i * 0x9e3779b9u) >> 32);
-    b.index = dim3(chosen % grid.x, chosen / grid.x % grid.y, chosen / grid.x / grid.y);
+    for (uint64_t& i : chosen) {
+      const uint64_t first = i * blocks / runs, share = (i + 1) * blocks / runs - first;
+      i = first + (share * uint32_t(i * 0x9e3779b9u) >> 32);
+    }
+  } else if (thread_order_seed) {
+    std::shuffle(chosen.begin(), chosen.end(), random);
+  }
+  for (const uint64_t i : chosen) {
+    b.index = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
     if (thread_order_seed) std::shuffle(b.order.begin(), b.order.end(), random);
     run_block(b, name);
 #if defined(EF_OBSERVE)
