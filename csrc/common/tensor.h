@@ -19,6 +19,7 @@
 
 #if defined(EF_EMULATE_CUDA)
 #include "guarded_allocation.h"  // tests/emulation: NaN-filled memory between guard bytes
+#include "runtime_emulation.h"   // and streams
 #elif !defined(EF_WITH_CUDA) && !defined(__SANITIZE_ADDRESS__)
 #include "caching_allocator.h"  // whose spare bytes would hide an overrun from the sanitizer
 #define EF_CACHING_ALLOCATOR
@@ -144,7 +145,7 @@ struct DeviceScope<Cpu> {
 template <>
 struct DeviceScope<Cuda> {
   explicit DeviceScope(const Tensor&) {}
-  Cuda device{nullptr};
+  Cuda device{emulation::stream};
 };
 #elif defined(EF_WITH_CUDA)
 template <>

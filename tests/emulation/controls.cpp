@@ -8,6 +8,12 @@ void ef_set_thread_order_seed(unsigned seed) { ef::emulation::thread_order_seed 
 
 void ef_set_multiprocessors(int64_t count) { ef::emulation::multiprocessors = count; }
 void ef_set_blocks_that_fit(int64_t (*f)(const char*, int64_t, uint64_t)) { ef::emulation::blocks_that_fit = f; }
+// Launches go to this stream; into a graph while `capture`, which numbers it, is not 0. ef_replay runs a captured launch.
+void ef_set_stream(uintptr_t stream) { ef::emulation::stream = reinterpret_cast<void*>(stream); }
+void ef_set_capture(uint64_t capture) { ef::emulation::capture = capture; }
+uint64_t ef_captured_count() { return ef::emulation::captured.size(); }
+void ef_replay(uint64_t launch) { ef::emulation::captured.at(launch)(); }
+void ef_set_between_blocks(bool (*call)(uint64_t blocks)) { ef::emulation::between_blocks = call; }
 
 // From now on launches are recorded, and `blocks` blocks of each run; -1 ends that. Forgets the earlier ones.
 void ef_observe(int64_t blocks) {

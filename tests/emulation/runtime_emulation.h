@@ -1,11 +1,36 @@
-// The few functions of CUDA's runtime that benchmarks/variants/harness.cuh calls, on the memory and the clock of the host.
+// The few functions of CUDA's runtime that our host code calls, on the memory and the clock of the host; streams and graphs of emulated
+// launches. A launch ends before the next begins, whatever their streams, unless `between_blocks` makes one in the middle of another.
 #pragma once
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace ef::emulation {
+inline void* stream = nullptr;                       // the current one
+inline unsigned long long capture = 0;               // the id of the capture that launches go to; 0: none, they run
+inline std::vector<std::function<void()>> captured;  // launches, of all captures
+// Called in the middle of each launch with the number of blocks that have run; the launch is killed where it returns true.
+inline bool (*between_blocks)(uint64_t blocks) = nullptr;
+
+inline void run_between_blocks(const char* name, uint64_t blocks) {
+  if (!between_blocks) return;
+  const auto call = std::exchange(between_blocks, nullptr);  // not in launches that it makes
+  const bool is_killed = call(blocks);
+  between_blocks = call;
+  if (is_killed) throw std::runtime_error(std::string(name) + ": killed");
+}
+}  // namespace ef::emulation
 
 enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+using cudaStream_t = void*;
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 struct cudaFuncAttributes {
   int numRegs = 0;
@@ -28,3 +53,11 @@ inline cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, 
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) { return *attributes = {}, cudaSuccess; }
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) { return *blocks = 1, cudaSuccess; }
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id) {
+  *status = ef::emulation::capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  if (ef::emulation::capture) *id = ef::emulation::capture;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  return *id = reinterpret_cast<uintptr_t>(stream), cudaSuccess;
+}

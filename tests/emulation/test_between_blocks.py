@@ -1,21 +1,18 @@
 """What the emulation knows of blocks that read each other's results."""
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.emulation.build import ROOT, build
 
-
-def library_of(kernels: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(csrc=kernels)))
+KERNELS = ROOT / "tests/emulation/between_blocks"
 
 
 @pytest.fixture(scope="module")
 def kernels() -> ctypes.CDLL:
-    return library_of(ROOT / "tests/emulation/between_blocks")
+    return ctypes.CDLL(str(build(csrc=KERNELS)))
 
 
 def pointer(x: torch.Tensor) -> ctypes.c_void_p:
@@ -32,3 +29,20 @@ def test_a_kernel_that_relies_on_the_order_of_blocks_is_noticed(kernels, seed):
     kernels.ef_set_thread_order_seed(seed)
     kernels.chain(pointer(y), 20)
     assert y.tolist() != expected
+
+
+@pytest.mark.parametrize("before, behind", [(True, True), (False, True), (True, False)])
+def test_what_blocks_hand_over_is_not_there_without_fences(kernels, before, behind):
+    kernels.ef_set_thread_order_seed(1)
+    partials, counter, total = torch.full((9,), 7.0), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
+    kernels.handover(before, behind, 9, *map(pointer, (partials, counter, total)))
+    assert total.item() == 36 if before and behind else total.isnan()
+    assert partials.tolist() == list(range(9)), "the next launch sees all"
+
+
+def test_a_vote_of_a_block(kernels):
+    n, y = torch.tensor([0, 1, 0, 70, 33, 0, 0], dtype=torch.int32), torch.full((7,), 5, dtype=torch.int32)
+    for seed in range(4):
+        kernels.ef_set_thread_order_seed(seed)
+        kernels.votes(pointer(n), 7, pointer(y.fill_(5)))
+        assert y.tolist() == [0, 1, 0, 1, 1, 0, 0]
