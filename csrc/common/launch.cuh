@@ -1,19 +1,21 @@
 // Starting a kernel, its shared memory, and sums over a warp and a block. All shared memory is dynamic, so that the emulation can poison
 // and bound it; sums have a fixed order, so that every run gives the same bits.
 #pragma once
+#include <stdexcept>
+#include <string>
+
 #include "platform.h"
 
 #if defined(EF_EMULATE_CUDA)
-#include "cuda_emulation.h"  // tests/emulation: the same functions for a host compiler
-#else
-#include <stdexcept>
-#include <string>
+#include "cuda_emulation.h"  // tests/emulation: launch and shared_memory, and what is CUDA's, for a host compiler
+#endif
 
 namespace ef {
 inline void check_cuda(const char* name, cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": launch failed: " + cudaGetErrorString(error));
 }
 
+#if !defined(EF_EMULATE_CUDA)
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, Cuda device, Args... args) {
   if (shared_bytes > (48u << 10)) {  // above the default the kernel must opt in
@@ -38,10 +40,8 @@ __device__ __forceinline__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
 }
-}  // namespace ef
 #endif
 
-namespace ef {
 inline constexpr int kWarpSize = 32;
 
 template <typename T>
