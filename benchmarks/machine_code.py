@@ -248,7 +248,9 @@ class Code:
 def _worth(some: Iterable[Instruction], by_bytes: bool, activated: bool) -> Worth:
     """What makes a way the main one, in this order."""
     some = list(some)
-    moved = sum(one.bytes for one in some if one.name in GLOBAL_LOADS | GLOBAL_STORES) if by_bytes else 0
+    # STRONG is what blocks leave to each other: csrc/common/last_block.cuh.
+    maps = [one for one in some if one.name in GLOBAL_LOADS | GLOBAL_STORES and "STRONG" not in one.modifiers]
+    moved = sum(one.bytes for one in maps) if by_bytes else 0
     special = [one.modifiers for one in some if one.name == "MUFU"]
     exponentials = special.count(("EX2",)) if activated else 0
     products = sum(one.name in ("FFMA", "DFMA") for one in some)

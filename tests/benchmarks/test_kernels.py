@@ -151,6 +151,15 @@ def test_branches_that_skip_or_add_work_are_not_on_the_path():
     assert code.main(Accesses(4, 2, 1)) == ([], [])  # nowhere two loads
 
 
+def test_the_end_of_a_kernel_that_adds_partials_is_not_its_main_path():
+    writer = Writer()
+    for modifiers in ("", ".64.STRONG.GPU"):
+        start = writer.add(f"LDG.E{modifiers} R2, desc[UR4][R8.64]", sets=0).instructions[-1].address
+        writer.add("FADD R4, R4, R2", waits=1).add(f"@P0 BRA {start:#x}")
+    path = writer.add("STG.E desc[UR4][R8.64], R4").add("EXIT")().main()[1]
+    assert walk(path).loads == [4]
+
+
 def test_what_a_warp_waits_for_is_seen():
     waits, hides = walk(loop(ahead=False).main()[1]), walk(loop(ahead=True).main()[1])
     assert (waits.loads, waits.stores, waits.instructions) == ([4], [4], 23)
