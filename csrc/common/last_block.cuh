@@ -2,8 +2,8 @@
 // kernel for it. Which block that is does not matter to the sums: it adds all partials, its own too, in an order of their own.
 //
 //   each block                                       the last one, of `blocks`
-//   store_partial     every thread                   counter = 0    for the next launch, or replay of a graph
-//   fence             every thread: its partials     fence          the others' partials are there for what comes behind it
+//   store_partial     every thread                   fence          the others' partials are there for what comes behind it
+//   fence             every thread: its partials     counter = 0    for the next launch, or replay of a graph
 //                     are there before the ticket    barrier
 //   barrier           all threads' are               load_partial   past the L1 cache, which may hold what lay there before
 //   ticket            thread 0, from the counter
@@ -64,8 +64,8 @@ __device__ inline bool is_last_block(const Tickets& tickets, unsigned counter, u
     Counter* const own = counters + tickets.first + counter;
     atomicMax(own, Counter(tickets.launch) << 32);
     is_last = unsigned(atomicAdd(own, Counter(1))) == blocks - 1;
-    if (is_last) *own = 0;
     __threadfence();
+    if (is_last) *own = 0;
   }
   return __syncthreads_or(is_last);
 }
@@ -90,20 +90,20 @@ __device__ Vec<T, kSize> load_partial(const T* p) {
   return values;
 }
 
-// Sums over the chunks of a grid (x, chunks), in which blocks of another x have sums of their own. Up to kLeastFan chunks are added by one
-// last block. More are as many that one block would be slow: those of a row are added by the last block of the row, and the rows by
-// the last of these.
-//   chunk  0 1 2 3 | 4 5 6 7 | 8 9   fan 4
-//   row       0    |    1    |  2    rows 3  -> all
+// Sums over the chunks of a grid (x, chunks), in which blocks of another x have sums of their own. Up to kFan chunks are added by one last
+// block. More are as many that one block would be slow: those of a row are added by the last block of the row, and the rows by the last of
+// these. A row has kFan chunks, or a multiple, so that there are no more rows than chunks in one.
+//   chunk  0 1 2 3 | 4 5 6 7 | 8 9   kFan 4
+//   row       0    |    1    |  2    -> all
 // `width` neighbors in x end together, where each by itself would take more counters than a launch has.
-inline constexpr unsigned kLeastFan = 16;
+inline constexpr unsigned kFan = 16;  // whose loads a thread may have under way at once
 struct Finish {
   Tickets tickets;
   unsigned fan, rows, width;
 };
 inline Finish finish_of(Cuda device, dim3 grid) {
-  unsigned fan = kLeastFan;
-  while (fan * fan < grid.y || ceil_div(grid.y, fan) >= kMaxCounters) ++fan;
+  unsigned fan = kFan;
+  while (fan * fan < grid.y || ceil_div(grid.y, fan) >= kMaxCounters) fan += kFan;
   const unsigned rows = unsigned(ceil_div(grid.y, fan));
   return {take_tickets(device), fan, rows, grid.y == 1 ? 1 : unsigned(ceil_div(grid.x, kMaxCounters / (rows + 1)))};
 }

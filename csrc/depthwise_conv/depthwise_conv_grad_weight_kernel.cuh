@@ -3,9 +3,10 @@
 // The outputs are cut into units: kColumns columns (or one, for those left over) of a slab of rows of one image. A thread owns kVec
 // channels of a unit and marches down its rows with the last rows of grad in registers: each row of x is loaded, and its prologue
 // computed, once, and meets every row of grad that it reaches. The k^2 + 1 sums of a channel stay in registers over all of the thread's
-// units; those of a block's threads are added in a fixed order, then those of the blocks by a second kernel: no atomics.
+// units; those of a block's threads are added in a fixed order, and the last block adds those of all chunks, in a fixed order too.
 // Bytes per element of size e: 2 e, and the partials.
 #pragma once
+#include "../common/last_block.cuh"
 #include "../common/launch.cuh"
 #include "depthwise_conv_kernel.cuh"
 
@@ -87,12 +88,56 @@ __device__ void add_unit(const Shape& s, Activation prologue, const Strides& in,
   }
 }
 
+// Adds the partials of these chunks, in order; each block in x has those of `block_channels` channels. For all threads of a block. Those
+// that are loaded together are one term of the sum, as short chains of additions round less.
+template <int kTaps, int kVec, typename A, typename scalar_t>
+__device__ void add_partials(const Chunks& chunks, int64_t channels, int block_channels, A* partials,
+                             const ParameterGradient<scalar_t>& grad_weight, const ParameterGradient<scalar_t>& grad_bias) {
+  const int64_t begin = int64_t(chunks.begin_x) * block_channels, end = min(int64_t(chunks.end_x) * block_channels, channels);
+  const int64_t step = chunks.stride * (kTaps + 1) * channels;
+  const unsigned width = unsigned(end - begin) / kVec;
+  for (unsigned i = threadIdx.y * blockDim.x + threadIdx.x; i < (kTaps + 1) * width; i += blockDim.x * blockDim.y) {
+    const unsigned t = i / width;
+    const int64_t c = begin + i % width * kVec;
+    A* const first_partial = partials + (int64_t(chunks.first) * (kTaps + 1) + t) * channels + c;
+    A sum[kVec] = {};
+    for (unsigned first = 0; first < chunks.count; first += kFan) {
+      Vec<A, kVec> loaded[kFan];
+#pragma unroll
+      for (unsigned k = 0; k < kFan; ++k) {
+        if (first + k < chunks.count) loaded[k] = load_partial<kVec>(first_partial + (first + k) * step);
+      }
+      A term[kVec] = {};
+#pragma unroll
+      for (unsigned k = 0; k < kFan * kVec; ++k) {
+        if (first + k / kVec < chunks.count) term[k % kVec] += loaded[k / kVec].v[k % kVec];
+      }
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) sum[v] += term[v];
+    }
+    if (!chunks.are_all) {
+      store_partial(first_partial, sum);
+      continue;
+    }
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      if (t < kTaps) {
+        grad_weight.set((c + v) * kTaps + t, sum[v]);
+      } else if (grad_bias.data) {
+        grad_bias.set(c + v, sum[v]);
+      }
+    }
+  }
+}
+
 // blockDim.x channel groups x blockDim.y shares of the chunk's units. Where a thread has one channel, as in nchw, the lanes of a warp share
 // it: blockDim.x = 1, and shares are added over the warp first.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, scalar_t>)
-    depthwise_conv_grad_weight_kernel(const TiledLevels<scalar_t> levels, int with_bias,
-                                      acc_t<scalar_t>* __restrict__ partials) {  // [gridDim.y][k * k + 1][c]
+    depthwise_conv_grad_weight_kernel(const TiledLevels<scalar_t> levels, int with_bias, const Finish finish,
+                                      acc_t<scalar_t>* __restrict__ partials,         // [gridDim.y][k * k + 1][c]
+                                      const ParameterGradient<scalar_t> grad_weight,  // [c][k * k]
+                                      const ParameterGradient<scalar_t> grad_bias) {  // [c], or null
   using A = acc_t<scalar_t>;
   constexpr int kTaps = kKernel * kKernel;
   constexpr bool kLanesShare = kVec == 1;
@@ -139,37 +184,10 @@ __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, s
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < (kTaps + 1) * width; i += blockDim.x * blockDim.y) {
     const int t = i / width, channel = i % width;
     if (first_channel + channel >= s.c) continue;
-    A total = 0;
-    for (int k = 0; k < shares; ++k) total += shared[(t * shares + k) * width + channel];
-    partials[(int64_t(blockIdx.y) * (kTaps + 1) + t) * s.c + first_channel + channel] = total;
+    A total[1] = {};
+    for (int k = 0; k < shares; ++k) total[0] += shared[(t * shares + k) * width + channel];
+    store_partial(partials + (int64_t(blockIdx.y) * (kTaps + 1) + t) * s.c + first_channel + channel, total);
   }
-}
-
-// A thread column of a block owns a tap of a channel; row k of the kSlabShares thread rows adds the slabs k, k + kSlabShares, ... in
-// order, and the first row adds the rows' sums in order.
-inline constexpr int kSlabShares = 16;
-template <typename scalar_t>
-__global__ void add_slabs_kernel(int64_t channels, int taps, int64_t slabs,
-                                 const acc_t<scalar_t>* __restrict__ partials,  // [slabs][taps + 1][channels]
-                                 ParameterGradient<scalar_t> grad_weight,       // [channels][taps]
-                                 ParameterGradient<scalar_t> grad_bias) {       // [channels], or null
-  using A = acc_t<scalar_t>;
-  const int64_t i = int64_t(blockIdx.x) * kWarpSize + threadIdx.x, count = (taps + 1) * channels;
-  A sum = 0;
-  if (i < count) {
-#pragma unroll 8
-    for (int64_t slab = threadIdx.y; slab < slabs; slab += kSlabShares) sum += partials[slab * count + i];
-  }
-  A* shared = shared_memory<A>();  // [kSlabShares][kWarpSize]
-  shared[threadIdx.y * kWarpSize + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || i >= count) return;
-  for (int share = 1; share < kSlabShares; ++share) sum += shared[share * kWarpSize + threadIdx.x];
-  const int64_t t = i / channels, c = i % channels;
-  if (t < taps) {
-    grad_weight.set(c * taps + t, sum);
-  } else if (grad_bias.data) {
-    grad_bias.set(c, sum);
-  }
+  add_chunks(finish, [&](const Chunks& chunks) { add_partials<kTaps, kVec>(chunks, s.c, width, partials, grad_weight, grad_bias); });
 }
 }  // namespace ef::depthwise_conv

@@ -191,11 +191,9 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
     const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(chunks));
     const size_t bytes = (taps + 1) * size_t(kThreads) * kVec * sizeof(acc_t<scalar_t>);
     launch("depthwise_conv_grad_weight", depthwise_conv_grad_weight_kernel<kKernel, kStride, kColumns<scalar_t>, kVec, kWide, scalar_t>,
-           grid, block, kVec == 1 ? bytes / kWarpSize : bytes, device, all, grad_bias.data != nullptr, partials);
+           grid, block, kVec == 1 ? bytes / kWarpSize : bytes, device, all, grad_bias.data != nullptr, finish_of(device, grid), partials,
+           grad_weight, grad_bias);
   });
-  launch("depthwise_conv_add_slabs", add_slabs_kernel<scalar_t>, unsigned(ceil_div((taps + 1) * any.c, kWarpSize)),
-         dim3(kWarpSize, kSlabShares), kSlabShares * kWarpSize * sizeof(acc_t<scalar_t>), device, any.c, taps, chunks, partials,
-         grad_weight, grad_bias);
 }
 
 #define EF_DEFINE_LAUNCHES(scalar_t)                                                                             \

@@ -268,7 +268,7 @@ LAUNCHES = {
     "focal_loss": ({2}, {1}),
     "detection_loss": ({2}, {1}),
     "fusion": ({1}, {2, 3}),
-    "depthwise_conv": ({1}, {3}),
+    "depthwise_conv": ({1}, {2}),
     "nms": ({1}, set()),
     "soft_nms": ({1}, set()),
     "anchor_matching": ({2, 3}, set()),

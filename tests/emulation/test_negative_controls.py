@@ -84,6 +84,13 @@ DAMAGES = [
         "(blockIdx.x - of.first_block) * kThreads",
         "blockIdx.x * kThreads",
     ),
+    (
+        "depthwise_conv",
+        "depthwise_conv2d",
+        "depthwise_conv_grad_weight_kernel.cuh",
+        "(c + v) * kTaps + t",
+        "c * kTaps + t",
+    ),
     ("batch_norm_act", "batch_norm_act", "batch_norm_act_kernel.cuh", "row < rows; ++row", "row + 1 < rows; ++row"),
     (
         "batch_norm_act",
@@ -122,9 +129,13 @@ def test_the_sound_kernels_pass():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_removed_barrier_is_noticed():
-    library = build(defines=("EF_EMULATION_WITHOUT_BARRIERS",), only="focal_loss", only_float32=True)
-    done = check(library, "sigmoid_focal_loss")
+@pytest.mark.parametrize(
+    "missing, op, self_test",
+    [("BARRIERS", "focal_loss", "sigmoid_focal_loss"), ("FENCES", "depthwise_conv", "depthwise_conv2d")],
+)
+def test_what_holds_threads_together_is_missed(missing, op, self_test):
+    library = build(defines=(f"EF_EMULATION_WITHOUT_{missing}",), only=op, only_float32=True)
+    done = check(library, self_test)
     assert done.returncode == 1, done.stdout + done.stderr
 
 
