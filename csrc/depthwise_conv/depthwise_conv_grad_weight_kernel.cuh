@@ -1,9 +1,9 @@
 // Gradient of the filter of a depthwise convolution, and of its bias, for maps in either layout; `a` = prologue(x), 0 outside.
 //   grad weight[ky, kx] = sum over n, oy, ox of grad[oy, ox] a[oy s - top + ky, ox s - left + kx]
-// The outputs are cut into units: kColumns columns (or one, for those left over) of a slab of rows of one image. A thread owns kVec
-// channels of a unit and marches down its rows with the last rows of grad in registers: each row of x is loaded, and its prologue
+// The outputs are cut into tiles: kColumns columns (or one, for those left over) x some rows of one image. A thread owns kVec channels of
+// a tile and marches down its rows with the last rows of grad in registers: each row of x is loaded, and its prologue
 // computed, once, and meets every row of grad that it reaches. The k^2 + 1 sums of a channel stay in registers over all of the thread's
-// units; those of a block's threads are added in a fixed order, and the last block adds those of all chunks, in a fixed order too.
+// tiles; those of a block's threads are added in a fixed order, and the last block adds those of all chunks, in a fixed order too.
 // Bytes per element of size e: 2 e, and the partials.
 #pragma once
 #include "../common/last_block.cuh"
@@ -17,22 +17,22 @@ inline constexpr int kMinWeightBlocks = sizeof(scalar_t) == 8 || kKernel == 5 ? 
                                         : kStride == 2                        ? 3
                                                                               : 4;
 
-// How the outputs of a map are cut into units, in the order (image, slab, columns).
-struct Units {
-  int64_t groups, across, slabs, count;  // groups of kColumns columns; units side by side; slabs of an image; all
+// How the outputs of a map are cut into tiles, in the order (image, rows, columns).
+struct Tiling {
+  int64_t groups, across, down, count;  // groups of kColumns columns; tiles side by side, and below each other in an image; all
 };
-EF_HD Units units_of(const Shape& s, int columns, int64_t slab_rows) {
-  const int64_t groups = s.ow / columns, across = groups + s.ow % columns, slabs = ceil_div(s.oh, slab_rows);
-  return {groups, across, slabs, s.n * slabs * across};
+EF_HD Tiling tiling_of(const Shape& s, int columns, int64_t tile_rows) {
+  const int64_t groups = s.ow / columns, across = groups + s.ow % columns, down = ceil_div(s.oh, tile_rows);
+  return {groups, across, down, s.n * down * across};
 }
 
-// Adds a unit of `rows` rows of grad. grad and x point to its first output and the first input that it reaches, which lies in row iy of
+// Adds a tile of `rows` rows of grad. grad and x point to its first output and the first input that it reaches, which lies in row iy of
 // the image and may be outside. Step m loads row m of grad and the input rows m s, ..., m s + s - 1, which meet the rows m - a of grad
 // through the taps ky = u + a s. Row m of grad stays in the registers m % (kDepth + 1), which the loop's unrolling makes constants.
 // In all steps but the first and last few every row is there: nothing else is asked in them, but in float64, for which only gradient
 // checks ask.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t, typename A>
-__device__ void add_unit(const Shape& s, Activation prologue, const Strides& in, const Strides& out, const scalar_t* grad,
+__device__ void add_tile(const Shape& s, Activation prologue, const Strides& in, const Strides& out, const scalar_t* grad,
                          const scalar_t* x, int rows, int64_t iy, int64_t ix, int with_bias, A (&sum)[kKernel * kKernel + 1][kVec]) {
   constexpr int kDepth = (kKernel - 1) / kStride, kRows = kDepth + 1, kLoaded = (kColumns - 1) * kStride + kKernel;
   const unsigned valid = inside<kLoaded>(ix, s.w), all = (1u << kColumns) - 1;
@@ -130,7 +130,7 @@ __device__ void add_partials(const Chunks& chunks, int64_t channels, int block_c
   }
 }
 
-// blockDim.x channel groups x blockDim.y shares of the chunk's units. Where a thread has one channel, as in nchw, the lanes of a warp share
+// blockDim.x channel groups x blockDim.y shares of the chunk's tiles. Where a thread has one channel, as in nchw, the lanes of a warp share
 // it: blockDim.x = 1, and shares are added over the warp first.
 template <int kKernel, int kStride, int kColumns, int kVec, bool kWide, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, scalar_t>)
@@ -145,26 +145,26 @@ __global__ void __launch_bounds__(kThreads, kMinWeightBlocks<kKernel, kStride, s
   const Shape& s = of.level.shape;
   const Strides in = of.in.kept(), out = of.out.kept();
   const int64_t first_channel = int64_t(blockIdx.x) * blockDim.x * kVec, c = first_channel + threadIdx.x * kVec;
-  const Units units = units_of(s, kColumns, of.tile_rows);
-  const int64_t first_unit = (blockIdx.y - of.first_block) * of.chunk_tiles, end = first_unit + of.chunk_tiles;
-  const int64_t last_unit = end < units.count ? end : units.count;
+  const Tiling tiling = tiling_of(s, kColumns, of.tile_rows);
+  const int64_t first_tile = (blockIdx.y - of.first_block) * of.chunk_tiles, end = first_tile + of.chunk_tiles;
+  const int64_t last_tile = end < tiling.count ? end : tiling.count;
   const Activation prologue = levels.level[0].level.shape.prologue;  // of all; at a constant address
   A sum[kTaps + 1][kVec];
 #pragma unroll
   for (int t = 0; t < (kTaps + 1) * kVec; ++t) sum[t / kVec][t % kVec] = A(0);
   if (c < s.c) {
-    for (int64_t unit = first_unit + threadIdx.y; unit < last_unit; unit += blockDim.y) {
-      const int64_t across = unit % units.across, slab = unit / units.across % units.slabs, n = unit / units.across / units.slabs;
-      const bool is_group = across < units.groups;
-      const int64_t ox = is_group ? across * kColumns : units.groups * kColumns + across - units.groups, oy = slab * of.tile_rows;
+    for (int64_t tile = first_tile + threadIdx.y; tile < last_tile; tile += blockDim.y) {
+      const int64_t across = tile % tiling.across, down = tile / tiling.across % tiling.down, n = tile / tiling.across / tiling.down;
+      const bool is_group = across < tiling.groups;
+      const int64_t ox = is_group ? across * kColumns : tiling.groups * kColumns + across - tiling.groups, oy = down * of.tile_rows;
       const int64_t ix = ox * kStride - s.left, iy = oy * kStride - s.top;
       const int rows = int(oy + of.tile_rows < s.oh ? of.tile_rows : s.oh - oy);
       const scalar_t* grad = of.level.grad + n * out.image + c * out.channel + oy * out.row + ox * out.column;
       const scalar_t* x = of.level.x + n * in.image + c * in.channel + iy * in.row + ix * in.column;
       if (kColumns > 1 && is_group) {
-        add_unit<kKernel, kStride, kColumns, kVec, kWide>(s, prologue, in, out, grad, x, rows, iy, ix, with_bias, sum);
+        add_tile<kKernel, kStride, kColumns, kVec, kWide>(s, prologue, in, out, grad, x, rows, iy, ix, with_bias, sum);
       } else {
-        add_unit<kKernel, kStride, 1, kVec, false>(s, prologue, in, out, grad, x, rows, iy, ix, with_bias, sum);
+        add_tile<kKernel, kStride, 1, kVec, false>(s, prologue, in, out, grad, x, rows, iy, ix, with_bias, sum);
       }
     }
   }

@@ -184,8 +184,8 @@ void launch_grad_weight(Cuda device, const Levels<scalar_t>& levels, acc_t<scala
       const int64_t count = chunk_count(device, s);
       of.first_block = unsigned(chunks);
       of.tile_rows = kTileRows;
-      while (of.tile_rows > kMinTileRows && units_of(s, kColumns<scalar_t>, of.tile_rows).count < count * block.y) of.tile_rows /= 2;
-      of.chunk_tiles = ceil_div(units_of(s, kColumns<scalar_t>, of.tile_rows).count, count);
+      while (of.tile_rows > kMinTileRows && tiling_of(s, kColumns<scalar_t>, of.tile_rows).count < count * block.y) of.tile_rows /= 2;
+      of.chunk_tiles = ceil_div(tiling_of(s, kColumns<scalar_t>, of.tile_rows).count, count);
       chunks += count;
     }
     const dim3 grid(unsigned(ceil_div(any.c, int64_t(block.x) * kVec)), unsigned(chunks));

@@ -1,5 +1,5 @@
-// The arithmetic of the CPU kernels, on lines [column][lane]: a tile is some columns of one row times one vector of lanes, with its sums
-// in registers. Enough sums to hide the latency of the multiply-add, few enough to stay in the 16 registers of AVX2. Processors with
+// The arithmetic of the CPU kernels, on staged rows [column][lane]: a tile is some columns of one row times one vector of lanes, with its
+// sums in registers. Enough sums to hide the latency of the multiply-add, few enough to stay in the 16 registers of AVX2. Processors with
 // AVX-512 take twice as many lanes at once where the lanes allow it.
 #pragma once
 #include <algorithm>
@@ -15,8 +15,8 @@ constexpr int kCorrelateColumns = 16;  // worked on lane after lane: their rows 
 template <typename A>
 inline constexpr bool kFewLoops = std::is_same_v<A, double>;
 
-// Prefetch addresses for the next line, `bytes` for each value of this one. Each tile asks for its share, so that the memory comes while
-// the processor computes: the lines are too many streams for the hardware prefetcher.
+// Prefetch addresses for the next row, `bytes` for each value of this one. Each tile asks for its share, so that the memory comes while
+// the processor computes: the rows are too many streams for the hardware prefetcher.
 struct Prefetch {
   const char* data = nullptr;
   int64_t bytes = 0;
@@ -47,7 +47,7 @@ bool can_pair(int kernel, int step) {
   return kernel == 3 && step == 1 && !kFewLoops<A> && has_avx512();
 }
 
-// A tap outside the line adds nothing, not even zero times the filter; only checked tiles have such taps.
+// A tap outside the row adds nothing, not even zero times the filter; only checked tiles have such taps.
 template <int kTaps, int kColumns, bool kChecked, typename V, typename A>
 EF_HD void convolve_pair(const ConvolveJob<A>& job, int64_t column, int64_t lane) {
   const int64_t start = column + job.offset;
@@ -110,7 +110,7 @@ EF_HD void convolve_tile(const ConvolveJob<A>& job, int64_t column, int64_t lane
   for (int j = 0; j < kColumns; ++j) store<V>(out + j * job.out_step, sum[j]);
 }
 
-// A line is cut into tiles of eight columns, a rest of up to four of them into one of four; the last tile may overlap the one before.
+// A row is cut into tiles of eight columns, a rest of up to four of them into one of four; the last tile may overlap the one before.
 template <int kTaps, int kStep, bool kPair, typename V, typename A>
 EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
   constexpr int kNarrow = kFewLoops<A> ? 1 : 4;
@@ -137,13 +137,13 @@ EF_HD void convolve_tiles(const ConvolveJob<A>& job) {
 }
 
 template <int kTaps, int kStep, bool kPair, typename A>
-EF_CPU_AVX512 void convolve_line_avx512(const ConvolveJob<A>& job) {
+EF_CPU_AVX512 void convolve_row_avx512(const ConvolveJob<A>& job) {
   using Wide = typename WideVectorOf<A>::type;
   if (job.lanes % kLanes<Wide, A> == 0) return convolve_tiles<kTaps, kStep, kPair, Wide>(job);
   convolve_tiles<kTaps, kStep, kPair, typename VectorOf<A>::type>(job);
 }
 template <int kTaps, int kStep, typename A>
-EF_CPU_CLONES_TO_AVX2 void convolve_line(const ConvolveJob<A>& job) {
+EF_CPU_CLONES_TO_AVX2 void convolve_row(const ConvolveJob<A>& job) {
   convolve_tiles<kTaps, kStep, false, typename VectorOf<A>::type>(job);
 }
 
@@ -151,12 +151,12 @@ template <typename A>
 void convolve(int taps, int step, const ConvolveJob<A>& job) {
   const auto run = [&]<int kTaps, int kStep>() {
     if constexpr (!kFewLoops<A>) {
-      if (has_avx512()) return convolve_line_avx512<kTaps, kStep, false>(job);
+      if (has_avx512()) return convolve_row_avx512<kTaps, kStep, false>(job);
     }
-    convolve_line<kTaps, kStep>(job);
+    convolve_row<kTaps, kStep>(job);
   };
   if constexpr (!kFewLoops<A>) {
-    if (job.out_below) return convolve_line_avx512<3, 1, true>(job);
+    if (job.out_below) return convolve_row_avx512<3, 1, true>(job);
   }
   if (step == 2) return taps == 3 ? run.template operator()<3, 2>() : run.template operator()<5, 2>();
   if (taps == 1) return run.template operator()<1, 1>();
@@ -248,13 +248,13 @@ EF_HD void correlate_tiles(const CorrelateJob<A>& job) {
 }
 
 template <int kTaps, int kStep, typename A>
-EF_CPU_AVX512 void correlate_line_avx512(const CorrelateJob<A>& job) {
+EF_CPU_AVX512 void correlate_row_avx512(const CorrelateJob<A>& job) {
   using Wide = typename WideVectorOf<A>::type;
   if (job.lanes % kLanes<Wide, A> == 0) return correlate_tiles<kTaps, kStep, Wide>(job);
   correlate_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
 }
 template <int kTaps, int kStep, typename A>
-EF_CPU_CLONES_TO_AVX2 void correlate_line(const CorrelateJob<A>& job) {
+EF_CPU_CLONES_TO_AVX2 void correlate_row(const CorrelateJob<A>& job) {
   correlate_tiles<kTaps, kStep, typename VectorOf<A>::type>(job);
 }
 
@@ -262,9 +262,9 @@ template <typename A>
 void correlate(int taps, int step, const CorrelateJob<A>& job) {
   const auto run = [&]<int kTaps, int kStep>() {
     if constexpr (!kFewLoops<A>) {
-      if (has_avx512()) return correlate_line_avx512<kTaps, kStep>(job);
+      if (has_avx512()) return correlate_row_avx512<kTaps, kStep>(job);
     }
-    correlate_line<kTaps, kStep>(job);
+    correlate_row<kTaps, kStep>(job);
   };
   if (step == 1) return taps == 3 ? run.template operator()<3, 1>() : run.template operator()<5, 1>();
   return taps == 3 ? run.template operator()<3, 2>() : run.template operator()<5, 2>();

@@ -1,4 +1,4 @@
-// Rows of a tensor as scratch lines and back, for the CPU kernels: a line is [column][lane], a lane per channel of a group, as
+// Rows of a tensor staged in scratch memory and back, for the CPU kernels: as [column][lane], a lane per channel of a group, in
 // acc_t, with the prologue applied. One set of loops (depthwise_conv_tiles.h) so serves both layouts and every dtype: NCHW is
 // transposed on the way, in blocks of a vector.
 #pragma once
@@ -11,28 +11,28 @@
 #include "depthwise_conv_tiles.h"
 
 namespace ef::depthwise_conv {
-// Lines have a multiple of eight lanes; those without a channel hold zeros.
+// Staged rows have a multiple of eight lanes; those without a channel hold zeros.
 constexpr int64_t kLaneMultiple = 8;
 constexpr int64_t lanes_of(int64_t channels) { return ceil_div(channels, kLaneMultiple) * kLaneMultiple; }
 constexpr int kMaxRows = 5;
 
-// The columns and channels that a part of the work needs, of all rows of a tensor.
+// The columns and channels that a block needs, of all rows of a tensor.
 template <typename scalar_t>
 struct View {
   using A = acc_t<std::remove_const_t<scalar_t>>;
   scalar_t* data;
   int64_t image_step, row_step, column_step, channel_step, rows, columns, channels;
   scalar_t* row(int64_t n, int64_t y) const { return data + n * image_step + y * row_step; }
-  // Row y where it is one piece of memory; `reach` of its columns for each of the line it is asked for with.
+  // Row y where it is one piece of memory; `reach` of its columns for each of the staged row it is asked for with.
   Prefetch prefetch(int64_t n, int64_t y, int reach) const {
     const bool whole = channel_step == 1 && channels == column_step && y < rows;
     return whole ? Prefetch{reinterpret_cast<const char*>(row(n, y)), reach * int64_t(sizeof(scalar_t))} : Prefetch{};
   }
-  // Whether its rows are lines already; and such a row.
-  bool is_lines() const { return std::is_same_v<std::remove_const_t<scalar_t>, A> && channel_step == 1 && channels % kLaneMultiple == 0; }
-  auto* line(int64_t n, int64_t y) const {
-    using Line = std::conditional_t<std::is_const_v<scalar_t>, const A, A>;
-    return reinterpret_cast<Line*>(row(n, y));
+  // Whether its rows are as if staged; and such a row.
+  bool is_staged() const { return std::is_same_v<std::remove_const_t<scalar_t>, A> && channel_step == 1 && channels % kLaneMultiple == 0; }
+  auto* staged(int64_t n, int64_t y) const {
+    using Staged = std::conditional_t<std::is_const_v<scalar_t>, const A, A>;
+    return reinterpret_cast<Staged*>(row(n, y));
   }
   int64_t lanes() const { return lanes_of(channels); }
 };
@@ -55,20 +55,20 @@ EF_HD void transpose(V (&rows)[kCount]) {
 }
 
 template <typename scalar_t, typename A>
-EF_CPU_CLONES void load_pixels(const scalar_t* in, int64_t in_step, int64_t columns, int64_t channels, A* line, int64_t lanes) {
+EF_CPU_CLONES void load_pixels(const scalar_t* in, int64_t in_step, int64_t columns, int64_t channels, A* staged, int64_t lanes) {
   using V = typename VectorOf<A>::type;
-  for (int64_t j = 0; j < columns; ++j, in += in_step, line += lanes) {
+  for (int64_t j = 0; j < columns; ++j, in += in_step, staged += lanes) {
     int64_t c = 0;
-    for (; c + kLanes<V, A> <= channels; c += kLanes<V, A>) store(line + c, load(in + c));
-    for (; c < lanes; ++c) line[c] = c < channels ? A(in[c]) : A(0);
+    for (; c + kLanes<V, A> <= channels; c += kLanes<V, A>) store(staged + c, load(in + c));
+    for (; c < lanes; ++c) staged[c] = c < channels ? A(in[c]) : A(0);
   }
 }
 
 template <typename scalar_t, typename A>
-EF_CPU_CLONES void load_planes(const scalar_t* in, int64_t plane, int64_t columns, int64_t channels, A* line, int64_t lanes) {
+EF_CPU_CLONES void load_planes(const scalar_t* in, int64_t plane, int64_t columns, int64_t channels, A* staged, int64_t lanes) {
   using V = typename VectorOf<A>::type;
   constexpr int kBlock = kLanes<V, A>;
-  for (int64_t c = 0; c < lanes; c += kBlock, in += kBlock * plane, line += kBlock) {
+  for (int64_t c = 0; c < lanes; c += kBlock, in += kBlock * plane, staged += kBlock) {
     const bool whole = c + kBlock <= channels && columns >= kBlock;
     for (int64_t first = 0; whole && first < columns; first += kBlock) {
       const int64_t j = std::min(first, columns - kBlock);
@@ -77,77 +77,77 @@ EF_CPU_CLONES void load_planes(const scalar_t* in, int64_t plane, int64_t column
       for (int i = 0; i < kBlock; ++i) block[i] = load(in + i * plane + j);
       transpose<kBlock / 2>(block);
 #pragma GCC unroll 16
-      for (int i = 0; i < kBlock; ++i) store(line + (j + i) * lanes, block[i]);
+      for (int i = 0; i < kBlock; ++i) store(staged + (j + i) * lanes, block[i]);
     }
     for (int i = 0; !whole && i < kBlock; ++i) {
-      for (int64_t j = 0; j < columns; ++j) line[j * lanes + i] = c + i < channels ? A(in[i * plane + j]) : A(0);
+      for (int64_t j = 0; j < columns; ++j) staged[j * lanes + i] = c + i < channels ? A(in[i * plane + j]) : A(0);
     }
   }
 }
 
 template <typename scalar_t, typename A>
-EF_CPU_CLONES void store_pixels(const A* line, int64_t lanes, scalar_t* out, int64_t out_step, int64_t columns, int64_t channels) {
+EF_CPU_CLONES void store_pixels(const A* staged, int64_t lanes, scalar_t* out, int64_t out_step, int64_t columns, int64_t channels) {
   using V = typename VectorOf<A>::type;
-  for (int64_t j = 0; j < columns; ++j, out += out_step, line += lanes) {
+  for (int64_t j = 0; j < columns; ++j, out += out_step, staged += lanes) {
     int64_t c = 0;
-    for (; c + kLanes<V, A> <= channels; c += kLanes<V, A>) store(out + c, load(line + c));
-    for (; c < channels; ++c) out[c] = scalar_t(line[c]);
+    for (; c + kLanes<V, A> <= channels; c += kLanes<V, A>) store(out + c, load(staged + c));
+    for (; c < channels; ++c) out[c] = scalar_t(staged[c]);
   }
 }
 
 template <typename scalar_t, typename A>
-EF_CPU_CLONES void store_planes(const A* line, int64_t lanes, scalar_t* out, int64_t plane, int64_t columns, int64_t channels) {
+EF_CPU_CLONES void store_planes(const A* staged, int64_t lanes, scalar_t* out, int64_t plane, int64_t columns, int64_t channels) {
   using V = typename VectorOf<A>::type;
   constexpr int kBlock = kLanes<V, A>;
-  for (int64_t c = 0; c < channels; c += kBlock, out += kBlock * plane, line += kBlock) {
+  for (int64_t c = 0; c < channels; c += kBlock, out += kBlock * plane, staged += kBlock) {
     const bool whole = c + kBlock <= channels && columns >= kBlock;
     for (int64_t first = 0; whole && first < columns; first += kBlock) {
       const int64_t j = std::min(first, columns - kBlock);
       V block[kBlock];
 #pragma GCC unroll 16
-      for (int i = 0; i < kBlock; ++i) block[i] = load(line + (j + i) * lanes);
+      for (int i = 0; i < kBlock; ++i) block[i] = load(staged + (j + i) * lanes);
       transpose<kBlock / 2>(block);
 #pragma GCC unroll 16
       for (int i = 0; i < kBlock; ++i) store(out + i * plane + j, block[i]);
     }
     for (int i = 0; !whole && i < kBlock && c + i < channels; ++i) {
-      for (int64_t j = 0; j < columns; ++j) out[i * plane + j] = scalar_t(line[j * lanes + i]);
+      for (int64_t j = 0; j < columns; ++j) out[i * plane + j] = scalar_t(staged[j * lanes + i]);
     }
   }
 }
 
 template <Activation kPrologue, typename A>
-EF_CPU_CLONES void activate_line(A* line, int64_t count) {
+EF_CPU_CLONES void activate_row(A* staged, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) line[i] = activate<kPrologue>(line[i]);
+  for (int64_t i = 0; i < count; ++i) staged[i] = activate<kPrologue>(staged[i]);
 }
 
 // The gradient for x from that for its prologue.
 template <Activation kPrologue, typename A>
-EF_CPU_CLONES void unactivate_line(A* __restrict line, const A* __restrict x, int64_t count) {
+EF_CPU_CLONES void unactivate_row(A* __restrict staged, const A* __restrict x, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) line[i] = activate_backward<kPrologue>(line[i], x[i]);
+  for (int64_t i = 0; i < count; ++i) staged[i] = activate_backward<kPrologue>(staged[i], x[i]);
 }
 
 template <typename scalar_t>
-void load_line(const View<const scalar_t>& view, int64_t n, int64_t y, acc_t<scalar_t>* line) {
+void stage(const View<const scalar_t>& view, int64_t n, int64_t y, acc_t<scalar_t>* staged) {
   if (view.channel_step == 1) {
-    load_pixels(view.row(n, y), view.column_step, view.columns, view.channels, line, view.lanes());
+    load_pixels(view.row(n, y), view.column_step, view.columns, view.channels, staged, view.lanes());
   } else {
-    load_planes(view.row(n, y), view.channel_step, view.columns, view.channels, line, view.lanes());
+    load_planes(view.row(n, y), view.channel_step, view.columns, view.channels, staged, view.lanes());
   }
 }
 
 template <typename scalar_t>
-void store_line(const View<scalar_t>& view, int64_t n, int64_t y, const acc_t<scalar_t>* line) {
+void unstage(const View<scalar_t>& view, int64_t n, int64_t y, const acc_t<scalar_t>* staged) {
   if (view.channel_step == 1) {
-    store_pixels(line, view.lanes(), view.row(n, y), view.column_step, view.columns, view.channels);
+    store_pixels(staged, view.lanes(), view.row(n, y), view.column_step, view.columns, view.channels);
   } else {
-    store_planes(line, view.lanes(), view.row(n, y), view.channel_step, view.columns, view.channels);
+    store_planes(staged, view.lanes(), view.row(n, y), view.channel_step, view.columns, view.channels);
   }
 }
 
-// The last few rows of a view as lines, each brought in once; rows that are lines are read in place.
+// The last few rows of a view, each staged once; rows that are as if staged are read in place.
 template <typename scalar_t>
 class Ring {
   using A = acc_t<scalar_t>;
@@ -156,32 +156,32 @@ class Ring {
   Ring(const View<const scalar_t>& view, Activation prologue, int slot)
       : view_(view),
         prologue_(prologue),
-        in_place_(view.is_lines() && prologue == Activation::kNone),
-        line_size_(view.columns * view.lanes()),
-        lines_(in_place_ ? nullptr : scratch<A>(slot, kMaxRows * line_size_)) {}
+        in_place_(view.is_staged() && prologue == Activation::kNone),
+        row_size_(view.columns * view.lanes()),
+        staged_(in_place_ ? nullptr : scratch<A>(slot, kMaxRows * row_size_)) {}
 
   int64_t step() const { return in_place_ ? view_.column_step : view_.lanes(); }
 
   const A* row(int64_t n, int64_t y) {
-    if (in_place_) return view_.line(n, y);
+    if (in_place_) return view_.staged(n, y);
     const int64_t row = n * view_.rows + y;
-    A* line = lines_ + row % kMaxRows * line_size_;
+    A* staged = staged_ + row % kMaxRows * row_size_;
     if (held_[row % kMaxRows] != row) {
       held_[row % kMaxRows] = row;
-      load_line(view_, n, y, line);
+      stage(view_, n, y, staged);
       if (prologue_ != Activation::kNone) {
-        dispatch_activation(int64_t(prologue_), [&]<Activation kPrologue>() { activate_line<kPrologue>(line, line_size_); });
+        dispatch_activation(int64_t(prologue_), [&]<Activation kPrologue>() { activate_row<kPrologue>(staged, row_size_); });
       }
     }
-    return line;
+    return staged;
   }
 
  private:
   View<const scalar_t> view_;
   Activation prologue_;
   bool in_place_;
-  int64_t line_size_;
-  A* lines_;
+  int64_t row_size_;
+  A* staged_;
   int64_t held_[kMaxRows] = {-1, -1, -1, -1, -1};
 };
 }  // namespace ef::depthwise_conv
