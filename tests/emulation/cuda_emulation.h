@@ -145,6 +145,7 @@ EF_UNOBSERVED inline void fence() {
   running->sees_others = true;
 #endif
 }
+EF_UNOBSERVED inline bool sees_others() { return running->sees_others || observed_blocks >= 0; }
 inline void fiber_entry() {
   entered_fiber();
   Block& b = *running;
@@ -347,7 +348,7 @@ void __stcg(T* p, T value) {
 template <class T>
 T __ldcg(const T* p) {
   T value = *p;
-  if (!ef::emulation::running->sees_others && ef::emulation::observed_blocks < 0) std::memset(&value, 0xff, sizeof(T));
+  if (!ef::emulation::sees_others()) std::memset(&value, 0xff, sizeof(T));
   return value;
 }
 template <class T>

@@ -122,6 +122,7 @@ EF_OF_SIZE(unaligned_, 8)
 EF_OF_SIZE(unaligned_, 16)
 void __tsan_read_range(void* p, unsigned long size) { ef::emulation::record(p, size, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, unsigned long size) { ef::emulation::record(p, size, true, __builtin_return_address(0)); }
+uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 int __tsan_atomic32_fetch_add(volatile int* p, int value, int) { return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

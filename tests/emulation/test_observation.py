@@ -88,6 +88,16 @@ def test_atomics_are_left_out(patterns, y):
     assert launch.shared_stores == Requests(1, 128, 1, 1)
 
 
+def test_what_blocks_leave_to_others_is_seen_and_their_tickets_are_not(patterns, y):
+    for blocks, loads, stores in ((1, 1, 2), (2, 0, 1)):
+        with recorded(patterns, 1) as launches:
+            patterns.leave_partials(pointer(y), blocks)
+        assert launches[0].loads == Requests(loads, loads * 128, loads * 4, loads * 4)
+        assert launches[0].stores == Requests(stores, stores * 128, stores * 4, stores * 4)
+    patterns.leave_partials(pointer(y), 2)
+    assert y[:32].tolist() == list(range(0, 64, 2)), "a launch of which one block ran leaves nothing to the next"
+
+
 def test_only_blocks_that_were_asked_for_run(patterns):
     x, y = torch.ones(32 * 1000), torch.zeros(32 * 1000)
     with recorded(patterns, 3) as launches:

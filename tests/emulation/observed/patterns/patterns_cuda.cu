@@ -1,4 +1,5 @@
 // Kernels whose requests are known by counting: one warp, and one request of each kind.
+#include "../../../../csrc/common/last_block.cuh"
 #include "../../../../csrc/common/launch.cuh"
 #include "../../../../csrc/common/vec.cuh"
 
@@ -31,6 +32,15 @@ __global__ void atomics_kernel(int* y) {
   atomicMax(y, int(threadIdx.x));
 }
 
+// A block leaves the numbers of its threads; the last one doubles them.
+__global__ void partials_kernel(Tickets tickets, float* partials) {
+  float own[1] = {float(threadIdx.x)};
+  store_partial(partials + threadIdx.x, own);
+  if (!is_last_block(tickets, 0, gridDim.x)) return;
+  own[0] = 2 * load_partial<1>(partials + threadIdx.x).v[0];
+  store_partial(partials + threadIdx.x, own);
+}
+
 constexpr Cuda kDevice{nullptr};
 extern "C" {
 void copy_floats(const float* x, float* y, int stride, int blocks) {
@@ -45,6 +55,9 @@ void add_halves(const void* x, void* y) {
   launch("halves", halves_kernel, 1, kWarpSize, 0, kDevice, static_cast<const c10::BFloat16*>(x), static_cast<c10::BFloat16*>(y));
 }
 void count_by_atomics(int* y) { launch("atomics", atomics_kernel, 1, kWarpSize, kWarpSize * sizeof(int), kDevice, y); }
+void leave_partials(float* partials, int blocks) {
+  launch("partials", partials_kernel, unsigned(blocks), kWarpSize, 0, kDevice, take_tickets(kDevice), partials);
+}
 void transpose(float* y, int width) { launch("transpose", transpose_kernel, 1, kWarpSize, 32 * width * sizeof(float), kDevice, y, width); }
 }
 }  // namespace ef
