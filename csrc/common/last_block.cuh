@@ -90,9 +90,9 @@ __device__ Vec<T, kSize> load_partial(const T* p) {
   return values;
 }
 
-// Sums over the chunks of a grid (x, chunks), in which blocks of another x have sums of their own. Up to kFan chunks are added by one last
-// block. More are as many that one block would be slow: those of a row are added by the last block of the row, and the rows by the last of
-// these. A row has kFan chunks, or a multiple, so that there are no more rows than chunks in one.
+// Sums over the chunks of a grid (x, chunks), in which blocks of another x have sums of their own. Up to 2 kFan chunks are added by one
+// last block. More are as many that one block would be slow: those of a row are added by the last block of the row, and the rows by the
+// last of these. A row has kFan chunks, or a multiple, so that there are no more rows than chunks in one.
 //   chunk  0 1 2 3 | 4 5 6 7 | 8 9   kFan 4
 //   row       0    |    1    |  2    -> all
 // `width` neighbors in x end together, where each by itself would take more counters than a launch has.
@@ -102,7 +102,7 @@ struct Finish {
   unsigned fan, rows, width;
 };
 inline Finish finish_of(Cuda device, dim3 grid) {
-  unsigned fan = kFan;
+  unsigned fan = grid.y <= 2 * kFan ? 2 * kFan : kFan;
   while (fan * fan < grid.y || ceil_div(grid.y, fan) >= kMaxCounters) fan += kFan;
   const unsigned rows = unsigned(ceil_div(grid.y, fan));
   return {take_tickets(device), fan, rows, grid.y == 1 ? 1 : unsigned(ceil_div(grid.x, kMaxCounters / (rows + 1)))};

@@ -156,7 +156,7 @@ def test_rows_of_whole_vectors_have_the_same_bits_at_any_address(native_backend,
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_more_chunks_than_one_block_adds(native_backend, channels_last):
-    check(native_backend, (1, 2, 100, 92), 3, 1, "same", channels_last=channels_last)
+    check(native_backend, (1, 2, 140, 124), 3, 1, "same", channels_last=channels_last)
 
 
 def test_more_blocks_than_each_have_a_counter(native_backend):
