@@ -10,9 +10,10 @@
 
 namespace ef::depthwise_conv {
 namespace {
-constexpr int64_t kTileRows = 32;    // of a tile of the filter's gradient: a thread reads kernel - 1 rows more
-constexpr int64_t kMinTileRows = 4;  // where taller tiles leave multiprocessors idle
-constexpr int64_t kStartRows = 2;    // that a marching thread could do until its first one is there
+constexpr int64_t kTileRows = 32;        // of a tile of the filter's gradient: a thread reads kernel - 1 rows more
+constexpr int64_t kMinTileRows = 4;      // where taller tiles leave multiprocessors idle
+constexpr int64_t kStartRows = 2;        // that a marching thread could do until its first one is there
+constexpr int64_t kWeightChannels = 32;  // of a block of it in channels_last: more leave more lanes idle, and more to add to the last one
 
 // A thread has 4 columns of a pair of channels where channels lie side by side in pairs, else of one channel. Of float64, which only
 // gradient checks use, it has one value: such kernels compile in a quarter of the time.
@@ -164,7 +165,7 @@ namespace {
 // Threads of a block: along the channels where those lie in pairs, and shares of the positions.
 dim3 weight_block(const Shape& s, int vec) {
   unsigned x = 1;
-  while (vec > 1 && x < 32 && int64_t(x) * vec < s.c) x *= 2;
+  while (vec > 1 && int64_t(x) * vec < std::min(s.c, kWeightChannels)) x *= 2;
   return dim3(x, kThreads / x);
 }
 }  // namespace
