@@ -218,7 +218,7 @@ def test_a_launch_has_counters_enough(kernels, blocks, chunks):
 
 def filter_gradient() -> Callable[[], list[torch.Tensor]]:
     x, grad = torch.randn(2, 2, 3, 100, 92).unbind()
-    return lambda: torch.ops.effdet_fast.depthwise_conv_grad_weight(grad, x, 3, 1, 1, 1, 0, False, True)
+    return lambda: torch.ops.effdet_fast.depthwise_conv_grad_weight(grad, x, 3, 1, 1, 1, 0, False, True, False)
 
 
 OPS = [filter_gradient]
