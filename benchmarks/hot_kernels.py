@@ -37,12 +37,14 @@ HOT = (
     Hot(r"squeeze_excite_reduce_kernel<\w+, \d, false", "x"),
     Hot(r"squeeze_excite_reduce_kernel<\w+, \d, true", "xx"),
     Hot(r"squeeze_excite_scale_kernel<", "xx"),
-    # One plain input and one nearest; two plain and one pooled, whose maxima and taps are kept.
-    Hot(r"fusion_kernel<2, 8", "xy", Accesses(16, 2, 1), activated=True),
-    Hot(r"fusion_kernel<3, 8", "xyy", Accesses(8, 11, 3), activated=True),
-    Hot(r"fusion_backward_kernel<2, 8", "yxx", Accesses(16, 3, 1), activated=True),
-    Hot(r"fusion_backward_kernel<3, 8", "yyyyyyy", Accesses(16, 4, 3), activated=True),
-    Hot(r"fusion_max_pool_backward_kernel<8", "yyyyy"),
+    # One plain input and one nearest, of which a round takes a pixel and its four children; two plain and one pooled, whose
+    # maxima and taps are kept.
+    Hot(r"fusion_kernel<2, \(Resample\)1, false, [48]", "xy", Accesses(16, 5, 4), activated=True),
+    Hot(r"fusion_kernel<3, \(Resample\)2, true, 8", "xyy", Accesses(8, 11, 3), activated=True),
+    Hot(r"fusion_kernel<3, \(Resample\)2, true, 4", "xyy", Accesses(4, 11, 3), activated=True),
+    Hot(r"fusion_backward_kernel<2, \(Resample\)1, [48]", "yxx", Accesses(16, 9, 5), activated=True),
+    Hot(r"fusion_backward_kernel<3, \(Resample\)0, [48]", "yyyyyyy", Accesses(16, 4, 3), activated=True),
+    Hot(r"fusion_max_pool_backward_kernel<[48]", "yyyyy"),
     Hot(r"detection_loss_kernel<", "xx", Accesses(16, 1, 1)),  # a vector of background
 )
 

@@ -82,10 +82,11 @@ def _detection_losses(draw: Draw) -> list[Call]:
 
 
 def _fusions(draw: Draw) -> list[Call]:
-    resample = ("none", "nearest", "max_pool")
+    nodes = (("none", "nearest", "max_pool"), ("none", "nearest"), ("none", "none", "max_pool"))
     return [
         fusion(each, resample, size, channels=channels, activation="silu")
         for each in draw.layouts()
+        for resample in nodes
         for channels, size in ((8, (6, 6)), (11, (9, 5)))
     ]
 

@@ -39,11 +39,11 @@ EF_HD void store_vec(T* p, const Vec<T, kSize>& value) {
 #endif
   *reinterpret_cast<Vec<T, kSize>*>(p) = value;
 }
-// kSize values as a load leaves them, for those that are loaded ahead of their use. Halves stay words: nvcc would take words apart, and a
-// struct of halves together again, right behind the load, and so wait for it there.
+// kSize values as a load leaves them, for those that are loaded ahead of their use. Halves and bytes stay words: nvcc would take words
+// apart, and a struct of halves together again, right behind the load, and so wait for it there.
 template <typename T, int kSize>
 struct Packed {
-  using Word = std::conditional_t<sizeof(T) == 2 && kSize % 2 == 0, uint32_t, T>;
+  using Word = std::conditional_t<sizeof(T) < 4 && kSize * sizeof(T) % 4 == 0, uint32_t, T>;
   Vec<Word, kSize * sizeof(T) / sizeof(Word)> words;
 };
 template <int kSize, typename T>

@@ -28,7 +28,7 @@ bool is_kept(const Tensor& x, const Tensor& grad, ScalarType dtype, bool channel
 template <typename scalar_t>
 Problem<scalar_t> problem_of(const Options& options) {
   const std::vector<Tensor>& inputs = options.inputs;
-  STD_TORCH_CHECK(inputs.size() >= 1 && inputs.size() <= kMaxFusionInputs && options.resample.size() == inputs.size(), "fusion: 1 to ",
+  STD_TORCH_CHECK(inputs.size() >= 2 && inputs.size() <= kMaxFusionInputs && options.resample.size() == inputs.size(), "fusion: 2 to ",
                   kMaxFusionInputs, " inputs, with a resampling for each");
   Problem<scalar_t> problem{};
   problem.count = int(inputs.size());
@@ -60,7 +60,7 @@ Problem<scalar_t> problem_of(const Options& options) {
 // The output; after it, where they are kept, the maxima of each max_pool input and their taps.
 template <class Device>
 std::vector<Tensor> outputs(const Options& options, bool keeps) {
-  STD_TORCH_CHECK(!options.inputs.empty() && options.inputs[0].dim() == 4, "fusion: inputs must be 1 to ", kMaxFusionInputs,
+  STD_TORCH_CHECK(!options.inputs.empty() && options.inputs[0].dim() == 4, "fusion: inputs must be 2 to ", kMaxFusionInputs,
                   " tensors [N, C, H, W]");
   const Tensor& first = options.inputs[0];
   const DeviceScope<Device> scope(first);
@@ -109,7 +109,7 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inpu
   dispatch_floating(grad.scalar_type(), "fusion_backward", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     auto problem = problem_of<scalar_t>({inputs, weights, method, eps, resample, grad.size(2), grad.size(3), activation, channels_last});
-    const Cells cells = Cells::of(problem);
+    const Parents parents = Parents::of(problem);
     Backward<scalar_t> work{};
     work.grad = const_data<scalar_t>(grad);
     bool reads_grad_sum = false;
@@ -120,7 +120,7 @@ std::vector<Tensor> backward(const Tensor& grad, const std::vector<Tensor>& inpu
       if (needs[i]) {
         results.push_back(allocate_like(inputs[i]));
         grad_input = mutable_data<scalar_t>(results.back());
-        reads_grad_sum |= input.resample != Resample::kNone && !cells.own(input);
+        reads_grad_sum |= input.resample != Resample::kNone && !parents.own(input);
       }
       if (input.resample == Resample::kMaxPool) {
         STD_TORCH_CHECK(used + 2 <= kept.size() && is_kept(kept[used], grad, grad.scalar_type(), channels_last) &&

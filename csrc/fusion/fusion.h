@@ -39,17 +39,17 @@ void launch_forward(Cpu, const Problem<scalar_t>& problem, const Pooled<scalar_t
 template <typename scalar_t>
 void launch_forward(Cuda, const Problem<scalar_t>& problem, const Pooled<scalar_t>& pooled, scalar_t* out);
 
-// The backward runs over "cells": the pixels of the first nearest input, whose children divide the output among them; without one,
-// the pixels of the output.
-struct Cells {
+// The backward runs over "parents": the pixels of the first nearest input, whose children divide the output among them; without one,
+// the pixels of the output, each its own child.
+struct Parents {
   int64_t h, w;
   template <typename scalar_t>
-  static Cells of(const Problem<scalar_t>& problem) {
+  static Parents of(const Problem<scalar_t>& problem) {
     for (int i = 0; i < problem.count; ++i)
       if (problem.inputs[i].resample == Resample::kNearest) return {problem.inputs[i].h, problem.inputs[i].w};
     return {problem.h, problem.w};
   }
-  // A nearest input of the cells' size gets its gradient in the pass over the cells; any other from the stored grad_sum.
+  // A nearest input of the parents' size gets its gradient in the pass over the parents; any other from the stored grad_sum.
   template <typename scalar_t>
   EF_HD bool own(const Input<scalar_t>& input) const {
     return input.resample == Resample::kNearest && input.h == h && input.w == w;

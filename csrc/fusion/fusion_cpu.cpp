@@ -1,6 +1,6 @@
-// The output is walked in segments of about kSegment elements: whole rows where they are short, else pieces of one row. A segment's
+// The output is walked in tiles of about kTile elements: whole rows where they are short, else pieces of one row. A tile's
 // inputs are resampled into small buffers (or read in place), so that every loop in fusion_rows.h is plain, and runs in the cache.
-// Backward, first pass: units of cell rows (see Cells), the same whatever the number of threads; each keeps its part of the weights'
+// Backward, first pass: units of parent rows (see Parents), the same whatever the number of threads; each keeps its part of the weights'
 // gradient, added in order at the end. Second pass: rows of the inputs that gather from grad_sum.
 #include <algorithm>
 #include <vector>
@@ -12,7 +12,7 @@
 
 namespace ef::fusion {
 namespace {
-constexpr int64_t kSegment = 1024, kUnit = 8192;
+constexpr int64_t kTile = 1024, kUnit = 8192;
 
 template <class F>
 void dispatch_count(int count, const F& f) {
@@ -42,15 +42,15 @@ class Walker {
     fusion::add_to_parents(children, columns_[i].data() + x, m, p_.c, parents);
   }
 
-  // Calls f(first row, first column, rows, columns) for segments that cover the output rows [begin, end).
+  // Calls f(first row, first column, rows, columns) for tiles that cover the output rows [begin, end).
   template <class F>
-  void for_each_segment(int64_t begin, int64_t end, const F& f) const {
-    if (p_.w * p_.c <= kSegment) {
-      const int64_t step = kSegment / (p_.w * p_.c);
+  void for_each_tile(int64_t begin, int64_t end, const F& f) const {
+    if (p_.w * p_.c <= kTile) {
+      const int64_t step = kTile / (p_.w * p_.c);
       for (int64_t row = begin; row < end; row += step) f(row, int64_t(0), std::min(step, end - row), p_.w);
       return;
     }
-    const int64_t step = std::max<int64_t>(1, kSegment / p_.c);
+    const int64_t step = std::max<int64_t>(1, kTile / p_.c);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t x = 0; x < p_.w; x += step) f(row, x, int64_t(1), std::min(step, p_.w - x));
   }
@@ -58,12 +58,12 @@ class Walker {
   // Buffers of one thread.
   struct Buffers {
     std::vector<A> inputs[kMaxFusionInputs], grad;
-    explicit Buffers(const Walker& walker) : grad(walker.segment_size()) {
-      for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.segment_size());
+    explicit Buffers(const Walker& walker) : grad(walker.tile_size()) {
+      for (int i = 0; i < walker.p_.count; ++i) inputs[i].resize(walker.tile_size());
     }
   };
 
-  // The resampled input i over a segment, kept where `pooled` says so.
+  // The resampled input i over a tile, kept where `pooled` says so.
   const A* resampled(int i, int64_t row, int64_t x, int64_t rows, int64_t columns, Buffers& buffers,
                      const Pooled<scalar_t>& pooled = {}) const {
     const Input<scalar_t>& in = p_.inputs[i];
@@ -78,20 +78,20 @@ class Walker {
     if constexpr (std::is_same_v<scalar_t, A>)
       if (maxima) out = maxima + at;
     uint8_t* taps = maxima ? pooled.taps[i] + at : nullptr;
-    for (int64_t r = 0, run; r < rows; r += run) {
+    for (int64_t r = 0, height; r < rows; r += height) {
       const int64_t image = (row + r) / p_.h, y = (row + r) % p_.h;
-      run = std::min(rows - r, p_.h - y);  // rows of one image
+      height = std::min(rows - r, p_.h - y);  // rows of one image
       const scalar_t* source = in.x + image * in.h * in.w * p_.c;
       if (in.resample == Resample::kMaxPool && p_.c == 1) {
-        const auto pool = maxima ? pool_lines<true, scalar_t> : pool_lines<false, scalar_t>;
-        pool(source, in.h, in.w, y, y + run, x, columns, out + r * m, maxima ? taps + r * m : nullptr);
+        const auto pool = maxima ? pool_rows<true, scalar_t> : pool_rows<false, scalar_t>;
+        pool(source, in.h, in.w, y, y + height, x, columns, out + r * m, maxima ? taps + r * m : nullptr);
         continue;
       }
-      for (int64_t k = 0; k < run; ++k) {
+      for (int64_t k = 0; k < height; ++k) {
         A* to = out + (r + k) * m;
         if (in.resample == Resample::kNearest) {
-          const scalar_t* line = source + nearest_source(y + k, in.h, p_.h) * in.w * p_.c;
-          doubled(i) ? doubled_row(line + x / 2, m / 2, to) : nearest_row(line, columns_[i].data() + x, columns, p_.c, to);
+          const scalar_t* from = source + nearest_source(y + k, in.h, p_.h) * in.w * p_.c;
+          doubled(i) ? doubled_row(from + x / 2, m / 2, to) : nearest_row(from, columns_[i].data() + x, columns, p_.c, to);
         } else {
           const auto pool = maxima ? pool_row<true, scalar_t> : pool_row<false, scalar_t>;
           pool(source, in.h, in.w, p_.c, y + k, x, columns, to, maxima ? taps + (r + k) * m : nullptr);
@@ -112,8 +112,8 @@ class Walker {
   }
 
  private:
-  int64_t segment_size() const { return std::max(kSegment, p_.c); }
-  // Whether each column of a nearest input of one channel is read by two; segments then start at the first of two.
+  int64_t tile_size() const { return std::max(kTile, p_.c); }
+  // Whether each column of a nearest input of one channel is read by two; tiles then start at the first of two.
   bool doubled(int i) const { return p_.c == 1 && p_.w == 2 * p_.inputs[i].w; }
 
   const Problem<scalar_t>& p_;
@@ -122,34 +122,34 @@ class Walker {
 };
 
 template <typename scalar_t>
-int64_t cell_rows_per_unit(const Problem<scalar_t>& p) {
-  const Cells cells = Cells::of(p);
-  const int64_t elements = std::max<int64_t>(1, ceil_div(p.h * p.w * p.c, cells.h));  // of the output, in one row of cells
+int64_t parent_rows_per_unit(const Problem<scalar_t>& p) {
+  const Parents parents = Parents::of(p);
+  const int64_t elements = std::max<int64_t>(1, ceil_div(p.h * p.w * p.c, parents.h));  // of the output, in one row of parents
   return std::max<int64_t>(1, kUnit / elements);
 }
 
-// The first output row under the cell row `row` of n * cells.h.
+// The first output row under the parent row `row` of n * parents.h.
 template <typename scalar_t>
-int64_t first_output_row(const Problem<scalar_t>& p, const Cells& cells, int64_t row) {
-  return row / cells.h * p.h + first_child(row % cells.h, cells.h, p.h);
+int64_t first_output_row(const Problem<scalar_t>& p, const Parents& parents, int64_t row) {
+  return row / parents.h * p.h + first_child(row % parents.h, parents.h, p.h);
 }
 
-// First pass over the cell rows [begin, end): gradients of the inputs with no resampling and of the cells' own, grad_sum; the sums of
+// First pass over the parent rows [begin, end): gradients of the inputs with no resampling and of the parents' own, grad_sum; the sums of
 // grad_sum times input go to `sums`.
 template <typename scalar_t>
-void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const Walker<scalar_t>& walker, const Cells& cells,
-                   int64_t begin, int64_t end, typename Walker<scalar_t>::Buffers& buffers, std::vector<acc_t<scalar_t>>& cell_sums,
+void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, const Walker<scalar_t>& walker, const Parents& parents,
+                   int64_t begin, int64_t end, typename Walker<scalar_t>::Buffers& buffers, std::vector<acc_t<scalar_t>>& parent_sums,
                    acc_t<scalar_t>* sums) {
   using A = acc_t<scalar_t>;
   const A* weights = walker.weights().v;
   int owner = -1;
   for (int i = 0; i < p.count; ++i)
-    if (work.grad_inputs[i] && cells.own(p.inputs[i])) owner = i;
-  if (owner >= 0) cell_sums.assign((end - begin) * cells.w * p.c, A(0));
+    if (work.grad_inputs[i] && parents.own(p.inputs[i])) owner = i;
+  if (owner >= 0) parent_sums.assign((end - begin) * parents.w * p.c, A(0));
   const bool reads_inputs = work.grad_weights || p.activation != Activation::kNone;
 
-  walker.for_each_segment(
-      first_output_row(p, cells, begin), first_output_row(p, cells, end), [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
+  walker.for_each_tile(
+      first_output_row(p, parents, begin), first_output_row(p, parents, end), [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
         const int64_t at = (row * p.w + x) * p.c, m = rows * columns * p.c;
         Rows<A> inputs{};
         for (int i = 0; i < p.count; ++i)
@@ -171,16 +171,16 @@ void backward_unit(const Problem<scalar_t>& p, const Backward<scalar_t>& work, c
           if (work.grad_inputs[i] && p.inputs[i].resample == Resample::kNone) scale(grad, weights[i], m, work.grad_inputs[i] + at);
         for (int64_t r = 0; owner >= 0 && r < rows; ++r) {
           const int64_t image = (row + r) / p.h, y = (row + r) % p.h;
-          const int64_t cell_row = image * cells.h + nearest_source(y, cells.h, p.h) - begin;
-          walker.add_to_parents(owner, grad + r * columns * p.c, x, columns, cell_sums.data() + cell_row * cells.w * p.c);
+          const int64_t parent_row = image * parents.h + nearest_source(y, parents.h, p.h) - begin;
+          walker.add_to_parents(owner, grad + r * columns * p.c, x, columns, parent_sums.data() + parent_row * parents.w * p.c);
         }
       });
   for (int i = 0; i < p.count; ++i)
-    if (work.grad_inputs[i] && cells.own(p.inputs[i]))
-      scale(cell_sums.data(), weights[i], int64_t(cell_sums.size()), work.grad_inputs[i] + begin * cells.w * p.c);
+    if (work.grad_inputs[i] && parents.own(p.inputs[i]))
+      scale(parent_sums.data(), weights[i], int64_t(parent_sums.size()), work.grad_inputs[i] + begin * parents.w * p.c);
 }
 
-// Second pass for the nearest input i, which is not of the cells' size.
+// Second pass for the nearest input i, which is not of the parents' size.
 template <typename scalar_t>
 void backward_nearest(const Problem<scalar_t>& p, const scalar_t* grad_sum, const Walker<scalar_t>& walker, int i, scalar_t* grad_input) {
   const Input<scalar_t>& in = p.inputs[i];
@@ -205,8 +205,8 @@ void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, con
       for (int64_t row = begin, image; row < end; row = (image + 1) * p.h) {
         image = row / p.h;
         const int64_t at = image * p.h * p.w, first = image * p.h;
-        unpool_lines(grad_sum + at, in.taps + at, row - first, std::min(end - first, p.h), p.w, in.h, in.w, weight,
-                     in.grad_input + image * in.h * in.w);
+        unpool_rows(grad_sum + at, in.taps + at, row - first, std::min(end - first, p.h), p.w, in.h, in.w, weight,
+                    in.grad_input + image * in.h * in.w);
       }
     });
     return;
@@ -230,7 +230,7 @@ void backward_max_pool(const Problem<scalar_t>& p, const scalar_t* grad_sum, con
 
 template <typename scalar_t>
 int64_t partial_count(Cpu, const Problem<scalar_t>& p) {
-  return ceil_div(p.n * Cells::of(p).h, cell_rows_per_unit(p));
+  return ceil_div(p.n * Parents::of(p).h, parent_rows_per_unit(p));
 }
 
 template <typename scalar_t>
@@ -238,7 +238,7 @@ void launch_forward(Cpu, const Problem<scalar_t>& p, const Pooled<scalar_t>& poo
   const Walker<scalar_t> walker(p);
   parallel_for(p.n * p.h, std::max<int64_t>(1, kUnit / (p.w * p.c)), [&](int64_t begin, int64_t end) {
     typename Walker<scalar_t>::Buffers buffers(walker);
-    walker.for_each_segment(begin, end, [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
+    walker.for_each_tile(begin, end, [&](int64_t row, int64_t x, int64_t rows, int64_t columns) {
       Rows<acc_t<scalar_t>> inputs{};
       for (int i = 0; i < p.count; ++i) inputs.of[i] = walker.resampled(i, row, x, rows, columns, buffers, pooled);
       walker.dispatch([&]<Activation kActivation, int kCount>() {
@@ -251,21 +251,21 @@ void launch_forward(Cpu, const Problem<scalar_t>& p, const Pooled<scalar_t>& poo
 template <typename scalar_t>
 void launch_backward(Cpu device, const Problem<scalar_t>& p, const Backward<scalar_t>& work) {
   const Walker<scalar_t> walker(p);
-  const Cells cells = Cells::of(p);
-  const int64_t rows = p.n * cells.h, step = cell_rows_per_unit(p);
+  const Parents parents = Parents::of(p);
+  const int64_t rows = p.n * parents.h, step = parent_rows_per_unit(p);
   if (work.partials) std::fill_n(work.partials, partial_count(device, p) * p.count, 0);
   parallel_for(ceil_div(rows, step), 1, [&](int64_t begin, int64_t end) {
     typename Walker<scalar_t>::Buffers buffers(walker);
-    std::vector<acc_t<scalar_t>> cell_sums;
+    std::vector<acc_t<scalar_t>> parent_sums;
     for (int64_t unit = begin; unit < end; ++unit)
-      backward_unit(p, work, walker, cells, unit * step, std::min(rows, (unit + 1) * step), buffers, cell_sums,
+      backward_unit(p, work, walker, parents, unit * step, std::min(rows, (unit + 1) * step), buffers, parent_sums,
                     work.partials ? work.partials + unit * p.count : nullptr);
   });
   const scalar_t* grad_sum = work.grad_sum ? work.grad_sum : work.grad;
   for (int i = 0; i < p.count; ++i) {
     const Input<scalar_t>& in = p.inputs[i];
     if (work.unpools[i].grad_input) backward_max_pool(p, grad_sum, work.unpools[i], walker.weights().v[i]);
-    if (work.grad_inputs[i] && in.resample == Resample::kNearest && !cells.own(in))
+    if (work.grad_inputs[i] && in.resample == Resample::kNearest && !parents.own(in))
       backward_nearest(p, grad_sum, walker, i, work.grad_inputs[i]);
   }
   if (!work.grad_weights) return;

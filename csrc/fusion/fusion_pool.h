@@ -1,5 +1,5 @@
-// Max-pooling of the CPU kernels, and its gradient, over runs of windows that have the values of each tap side by side: the channels of
-// one window in channels_last; a line of windows in NCHW, whose columns are split by parity on the way. Each loop is compiled per
+// Max-pooling of the CPU kernels, and its gradient, over rows of windows that have the values of each tap side by side: the channels of
+// one window in channels_last; a row of windows in NCHW, whose columns are split by parity on the way. Each loop is compiled per
 // instruction set.
 #pragma once
 #include <algorithm>
@@ -9,11 +9,11 @@
 #include "fusion.h"
 
 namespace ef::fusion {
-// A run's taps, in order. A tap outside the image repeats the one before it (the first ones the first inside): a value that comes
-// twice in a row changes neither the maximum nor which tap counts.
+// The taps of some windows, in order. A tap outside the image repeats the one before it (the first ones the first inside): a value that
+// comes twice in a row changes neither the maximum nor which tap counts.
 template <typename T>
 struct Window {
-  const T* values[9];  // [run]
+  const T* values[9];  // [length]
   acc_t<T> taps[9];    // their numbers, in the type of the maxima: GCC selects both alike
 
   // at(row, column): where the values of a tap inside an image [h, w] start; (top, left) is the first tap's place in it.
@@ -109,29 +109,29 @@ EF_HD bool has_nan(const V& v) {
   return any != 0;
 }
 
-// Of the taps of a vector of windows: the maximum of each line by itself, then of the three: shorter chains than nine in a row.
+// Of the taps of a vector of windows: the maximum of each row by itself, then of the three: shorter chains than nine in a row.
 template <bool kNaN, typename V, typename A>
 EF_HD Maximum<V, V> maximum_of(const V (&values)[9], const A (&taps)[9]) {
   const V zero{};
   Maximum<V, V> maximum;
 #pragma GCC unroll 3
   for (int i = 0; i < 9; i += 3) {
-    Maximum<V, V> in_line{values[i], zero + taps[i]};
-    in_line.template see<kNaN>(values[i + 1], zero + taps[i + 1]);
-    in_line.template see<kNaN>(values[i + 2], zero + taps[i + 2]);
-    i == 0 ? void(maximum = in_line) : maximum.template see<kNaN>(in_line.value, in_line.tap);
+    Maximum<V, V> in_row{values[i], zero + taps[i]};
+    in_row.template see<kNaN>(values[i + 1], zero + taps[i + 1]);
+    in_row.template see<kNaN>(values[i + 2], zero + taps[i + 2]);
+    i == 0 ? void(maximum = in_row) : maximum.template see<kNaN>(in_row.value, in_row.tap);
   }
   return maximum;
 }
 
 // out[k] = the largest of the window's values; taps only where wanted.
 template <bool kTaps, typename T>
-EF_CPU_CLONES void pool_window(const Window<T> window, int64_t run, acc_t<T>* __restrict out, uint8_t* __restrict taps) {
+EF_CPU_CLONES void pool_window(const Window<T> window, int64_t length, acc_t<T>* __restrict out, uint8_t* __restrict taps) {
   using A = acc_t<T>;
   using V = typename Lanes<A>::V;
   constexpr int kCount = Lanes<A>::kCount;
-  for (int64_t k = 0; k < run; k += kCount) {
-    const int64_t count = std::min<int64_t>(kCount, run - k);
+  for (int64_t k = 0; k < length; k += kCount) {
+    const int64_t count = std::min<int64_t>(kCount, length - k);
     V v[9];
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) v[i] = load_part(window.values[i] + k, count);
@@ -163,18 +163,18 @@ EF_HD V interleaved(const V& a, const V& b, std::index_sequence<kLane...>) {
   return __builtin_shufflevector(a, b, (kFirst + int(kLane / 2 + kLane % 2 * sizeof...(kLane)))...);
 }
 
-// The columns [column, column + m) of a line; -infinity outside. Apart from the loop that seldom needs it: inlined, it takes registers.
+// The columns [column, column + m) of a row; -infinity outside. Apart from the loop that seldom needs it: inlined, it takes registers.
 template <typename scalar_t>
-__attribute__((noinline)) void copy_columns(const scalar_t* line, int64_t w, int64_t column, int m, acc_t<scalar_t>* out) {
-  for (int k = 0; k < m; ++k) out[k] = column + k >= 0 && column + k < w ? acc_t<scalar_t>(line[column + k]) : -INFINITY;
+__attribute__((noinline)) void copy_columns(const scalar_t* row, int64_t w, int64_t column, int m, acc_t<scalar_t>* out) {
+  for (int k = 0; k < m; ++k) out[k] = column + k >= 0 && column + k < w ? acc_t<scalar_t>(row[column + k]) : -INFINITY;
 }
 
 // As pool_row for an image of one channel and its rows [row, end) of windows, from right to left: a window's last tap is the first of
-// its neighbor to the right. Lines outside repeat their neighbor; columns outside are -infinity, which counts only as a first tap, so
-// that this one has the number of the next. The maximum of each line by itself, then of the three: shorter chains than nine in a row.
+// its neighbor to the right. Rows outside repeat their neighbor; columns outside are -infinity, which counts only as a first tap, so
+// that this one has the number of the next. The maximum of each row by itself, then of the three: shorter chains than nine in a row.
 template <bool kTaps, typename scalar_t>
-EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t row, int64_t end, int64_t first, int64_t m,
-                              acc_t<scalar_t>* out, uint8_t* taps) {
+EF_CPU_CLONES void pool_rows(const scalar_t* x, int64_t h, int64_t w, int64_t row, int64_t end, int64_t first, int64_t m,
+                             acc_t<scalar_t>* out, uint8_t* taps) {
   using A = acc_t<scalar_t>;
   using V = typename Lanes<A>::V;
   using Numbers = typename Lanes<A>::Numbers;
@@ -183,15 +183,15 @@ EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t r
   const int64_t left = 2 * first - pool_before(w), right = left + 2 * m;
   for (; row < end; ++row, out += m, taps += kTaps ? m : 0) {
     const int64_t top = 2 * row - pool_before(h);
-    const scalar_t* lines[3];
+    const scalar_t* rows[3];
     int numbers[3];  // of their first taps
     V next[3];
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       const int64_t inside = std::min(std::max<int64_t>(i, -top), h - 1 - top);
-      lines[i] = x + (top + inside) * w;
+      rows[i] = x + (top + inside) * w;
       numbers[i] = 3 * int(inside);
-      next[i] = V{} + (right < w ? A(lines[i][right]) : A(-INFINITY));
+      next[i] = V{} + (right < w ? A(rows[i][right]) : A(-INFINITY));
     }
     for (int64_t j = (m - 1) / kCount * kCount; j >= 0; j -= kCount) {
       const int64_t column = left + 2 * j, count = std::min<int64_t>(kCount, m - j);
@@ -200,22 +200,22 @@ EF_CPU_CLONES void pool_lines(const scalar_t* x, int64_t h, int64_t w, int64_t r
       for (int i = 0; i < 3; ++i) {
         V low, high;
         if (column >= 0 && column + 2 * kCount <= w) {
-          low = load(lines[i] + column);
-          high = load(lines[i] + column + kCount);
+          low = load(rows[i] + column);
+          high = load(rows[i] + column + kCount);
         } else {
           A padded[2 * kCount];
-          copy_columns(lines[i], w, column, 2 * kCount, padded);
+          copy_columns(rows[i], w, column, 2 * kCount, padded);
           low = load(padded);
           high = load(padded + kCount);
         }
         const Numbers number = Numbers{} + numbers[i];
         const V even = picked<0, 2>(low, high, lanes), odd = picked<1, 2>(low, high, lanes), last = picked<1, 1>(even, next[i], lanes);
         next[i] = even;
-        Maximum<V, Numbers> in_line{even, number};
-        if (i == 0 && column < 0) in_line.tap[0] += 1;
-        in_line.see(odd, number + 1);
-        in_line.see(last, number + 2);
-        i == 0 ? void(maximum = in_line) : maximum.see(in_line.value, in_line.tap);
+        Maximum<V, Numbers> in_row{even, number};
+        if (i == 0 && column < 0) in_row.tap[0] += 1;
+        in_row.see(odd, number + 1);
+        in_row.see(last, number + 2);
+        i == 0 ? void(maximum = in_row) : maximum.see(in_row.value, in_row.tap);
       }
       store_part(out + j, maximum.value, count);
       if constexpr (kTaps) store_taps<A>(taps + j, maximum.tap, count);
@@ -290,11 +290,11 @@ EF_HD V given(const V& grad, const Numbers& taps, int number) {
   return taps == number ? grad : V{};
 }
 
-// As unpool_row for an image of one channel: the lines in the first two tap rows of its windows' rows [row, end). A place in an even
+// As unpool_row for an image of one channel: the rows at the first two tap rows of its windows' rows [row, end). A place in an even
 // column is the first tap of one window and the last of its neighbor to the left, in an odd column the middle tap of one.
 template <typename scalar_t>
-EF_CPU_CLONES void unpool_lines(const scalar_t* grad, const uint8_t* taps, int64_t row, int64_t end, int64_t m, int64_t h, int64_t w,
-                                acc_t<scalar_t> factor, scalar_t* out) {
+EF_CPU_CLONES void unpool_rows(const scalar_t* grad, const uint8_t* taps, int64_t row, int64_t end, int64_t m, int64_t h, int64_t w,
+                               acc_t<scalar_t> factor, scalar_t* out) {
   using A = acc_t<scalar_t>;
   using V = typename Lanes<A>::V;
   using Numbers = typename Lanes<A>::Numbers;
@@ -303,7 +303,7 @@ EF_CPU_CLONES void unpool_lines(const scalar_t* grad, const uint8_t* taps, int64
   const int64_t before = pool_before(w);
   for (; row < end; ++row) {
     const int64_t above = row > 0 ? m : 0, upper = 2 * row - pool_before(h);
-    const int number = row > 0 ? 6 : kNever;  // of the first tap that the windows above have in the upper line
+    const int number = row > 0 ? 6 : kNever;  // of the first tap that the windows above have in the upper row
     V left[2] = {};                           // what the last taps of the windows to the left get
     for (int64_t j = 0; j < m; j += kCount) {
       const int64_t at = row * m + j, count = std::min<int64_t>(kCount, m - j);
@@ -319,17 +319,17 @@ EF_CPU_CLONES void unpool_lines(const scalar_t* grad, const uint8_t* taps, int64
         if (upper + i < 0) continue;
         const V low = factor * interleaved<0>(even[i], odd[i], lanes), high = factor * interleaved<kCount / 2>(even[i], odd[i], lanes);
         const int64_t column = 2 * j - before;
-        scalar_t* line = out + (upper + i) * w + column;
+        scalar_t* to = out + (upper + i) * w + column;
         if (count == kCount && column >= 0) {
-          store(line, low);
-          store(line + kCount, high);
+          store(to, low);
+          store(to + kCount, high);
           continue;
         }
         scalar_t part[2 * kCount];
         store(part, low);
         store(part + kCount, high);
         const int64_t skipped = column < 0 ? 1 : 0;
-        copy_part(part + skipped, 2 * count - skipped, line + skipped);
+        copy_part(part + skipped, 2 * count - skipped, to + skipped);
       }
     }
   }

@@ -1,4 +1,4 @@
-// Loops of the CPU kernels over short runs of elements that stay in the first-level cache; each is compiled per instruction set.
+// Loops of the CPU kernels over few elements, which stay in the first-level cache; each is compiled per instruction set.
 #pragma once
 #include "../common/vector.h"
 #include "fusion.h"

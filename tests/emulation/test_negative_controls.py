@@ -42,12 +42,25 @@ DAMAGES = [
         "(pixel + k) * p.per_cell + anchor]",
         "(pixel + k) * p.per_cell]",
     ),
+    # Another child's gradient; another input's vectors; the wrong rows; an owned tap; a part of a sum; a tap's number; a sum.
     (
         "fusion",
         "weighted_fusion",
         "fusion_kernel.cuh",
-        "if (y < up || x < left) continue;",
-        "if (y < up || x <= left) continue;",
+        "unpacked<kVec, scalar_t>(grads[j])",
+        "unpacked<kVec, scalar_t>(grads[0])",
+    ),
+    ("fusion", "weighted_fusion", "fusion_kernel.cuh", "p.inputs[i].x + at[j]", "p.inputs[0].x + at[j]"),
+    ("fusion", "weighted_fusion", "fusion_max_pool.cuh", "top + 2 < in.h ? in.w * c : 0", "0"),
+    ("fusion", "weighted_fusion", "fusion_max_pool.cuh", "y >= up && x >= left", "y >= up && x > left"),
+    ("fusion", "weighted_fusion", "fusion_kernel.cuh", "dots[kLastInput] +=", "dots[kLastInput] ="),
+    ("fusion", "weighted_fusion", "fusion_words.h", "(3 * row + 2) * kOnes<T>", "(3 * row + 1) * kOnes<T>"),
+    (
+        "fusion",
+        "weighted_fusion",
+        "fusion_any_kernel.cuh",
+        "parent_sum.v[k] += grad.v[k]",
+        "parent_sum.v[k] = grad.v[k]",
     ),
     (
         "depthwise_conv",

@@ -20,10 +20,12 @@ N, M, P = "none", "nearest", "max_pool"
 # resampling, sizes of the inputs, size of the output
 CASES = {
     "plain": ((N, N), ((5, 7), (5, 7)), (5, 7)),
+    "plain, three": ((N, N, N), ((4, 5), (4, 5), (4, 5)), (4, 5)),
     "top down": ((N, M), ((6, 4), (3, 2)), (6, 4)),
     "top down, odd": ((N, M), ((5, 7), (3, 4)), (5, 7)),
     "bottom up": ((N, N, P), ((3, 4), (3, 4), (6, 8)), (3, 4)),
     "bottom up, odd": ((N, N, P), ((4, 3), (4, 3), (7, 5)), (4, 3)),
+    "last level": ((N, P), ((4, 3), (8, 5)), (4, 3)),
     "one pixel": ((N, M, P), ((1, 1), (1, 1), (1, 2)), (1, 1)),
     "two sizes of nearest": ((M, P, N, M), ((2, 3), (9, 14), (5, 7), (9, 4)), (5, 7)),
     "nearest only": ((M, M), ((1, 2), (1, 2)), (4, 3)),
@@ -120,7 +122,7 @@ def test_long_rows(native_backend, batch, channels, sizes, resample, channels_la
         assert_accurate(mine, true, scale=grad.abs().sum((2, 3)).max().double())
 
 
-@pytest.mark.parametrize("shape", [(600, 1000, 1, 1), (1, 1, 1, 560000)], ids=str)
+@pytest.mark.parametrize("shape", [(601, 1001, 1, 1), (1, 1, 1, 560001), (1, 1, 1, 2200000)], ids=str)
 def test_more_rows_or_columns_than_blocks(native_backend, shape):
     xs = [torch.randn(shape, device=native_backend.device) for _ in range(2)]
     weights, grad = torch.tensor([0.5, 2.0], device=native_backend.device), torch.randn_like(xs[0]) + 0.5
@@ -143,33 +145,40 @@ def test_nearest_reads_the_exact_floor_for_any_ratio(backend):
 
 @pytest.mark.parametrize("kind", ["random", "ties", "nan", "infinite"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-def test_max_pool_is_the_peers(backend, kind, channels_last):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", [0, 1])
+def test_max_pool_is_the_peers(backend, place, dtype, channels_last, kind):
     from timm.layers import create_pool2d
 
     pool = create_pool2d("max", 3, 2, padding="same")
     for h, w in itertools.product([1, 2, 3, 6, 7], [1, 2, 5, 8, 39, 70]):
         x = torch.randn(2, 8, h, w)
         if kind == "ties":
-            x = torch.randint(0, 2, x.shape).float()
+            x = torch.tensor([0.0, -0.0, 1.0])[torch.randint(0, 3, x.shape)]
         elif kind == "nan":
             x[torch.rand_like(x) < 0.3] = float("nan")
         elif kind == "infinite":
             x = torch.tensor([float("inf"), 0.0, 1.0])[torch.randint(0, 3, x.shape)]
-        x = x.to(backend.device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        zeros = torch.zeros(2, 8, (h + 1) // 2, (w + 1) // 2, device=backend.device)
-        grad = torch.randint(1, 50, zeros.shape, device=backend.device).float()  # sums of integers: exact in any order
-        out, grad_x, _ = with_gradients(weighted_fusion, ([x, zeros], None), grad=grad, method="sum", resample=(P, N))
+        x = x.to(backend.device, dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        zeros = torch.zeros(2, 8, (h + 1) // 2, (w + 1) // 2, dtype=dtype, device=backend.device)
+        grad = torch.randint(1, 50, zeros.shape, device=backend.device).to(
+            dtype
+        )  # sums of integers: exact in any order
+        inputs, resample = ([x, zeros], (P, N)) if place == 0 else ([zeros, x], (N, P))
+        out, *grads = with_gradients(weighted_fusion, (inputs, None), grad=grad, method="sum", resample=resample)
         expected, expected_grad = with_gradients(pool, (x,), grad=grad)
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(grad_x, expected_grad, rtol=0, atol=0)
+        torch.testing.assert_close(grads[place], expected_grad, rtol=0, atol=0)
 
 
-def test_max_pool_of_minus_infinity(backend):
-    x = torch.full((1, 1, 3, 3), -float("inf"), device=backend.device)
-    zeros, grad = torch.zeros(1, 1, 2, 2, device=backend.device), torch.ones(1, 1, 2, 2, device=backend.device)
-    out, grad_x, _ = with_gradients(weighted_fusion, ([x, zeros], None), grad=grad, method="sum", resample=(P, N))
+@pytest.mark.parametrize("channels", [1, 8])
+def test_max_pool_of_minus_infinity(backend, channels):
+    x = torch.full((1, channels, 3, 3), -float("inf"), device=backend.device).to(memory_format=torch.channels_last)
+    zeros, grad = (torch.full((1, channels, 2, 2), v, device=backend.device) for v in (0.0, 1.0))
+    out, _, grad_x = with_gradients(weighted_fusion, ([zeros, x], None), grad=grad, method="sum", resample=(N, P))
     assert torch.equal(out, torch.full_like(out, -float("inf")))
-    assert grad_x.flatten().tolist() == [1, 1, 0, 1, 1, 0, 0, 0, 0]  # the first pixel of each window that is inside
+    for of_channel in grad_x[0]:  # the first pixel of each window that is inside
+        assert of_channel.flatten().tolist() == [1, 1, 0, 1, 1, 0, 0, 0, 0]
 
 
 def test_silu_is_right_to_the_last_digits_over_its_range(backend):

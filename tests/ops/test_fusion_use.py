@@ -265,6 +265,16 @@ def test_bad_input(change, error, message):
             fast_normalized_fusion(**arguments)
 
 
+def test_raw_operators_refuse_one_input(native_backend):
+    x, weights = torch.zeros(1, 8, 4, 4, device=native_backend.device), torch.ones(1, device=native_backend.device)
+    ops, options = torch.ops.effdet_fast, (0, 1e-4, [0])  # method, eps, resample
+    for forward in (ops.fusion, ops.fusion_train):
+        with pytest.raises(RuntimeError, match="fusion: 2 to 4 inputs"):
+            forward([x], weights, *options, 4, 4, 0, False)
+    with pytest.raises(RuntimeError, match="fusion: 2 to 4 inputs"):
+        ops.fusion_backward(x, [x], [], weights, *options, 0, False, [True, True])
+
+
 @pytest.mark.parametrize("method", ["fast", "softmax", "sum"])
 def test_module_is_the_function(method):
     xs, weights, _, options = make("bottom up", 4, torch.float32)
