@@ -39,7 +39,12 @@ void specialize(const Shape& s, bool aligned, F&& f) {
 }
 template <bool kPixels, int kVec, typename A>
 size_t sum_bytes(const Layout& l) {
-  return kPixels ? 2 * l.rows * l.columns * kVec * sizeof(A) : 0;
+  return kPixels ? row_sum_bytes<kVec, 2, A>(l.rows, l.columns) : 0;
+}
+// What belongs to a channel is read by vectors where the maps are.
+template <typename A>
+bool is_vec_aligned(const Norm<A>& norm) {
+  return ef::is_vec_aligned(norm.mean, norm.var, norm.weight, norm.bias);
 }
 dim3 finish_blocks(const Shape& s) { return dim3(unsigned(ceil_div(s.c, kFinishChannels))); }
 }  // namespace
@@ -56,7 +61,7 @@ template <typename scalar_t>
 void launch_stats(Cuda device, const Shape& s, const scalar_t* x, acc_t<scalar_t>* partials,
                   const Statistics<acc_t<scalar_t>>& statistics) {
   using A = acc_t<scalar_t>;
-  specialize<scalar_t>(s, is_vec_aligned(x), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, ef::is_vec_aligned(x), [&]<bool kPixels, int kVec>(const Grid& grid) {
     launch("batch_norm_stats", batch_norm_stats_kernel<kPixels, kVec, scalar_t>, grid.blocks, kThreads,
            sum_bytes<kPixels, kVec, A>(grid.layout), device, s, grid.layout, x, partials);
     launch("batch_norm_finish_stats", batch_norm_finish_stats_kernel<kPixels, A>, finish_blocks(s), dim3(kFinishChannels, kFinishRows),
@@ -66,7 +71,7 @@ void launch_stats(Cuda device, const Shape& s, const scalar_t* x, acc_t<scalar_t
 
 template <typename scalar_t>
 void launch_forward(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* x, scalar_t* y) {
-  specialize<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, ef::is_vec_aligned(x, y) && is_vec_aligned(norm), [&]<bool kPixels, int kVec>(const Grid& grid) {
     dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
       launch("batch_norm_act", batch_norm_act_kernel<kPixels, kVec, kActivation, scalar_t>, grid.blocks, kThreads, 0, device, s,
              grid.layout, norm, x, y);
@@ -84,7 +89,7 @@ void launch_train(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm
 template <typename scalar_t>
 void launch_sums(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const Gradients<scalar_t>& in) {
   using A = acc_t<scalar_t>;
-  specialize<scalar_t>(s, is_vec_aligned(in.grad, in.x), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, ef::is_vec_aligned(in.grad, in.x) && is_vec_aligned(norm), [&]<bool kPixels, int kVec>(const Grid& grid) {
     dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
       launch("batch_norm_act_sums", batch_norm_act_sums_kernel<kPixels, kVec, kActivation, scalar_t>, grid.blocks, kThreads,
              sum_bytes<kPixels, kVec, A>(grid.layout), device, s, grid.layout, norm, in.grad, in.x, in.partials);
@@ -97,7 +102,7 @@ void launch_sums(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm,
 template <typename scalar_t>
 void launch_grad_input(Cuda device, const Shape& s, const Norm<acc_t<scalar_t>>& norm, const scalar_t* grad, const scalar_t* x,
                        const acc_t<scalar_t>* sums, double factor, scalar_t* grad_x) {
-  specialize<scalar_t>(s, is_vec_aligned(grad, x, grad_x), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, ef::is_vec_aligned(grad, x, grad_x, sums) && is_vec_aligned(norm), [&]<bool kPixels, int kVec>(const Grid& grid) {
     dispatch_activation(int64_t(norm.activation), [&]<Activation kActivation>() {
       launch("batch_norm_act_grad_input", batch_norm_act_grad_input_kernel<kPixels, kVec, kActivation, scalar_t>, grid.blocks, kThreads, 0,
              device, s, grid.layout, norm, grad, x, sums, factor, grad_x);

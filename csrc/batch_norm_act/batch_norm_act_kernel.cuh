@@ -9,8 +9,8 @@
 // batch gives a mean.
 // Sums are float per thread, then per block or warp in a fixed order, then double over the parts by one block per few channels.
 #pragma once
-#include "../common/launch.cuh"
-#include "../common/vec.cuh"
+#include "../common/row_sums.cuh"
+#include "../common/vector_walk.cuh"
 #include "batch_norm_act.h"
 
 namespace ef::batch_norm_act {
@@ -29,9 +29,10 @@ struct Layout {
   }
 };
 
-// What a thread does: elements first, first + stride, ... below end, of channels `channel` on; part of the sums of `part`.
+// What a thread does: vectors of channels `channel` on; part of the sums of `part`.
 struct Walk {
-  int64_t first, end, stride, channel, part;
+  Strided vectors;
+  int64_t channel, part;
   int row, column;
   bool active;
 };
@@ -45,9 +46,9 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
     w.channel = (int64_t(blockIdx.y) * l.columns + w.column) * kVec;
     w.active = w.row < l.rows && w.channel < s.c;
     const int64_t begin = w.part * l.size;
-    w.first = (begin + w.row) * s.c + w.channel;
-    w.end = (begin + l.values(s, w.part, true)) * s.c;
-    w.stride = l.rows * s.c;
+    w.vectors.first = (begin + w.row) * s.c + w.channel;
+    w.vectors.end = (begin + l.values(s, w.part, true)) * s.c;
+    w.vectors.stride = l.rows * s.c;
   } else {
     const int64_t warp = int64_t(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     w.column = threadIdx.x % kWarpSize;
@@ -57,58 +58,73 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
     w.part = plane / s.c * l.pieces + piece;
     w.active = plane < s.n * s.c;
     const int64_t begin = plane * s.inner + piece * l.size;
-    w.first = begin + w.column * kVec;
-    w.end = begin + l.values(s, w.part, false);
-    w.stride = kWarpSize * kVec;
+    w.vectors.first = begin + w.column * kVec;
+    w.vectors.end = begin + l.values(s, w.part, false);
+    w.vectors.stride = kWarpSize * kVec;
   }
   return w;
 }
 
-// The channel of element k of a thread's vectors.
-template <bool kPixels>
-EF_HD int64_t channel_of(const Walk& w, int k) {
-  return kPixels ? w.channel + k : w.channel;
-}
+// What belongs to a thread's channels: kCount neighbors, or the one of NCHW.
+template <int kCount, typename A>
+struct Channels {
+  A mean[kCount], scale[kCount], bias[kCount], inverse[kCount];
+  __device__ void load(const Norm<A>& norm, int64_t c) {
+    load_neighbors(norm.mean + c, mean);
+    load_neighbors(norm.var + c, inverse);
+    if (norm.bias) {
+      load_neighbors(norm.bias + c, bias);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) bias[k] = A(0);
+    }
+    if (norm.weight) load_neighbors(norm.weight + c, scale);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      inverse[k] = inverse_deviation(inverse[k], norm.eps);
+      scale[k] = norm.weight ? scale[k] * inverse[k] : inverse[k];
+    }
+  }
+};
+// And the gradients': grad_x = scale g + shift + slope (x - mean), from the sums [2, c] times `factor`; null where mean and var are
+// constants.
+template <int kCount, typename A>
+struct GradChannels : Channels<kCount, A> {
+  A shift[kCount], slope[kCount];
+  __device__ void load(const Norm<A>& norm, const A* sums, A factor, int64_t channels, int64_t c) {
+    if (sums) {
+      load_neighbors(sums + c, shift);
+      load_neighbors(sums + channels + c, slope);
+    }
+    Channels<kCount, A>::load(norm, c);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const A scale = this->scale[k];
+      shift[k] = sums ? -scale * (shift[k] * factor) : A(0);
+      slope[k] = sums ? -scale * this->inverse[k] * (slope[k] * factor) : A(0);
+    }
+  }
+};
 
 // Adds two sums per channel over the threads that share it and stores them as rows first_row and first_row + 1 of the part's partials.
 template <bool kPixels, int kVec, typename A>
-__device__ void store_sums(const Shape& s, const Layout& l, const Walk& w, const A (&a)[kVec], const A (&b)[kVec], int first_row,
-                           A* partials) {
-  A* out = partials + w.part * 3 * s.c;
+__device__ void store_sums(const Shape& s, const Layout& l, const Walk& w, const A (&sums)[2][kVec], int first_row, A* partials) {
+  A* out = partials + (w.part * 3 + first_row) * s.c;
   if constexpr (kPixels) {
-    const int width = int(l.columns) * kVec, rows = int(l.rows);
-    A *shared_a = shared_memory<A>(), *shared_b = shared_a + rows * width;
-    if (w.row < rows) {
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) {
-        shared_a[w.row * width + w.column * kVec + k] = a[k];
-        shared_b[w.row * width + w.column * kVec + k] = b[k];
-      }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < width; i += kThreads) {
-      const int64_t channel = int64_t(blockIdx.y) * width + i;
-      if (channel >= s.c) continue;
-      A total_a = 0, total_b = 0;
-      for (int row = 0; row < rows; ++row) {
-        total_a += shared_a[row * width + i];
-        total_b += shared_b[row * width + i];
-      }
-      out[first_row * s.c + channel] = total_a;
-      out[(first_row + 1) * s.c + channel] = total_b;
-    }
+    const int64_t first = int64_t(blockIdx.y) * l.columns * kVec;
+    sum_over_rows(sums, w.row, w.column, int(l.rows), int(l.columns), [&](int channel, const A(&totals)[2]) {
+      if (first + channel >= s.c) return;
+      out[first + channel] = totals[0];
+      out[s.c + first + channel] = totals[1];
+    });
   } else {
-    A total_a = 0, total_b = 0;
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      total_a += a[k];
-      total_b += b[k];
-    }
-    total_a = warp_sum(total_a);
-    total_b = warp_sum(total_b);
-    if (w.active && w.column == 0) {
-      out[first_row * s.c + w.channel] = total_a;
-      out[(first_row + 1) * s.c + w.channel] = total_b;
+    for (int i = 0; i < 2; ++i) {
+      A total = 0;
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) total += sums[i][k];
+      total = warp_sum(total);
+      if (w.active && w.column == 0) out[i * s.c + w.channel] = total;
     }
   }
 }
@@ -119,31 +135,37 @@ __global__ void batch_norm_stats_kernel(Shape s, Layout l, const scalar_t* __res
                                         acc_t<scalar_t>* __restrict__ partials) {           // [l.parts, 3, c]
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
-  A pivot[kVec] = {}, sum[kVec] = {}, squares[kVec] = {};
+  constexpr int kChannels = kPixels ? kVec : 1;
+  A pivot[kChannels] = {}, sums[2][kVec] = {};
   if (w.active) {
-    const int64_t step = kPixels ? s.c : 1, begin = w.first - (kPixels ? w.row * s.c : w.column * int64_t(kVec));
-    const int64_t last = l.values(s, w.part, kPixels) - 1;
+    for_each_vector<kVec>(
+        w.vectors, {x},
+        [&] {
+          const scalar_t* begin = x + w.vectors.first - (kPixels ? w.row * s.c : w.column * int64_t(kVec));
+          const int64_t step = kPixels ? s.c : 1, last = l.values(s, w.part, kPixels) - 1;
+          A first[kChannels], middle[kChannels], end[kChannels];
+          load_neighbors(begin, first);
+          load_neighbors(begin + last / 2 * step, middle);
+          load_neighbors(begin + last * step, end);
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      const scalar_t* p = x + begin + (kPixels ? k : 0);
-      pivot[k] = median(A(p[0]), A(p[last / 2 * step]), A(p[last * step]));
-    }
-#pragma unroll 4
-    for (int64_t i = w.first; i < w.end; i += w.stride) {
-      const Vec<scalar_t, kVec> value = load_vec<kVec>(x + i);
+          for (int k = 0; k < kChannels; ++k) pivot[k] = median(first[k], middle[k], end[k]);
+        },
+        [&](int64_t, const Packed<scalar_t, kVec>(&in)[1]) {
+          A values[kVec];
+          unpack(in[0], values);
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) {
-        const A d = A(value.v[k]) - pivot[k];
-        sum[k] += d;
-        squares[k] += d * d;
-      }
-    }
+          for (int k = 0; k < kVec; ++k) {
+            const A d = values[k] - pivot[kPixels ? k : 0];
+            sums[0][k] += d;
+            sums[1][k] += d * d;
+          }
+        });
     if (w.row == 0 && (kPixels || w.column == 0)) {
 #pragma unroll
-      for (int k = 0; k < (kPixels ? kVec : 1); ++k) partials[w.part * 3 * s.c + channel_of<kPixels>(w, k)] = pivot[k];
+      for (int k = 0; k < kChannels; ++k) partials[w.part * 3 * s.c + w.channel + k] = pivot[k];
     }
   }
-  store_sums<kPixels>(s, l, w, sum, squares, 1, partials);
+  store_sums<kPixels>(s, l, w, sums, 1, partials);
 }
 
 // The sum over the threads of one channel, known to all of them. Scratch: [kFinishRows, kFinishChannels].
@@ -187,21 +209,20 @@ __global__ void batch_norm_act_kernel(Shape s, Layout l, Norm<acc_t<scalar_t>> n
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
   if (!w.active) return;
-  constexpr int kChannels = kPixels ? kVec : 1;
-  Channel<A> channels[kChannels];
+  Channels<kPixels ? kVec : 1, A> channels;
+  for_each_vector<kVec>(
+      w.vectors, {x}, [&] { channels.load(norm, w.channel); },
+      [&](int64_t i, const Packed<scalar_t, kVec>(&in)[1]) {
+        A values[kVec];
+        unpack(in[0], values);
+        Vec<scalar_t, kVec> out;
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) channels[k] = norm.channel(w.channel + k);
-#pragma unroll 4
-  for (int64_t i = w.first; i < w.end; i += w.stride) {
-    const Vec<scalar_t, kVec> in = load_vec<kVec>(x + i);
-    Vec<scalar_t, kVec> out;
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      const Channel<A>& c = channels[kPixels ? k : 0];
-      out.v[k] = scalar_t(value<kActivation>(A(in.v[k]), c.mean, c.scale, c.bias));
-    }
-    store_vec<kVec>(y + i, out);
-  }
+        for (int k = 0; k < kVec; ++k) {
+          const int c = kPixels ? k : 0;
+          out.v[k] = scalar_t(value<kActivation>(values[k], channels.mean[c], channels.scale[c], channels.bias[c]));
+        }
+        store_vec<kVec>(y + i, out);
+      });
 }
 
 // Rows of the partials: sum of g, and of g times the distance to the mean.
@@ -212,25 +233,26 @@ __global__ void batch_norm_act_sums_kernel(Shape s, Layout l, Norm<acc_t<scalar_
                                            acc_t<scalar_t>* __restrict__ partials) {  // [l.parts, 3, c]
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
-  constexpr int kChannels = kPixels ? kVec : 1;
-  A sum[kVec] = {}, products[kVec] = {};
+  A sums[2][kVec] = {};
   if (w.active) {
-    Channel<A> channels[kChannels];
+    Channels<kPixels ? kVec : 1, A> channels;
+    for_each_vector<kVec>(
+        w.vectors, {x, grad}, [&] { channels.load(norm, w.channel); },
+        [&](int64_t, const Packed<scalar_t, kVec>(&in)[2]) {
+          A values[kVec], upstream[kVec];
+          unpack(in[0], values);
+          unpack(in[1], upstream);
 #pragma unroll
-    for (int k = 0; k < kChannels; ++k) channels[k] = norm.channel(w.channel + k);
-#pragma unroll 2
-    for (int64_t i = w.first; i < w.end; i += w.stride) {
-      const Vec<scalar_t, kVec> in = load_vec<kVec>(x + i), upstream = load_vec<kVec>(grad + i);
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) {
-        const Channel<A>& c = channels[kPixels ? k : 0];
-        const A distance = A(in.v[k]) - c.mean, g = grad_normalized<kActivation>(A(upstream.v[k]), distance, c.scale, c.bias);
-        sum[k] += g;
-        products[k] += g * distance;
-      }
-    }
+          for (int k = 0; k < kVec; ++k) {
+            const int c = kPixels ? k : 0;
+            const A distance = values[k] - channels.mean[c];
+            const A g = grad_normalized<kActivation>(upstream[k], distance, channels.scale[c], channels.bias[c]);
+            sums[0][k] += g;
+            sums[1][k] += g * distance;
+          }
+        });
   }
-  store_sums<kPixels>(s, l, w, sum, products, 0, partials);
+  store_sums<kPixels>(s, l, w, sums, 0, partials);
 }
 
 template <typename A>
@@ -262,26 +284,22 @@ __global__ void batch_norm_act_grad_input_kernel(Shape s, Layout l, Norm<acc_t<s
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
   if (!w.active) return;
-  constexpr int kChannels = kPixels ? kVec : 1;
-  Channel<A> channels[kChannels];
-  GradChannel<A> of_sums[kChannels];
+  GradChannels<kPixels ? kVec : 1, A> channels;
+  for_each_vector<kVec>(
+      w.vectors, {x, grad}, [&] { channels.load(norm, sums, factor, s.c, w.channel); },
+      [&](int64_t i, const Packed<scalar_t, kVec>(&in)[2]) {
+        A values[kVec], upstream[kVec];
+        unpack(in[0], values);
+        unpack(in[1], upstream);
+        Vec<scalar_t, kVec> out;
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    channels[k] = norm.channel(w.channel + k);
-    of_sums[k] = norm.grad_channel(sums, factor, s.c, w.channel + k);
-  }
-#pragma unroll 2
-  for (int64_t i = w.first; i < w.end; i += w.stride) {
-    const Vec<scalar_t, kVec> in = load_vec<kVec>(x + i), upstream = load_vec<kVec>(grad + i);
-    Vec<scalar_t, kVec> out;
-#pragma unroll
-    for (int k = 0; k < kVec; ++k) {
-      const Channel<A>& c = channels[kPixels ? k : 0];
-      const GradChannel<A>& d = of_sums[kPixels ? k : 0];
-      const A distance = A(in.v[k]) - c.mean, g = grad_normalized<kActivation>(A(upstream.v[k]), distance, c.scale, c.bias);
-      out.v[k] = scalar_t(c.scale * g + (d.shift + d.slope * distance));
-    }
-    store_vec<kVec>(grad_x + i, out);
-  }
+        for (int k = 0; k < kVec; ++k) {
+          const int c = kPixels ? k : 0;
+          const A distance = values[k] - channels.mean[c];
+          const A g = grad_normalized<kActivation>(upstream[k], distance, channels.scale[c], channels.bias[c]);
+          out.v[k] = scalar_t(channels.scale[c] * g + (channels.shift[c] + channels.slope[c] * distance));
+        }
+        store_vec<kVec>(grad_x + i, out);
+      });
 }
 }  // namespace ef::batch_norm_act

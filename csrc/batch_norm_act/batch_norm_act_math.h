@@ -21,7 +21,7 @@ struct GradChannel {
 
 template <typename A>
 EF_HD A inverse_deviation(A var, A eps) {
-  return A(1) / sqrt_of(var + eps);
+  return inverse_sqrt_of(var + eps);
 }
 
 // What running statistics become; computed from the nearer end, so that a momentum of 1 gives the batch's exactly.

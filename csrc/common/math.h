@@ -31,11 +31,17 @@ EF_HD float sqrt_of(float x) {
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+EF_HD float inverse_sqrt_of(float x) {
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 #else
 EF_HD float fma_of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 EF_HD float min_of(float a, float b) { return a < b ? a : b; }
 EF_HD float quotient_of(float a, float b) { return a / b; }
 EF_HD float sqrt_of(float x) { return sqrtf(x); }
+EF_HD float inverse_sqrt_of(float x) { return 1.f / sqrtf(x); }
 // exp of a number: by range reduction and a polynomial of degree 6, relative error 2e-7; the argument is clamped to [-87, 88], in which
 // its bits are compared as integers (a negative float is a large unsigned one). Comparing floats with constants makes GCC fold what
 // follows into three selects; a sum in powers of r^2 has the shortest chain of dependent operations.
@@ -90,6 +96,7 @@ EF_HD double log_of(double x) { return ::log(x); }
 EF_HD double min_of(double a, double b) { return a < b ? a : b; }
 EF_HD double quotient_of(double a, double b) { return a / b; }
 EF_HD double sqrt_of(double x) { return ::sqrt(x); }
+EF_HD double inverse_sqrt_of(double x) { return 1.0 / ::sqrt(x); }
 
 // x where it is above 0, or NaN.
 template <typename T>

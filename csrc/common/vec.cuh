@@ -66,6 +66,18 @@ EF_HD void unpack(const Packed<T, kSize>& packed, A (&values)[kSize]) {
     }
   }
 }
+// values[k] = p[k], by vectors.
+template <int kCount, typename T, typename A>
+EF_HD void load_neighbors(const T* p, A (&values)[kCount]) {
+  constexpr int kSize = kCount < kVecSize<T> ? kCount : kVecSize<T>;
+#pragma unroll
+  for (int k = 0; k < kCount; k += kSize) {
+    A some[kSize];
+    unpack(load_packed<kSize>(p + k), some);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[k + i] = some[i];
+  }
+}
 // Hides from nvcc how a pointer to global memory was computed, so that it is stepped on from and not computed anew from its beginnings.
 template <typename T>
 EF_HD void forget_origin(T*& p) {

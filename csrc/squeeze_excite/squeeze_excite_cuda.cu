@@ -39,7 +39,7 @@ template <bool kPixels, int kVec, bool kProducts, typename scalar_t>
 void reduce(Cuda device, const Shape& s, const Grid& grid, const Reduction<scalar_t>& in) {
   using A = acc_t<scalar_t>;
   const Layout& l = grid.layout;
-  const size_t bytes = kPixels ? l.height * l.columns * kVec * sizeof(A) : 0;
+  const size_t bytes = kPixels ? row_sum_bytes<kVec, 1, A>(l.height, l.columns) : 0;
   launch("squeeze_excite_reduce", squeeze_excite_reduce_kernel<kPixels, kVec, kProducts, scalar_t>, grid.blocks, kThreads, bytes, device, s,
          l, in.x, in.grad, in.partials);
 }
@@ -62,7 +62,7 @@ template <typename scalar_t>
 void launch_scale(Cuda device, const Shape& s, const scalar_t* x, const acc_t<scalar_t>* gate, const acc_t<scalar_t>* grad_mean,
                   scalar_t* y) {
   const auto factor = acc_t<scalar_t>(1.0 / double(s.pixels));
-  specialize<scalar_t>(s, is_vec_aligned(x, y), [&]<bool kPixels, int kVec>(const Grid& grid) {
+  specialize<scalar_t>(s, is_vec_aligned(x, y, gate, grad_mean), [&]<bool kPixels, int kVec>(const Grid& grid) {
     const auto run = [&](auto kernel) {
       launch("squeeze_excite_scale", kernel, grid.blocks, kThreads, 0, device, s, grid.layout, x, gate, grad_mean, factor, y);
     };

@@ -1,5 +1,5 @@
 // Squeeze-and-excite over dense [rows, pixels, channels]; formulas in squeeze_excite_math.h.
-// A thread walks one strided run of 16-byte vectors (kVec = 1 where channels, pixels or addresses do not allow it) and never leaves
+// A thread walks over strided 16-byte vectors (kVec = 1 where channels, pixels or addresses do not allow it) and never leaves
 // its channels, whose gates it computes once:
 //   channels_last (kPixels): kVec channels of every `height`-th pixel of a part of an image; a block is `columns` such threads side by
 //     side times `height` below each other, which reads whole stretches of memory. A part is added over them through shared memory.
@@ -7,8 +7,8 @@
 // Bytes per element of size s: the means read x, s; the scaling 2 s; backward the sums read x and the gradient, 2 s, and the scaling
 // 2 s. Sums are float per thread, then per block or warp in a fixed order, then double over the parts of a row.
 #pragma once
-#include "../common/launch.cuh"
-#include "../common/vec.cuh"
+#include "../common/row_sums.cuh"
+#include "../common/vector_walk.cuh"
 #include "squeeze_excite.h"
 
 namespace ef::squeeze_excite {
@@ -20,10 +20,12 @@ struct Layout {
   int64_t size, parts;      // pixels of a part, and parts of a row
 };
 
-// What a thread does: elements first, first + stride, ... below end, of channels `channel` on; part of the sums of `part`.
+// What a thread does: vectors of channels `channel` on of a row of the tensor; part of the sums of `part`. `block_row`, `column`: its place
+// in the block.
 struct Walk {
-  int64_t first, end, stride, row, channel, part;
-  int line, column;
+  Strided vectors;
+  int64_t row, channel, part;
+  int block_row, column;
   bool active;
 };
 template <bool kPixels, int kVec>
@@ -31,23 +33,23 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
   Walk w;
   if constexpr (kPixels) {
     w.column = threadIdx.x % int(l.columns);
-    w.line = threadIdx.x / int(l.columns);
+    w.block_row = threadIdx.x / int(l.columns);
     w.part = blockIdx.x;
     w.channel = (int64_t(blockIdx.y) * l.columns + w.column) * kVec;
-    w.active = w.line < l.height && w.channel < s.channels;
-    w.stride = l.height * s.channels;
+    w.active = w.block_row < l.height && w.channel < s.channels;
+    w.vectors.stride = l.height * s.channels;
   } else {
     w.column = threadIdx.x % kWarpSize;
-    w.line = 0;
+    w.block_row = 0;
     w.part = int64_t(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     w.channel = 0;
     w.active = w.part < s.rows * l.parts;
-    w.stride = kWarpSize * kVec;
+    w.vectors.stride = kWarpSize * kVec;
   }
   w.row = quotient(w.part, l.parts);
   const int64_t begin = (w.part - w.row * l.parts) * l.size, left = s.pixels - begin;
-  w.first = w.row * s.row() + (begin + w.line) * s.channels + (kPixels ? w.channel : int64_t(w.column) * kVec);
-  w.end = w.row * s.row() + (begin + (left < l.size ? left : l.size)) * s.channels;
+  w.vectors.first = w.row * s.row() + (begin + w.block_row) * s.channels + (kPixels ? w.channel : int64_t(w.column) * kVec);
+  w.vectors.end = w.row * s.row() + (begin + (left < l.size ? left : l.size)) * s.channels;
   return w;
 }
 
@@ -57,41 +59,36 @@ __global__ void squeeze_excite_reduce_kernel(Shape s, Layout l, const scalar_t* 
                                              acc_t<scalar_t>* __restrict__ partials) {           // [rows, l.parts, channels]
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
-  A sum[kVec] = {};
+  A sum[1][kVec] = {};
   if (w.active) {
-#pragma unroll 4
-    for (int64_t i = w.first; i < w.end; i += w.stride) {
-      const Vec<scalar_t, kVec> value = load_vec<kVec>(x + i);
-      if constexpr (kProducts) {
-        const Vec<scalar_t, kVec> factor = load_vec<kVec>(grad + i);
+    const auto nothing = [] {};
+    if constexpr (kProducts) {
+      for_each_vector<kVec>(w.vectors, {x, grad}, nothing, [&](int64_t, const Packed<scalar_t, kVec>(&in)[2]) {
+        A values[kVec], factors[kVec];
+        unpack(in[0], values);
+        unpack(in[1], factors);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += A(value.v[k]) * A(factor.v[k]);
-      } else {
+        for (int k = 0; k < kVec; ++k) sum[0][k] += values[k] * factors[k];
+      });
+    } else {
+      for_each_vector<kVec>(w.vectors, {x}, nothing, [&](int64_t, const Packed<scalar_t, kVec>(&in)[1]) {
+        A values[kVec];
+        unpack(in[0], values);
 #pragma unroll
-        for (int k = 0; k < kVec; ++k) sum[k] += A(value.v[k]);
-      }
+        for (int k = 0; k < kVec; ++k) sum[0][k] += values[k];
+      });
     }
   }
   A* out = partials + w.part * s.channels;
   if constexpr (kPixels) {
-    const int width = int(l.columns) * kVec, height = int(l.height);
-    A* shared = shared_memory<A>();
-    if (w.line < height) {
-#pragma unroll
-      for (int k = 0; k < kVec; ++k) shared[w.line * width + w.column * kVec + k] = sum[k];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < width; i += kThreads) {
-      const int64_t channel = int64_t(blockIdx.y) * width + i;
-      if (channel >= s.channels) continue;
-      A total = 0;
-      for (int line = 0; line < height; ++line) total += shared[line * width + i];
-      out[channel] = total;
-    }
+    const int64_t first = int64_t(blockIdx.y) * l.columns * kVec;
+    sum_over_rows(sum, w.block_row, w.column, int(l.height), int(l.columns), [&](int channel, const A(&total)[1]) {
+      if (first + channel < s.channels) out[first + channel] = total[0];
+    });
   } else {
     A total = 0;
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) total += sum[k];
+    for (int k = 0; k < kVec; ++k) total += sum[0][k];
     total = warp_sum(total);
     if (w.active && w.column == 0) out[0] = total;
   }
@@ -115,7 +112,7 @@ __global__ void squeeze_excite_finish_kernel(Shape s, int64_t parts, const A* __
   shared[threadIdx.y * kWarpSize + threadIdx.x] = total;
   __syncthreads();
   if (threadIdx.y != 0 || !active) return;
-  for (int line = 1; line < kFinishRows; ++line) total += shared[line * kWarpSize + threadIdx.x];
+  for (int row = 1; row < kFinishRows; ++row) total += shared[row * kWarpSize + threadIdx.x];
   result[index] = gate ? grad_gate(A(total), gate[index]) : A(total / double(s.pixels));
 }
 
@@ -128,20 +125,26 @@ __global__ void squeeze_excite_scale_kernel(Shape s, Layout l, const scalar_t* _
   const Walk w = walk_of<kPixels, kVec>(s, l);
   if (!w.active) return;
   constexpr int kChannels = kPixels ? kVec : 1;
-  const int64_t first_gate = w.row * s.channels + w.channel;
   A scale[kChannels], shift[kChannels];
+  for_each_vector<kVec>(
+      w.vectors, {x},
+      [&] {
+        const int64_t first_gate = w.row * s.channels + w.channel;
+        load_neighbors(gate + first_gate, scale);
+        if constexpr (kShift) load_neighbors(grad_mean + first_gate, shift);
 #pragma unroll
-  for (int k = 0; k < kChannels; ++k) {
-    scale[k] = sigmoid(gate[first_gate + k]);
-    shift[k] = kShift ? grad_mean[first_gate + k] * factor : A(0);
-  }
-#pragma unroll 4
-  for (int64_t i = w.first; i < w.end; i += w.stride) {
-    const Vec<scalar_t, kVec> in = load_vec<kVec>(x + i);
-    Vec<scalar_t, kVec> out;
+        for (int k = 0; k < kChannels; ++k) {
+          scale[k] = sigmoid(scale[k]);
+          shift[k] = kShift ? shift[k] * factor : A(0);
+        }
+      },
+      [&](int64_t i, const Packed<scalar_t, kVec>(&in)[1]) {
+        A values[kVec];
+        unpack(in[0], values);
+        Vec<scalar_t, kVec> out;
 #pragma unroll
-    for (int k = 0; k < kVec; ++k) out.v[k] = scalar_t(scaled<kShift>(A(in.v[k]), scale[kPixels ? k : 0], shift[kPixels ? k : 0]));
-    store_vec<kVec>(y + i, out);
-  }
+        for (int k = 0; k < kVec; ++k) out.v[k] = scalar_t(scaled<kShift>(values[k], scale[kPixels ? k : 0], shift[kPixels ? k : 0]));
+        store_vec<kVec>(y + i, out);
+      });
 }
 }  // namespace ef::squeeze_excite
