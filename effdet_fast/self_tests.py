@@ -132,7 +132,7 @@ def _matches(draw: Draw) -> list[Call]:
 
 
 def _batch_norms(draw: Draw) -> list[Call]:
-    shapes = ((3, 40, 7, 8), (2, 7, 16, 16), (2, 88, 3, 3))
+    shapes = ((3, 40, 7, 8), (2, 7, 16, 16), (2, 88, 3, 3), (1, 8, 40, 24))
     calls = [batch_norm(each, *shape, activation="silu") for each in draw.layouts() for shape in shapes]
     return [*calls, *(batch_norm(each, 2, 40, 7, 5, training=False, activation="relu6") for each in draw.layouts())]
 

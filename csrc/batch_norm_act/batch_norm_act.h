@@ -52,8 +52,8 @@ struct Statistics {
   }
 };
 
-// Sums of parts of a fixed size go through partials [partial_count(shape), 3, c], and are added in their order, in double: the number
-// and size of the parts depend on the shape only.
+// Sums of chunks of a fixed size go through partials [partial_count(shape), 3, c], and are added in their order, in double: the number
+// and size of the chunks depend on the shape only.
 int64_t partial_count(Cpu, const Shape& shape);
 int64_t partial_count(Cuda, const Shape& shape);
 

@@ -6,7 +6,7 @@
 
 namespace ef::batch_norm_act {
 namespace {
-constexpr int64_t kMaxBlocks = 132 * 8;  // fills the largest part; fixed, so that sums have the same bits on every device
+constexpr int64_t kMaxBlocks = 132 * 8;  // fills the largest GPU; fixed, so that sums have the same bits on every device
 constexpr int64_t kPixelsPerThread = 16;
 constexpr size_t kFinishBytes = kFinishChannels * kFinishRows * sizeof(double);
 
@@ -20,9 +20,9 @@ Grid grid_for(const Shape& s, int vec) {
     return {dim3(unsigned(ceil_div(warps, kThreads / kWarpSize))), {0, 0, kPiece, pieces, s.n * pieces}};
   }
   const int64_t all = s.c / vec, side_by_side = ceil_div(all, kWarpSize), columns = ceil_div(all, side_by_side), rows = kThreads / columns;
-  const int64_t max_slabs = std::max<int64_t>(1, kMaxBlocks / side_by_side), wanted = ceil_div(s.n, rows * kPixelsPerThread);
-  const int64_t size = ceil_div(s.n, std::min(max_slabs, wanted)), slabs = ceil_div(s.n, size);
-  return {dim3(unsigned(slabs), unsigned(side_by_side)), {columns, rows, size, 1, slabs}};
+  const int64_t most_chunks = std::max<int64_t>(1, kMaxBlocks / side_by_side), wanted = ceil_div(s.n, rows * kPixelsPerThread);
+  const int64_t size = ceil_div(s.n, std::min(most_chunks, wanted)), chunks = ceil_div(s.n, size);
+  return {dim3(unsigned(chunks), unsigned(side_by_side)), {columns, rows, size, 1, chunks}};
 }
 
 // Calls f.template operator()<kPixels, kVec>(grid) for a shape whose buffers are all aligned, or not.
@@ -51,10 +51,10 @@ dim3 finish_blocks(const Shape& s) { return dim3(unsigned(ceil_div(s.c, kFinishC
 
 // Enough for all vector sizes.
 int64_t partial_count(Cuda, const Shape& s) {
-  int64_t max_parts = 0;
+  int64_t max_chunks = 0;
   for (const int vec : {1, 2, 4, 8})
-    if (s.c % vec == 0) max_parts = std::max(max_parts, grid_for(s, vec).layout.parts);
-  return max_parts;
+    if (s.c % vec == 0) max_chunks = std::max(max_chunks, grid_for(s, vec).layout.chunks);
+  return max_chunks;
 }
 
 template <typename scalar_t>

@@ -1,13 +1,13 @@
 // Batch normalization with activation over dense [n, c, inner]; formulas in batch_norm_act_math.h.
 // A thread walks one strided row of 16-byte vectors (kVec = 1 where channels or addresses do not allow it) and never leaves its
 // channels, whose constants it computes once:
-//   channels_last (kPixels): kVec channels of every `rows`-th pixel of a slab; a block is `columns` such threads side by side times
-//     `rows` below each other, which reads whole stretches of memory. The slab's sums are added over the rows through shared memory.
+//   channels_last (kPixels): kVec channels of every `rows`-th pixel of a chunk; a block is `columns` such threads side by side times
+//     `rows` below each other, which reads whole stretches of memory. The chunk's sums are added over the rows through shared memory.
 //   NCHW: one channel; a warp owns a piece of a plane and adds up within itself, no shared memory.
 // Bytes per element of size s: forward 3 s (statistics read x, then x is read again and y written), backward 5 s; with constant
 // statistics 2 s and 3 s, or 5 s where weight or bias want a gradient. Reading twice is the fewest possible: nothing but the whole
 // batch gives a mean.
-// Sums are float per thread, then per block or warp in a fixed order, then double over the parts by one block per few channels.
+// Sums are float per thread, then per block or warp in a fixed order, then double over the chunks by one block per few channels.
 #pragma once
 #include "../common/row_sums.cuh"
 #include "../common/vector_walk.cuh"
@@ -20,19 +20,19 @@ inline constexpr int64_t kPiece = 8192;  // of a plane
 
 struct Layout {
   int64_t columns, rows;  // of a block, kPixels only
-  int64_t size;           // pixels of a slab, or elements of a piece
+  int64_t size;           // pixels of a chunk, or elements of a piece
   int64_t pieces;         // of a plane
-  int64_t parts;          // all that have partials: slabs, or images times pieces
-  EF_HD int64_t values(const Shape& s, int64_t part, bool pixels) const {
-    const int64_t whole = pixels ? s.n : s.inner, first = (pixels ? part : part % pieces) * size;
+  int64_t chunks;         // all that have partials: of the pixels, or images times pieces
+  EF_HD int64_t values(const Shape& s, int64_t chunk, bool pixels) const {
+    const int64_t whole = pixels ? s.n : s.inner, first = (pixels ? chunk : chunk % pieces) * size;
     return whole - first < size ? whole - first : size;
   }
 };
 
-// What a thread does: vectors of channels `channel` on; part of the sums of `part`.
+// What a thread does: vectors of channels `channel` on; its sums are part of those of `chunk`.
 struct Walk {
   Strided vectors;
-  int64_t channel, part;
+  int64_t channel, chunk;
   int row, column;
   bool active;
 };
@@ -42,12 +42,12 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
   if constexpr (kPixels) {
     w.column = threadIdx.x % int(l.columns);
     w.row = threadIdx.x / int(l.columns);
-    w.part = blockIdx.x;
+    w.chunk = blockIdx.x;
     w.channel = (int64_t(blockIdx.y) * l.columns + w.column) * kVec;
     w.active = w.row < l.rows && w.channel < s.c;
-    const int64_t begin = w.part * l.size;
+    const int64_t begin = w.chunk * l.size;
     w.vectors.first = (begin + w.row) * s.c + w.channel;
-    w.vectors.end = (begin + l.values(s, w.part, true)) * s.c;
+    w.vectors.end = (begin + l.values(s, w.chunk, true)) * s.c;
     w.vectors.stride = l.rows * s.c;
   } else {
     const int64_t warp = int64_t(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
@@ -55,11 +55,11 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
     w.row = 0;
     const int64_t piece = warp % l.pieces, plane = warp / l.pieces;
     w.channel = plane % s.c;
-    w.part = plane / s.c * l.pieces + piece;
+    w.chunk = plane / s.c * l.pieces + piece;
     w.active = plane < s.n * s.c;
     const int64_t begin = plane * s.inner + piece * l.size;
     w.vectors.first = begin + w.column * kVec;
-    w.vectors.end = begin + l.values(s, w.part, false);
+    w.vectors.end = begin + l.values(s, w.chunk, false);
     w.vectors.stride = kWarpSize * kVec;
   }
   return w;
@@ -106,10 +106,10 @@ struct GradChannels : Channels<kCount, A> {
   }
 };
 
-// Adds two sums per channel over the threads that share it and stores them as rows first_row and first_row + 1 of the part's partials.
+// Adds two sums per channel over the threads that share it and stores them as rows first_row and first_row + 1 of the chunk's partials.
 template <bool kPixels, int kVec, typename A>
 __device__ void store_sums(const Shape& s, const Layout& l, const Walk& w, const A (&sums)[2][kVec], int first_row, A* partials) {
-  A* out = partials + (w.part * 3 + first_row) * s.c;
+  A* out = partials + (w.chunk * 3 + first_row) * s.c;
   if constexpr (kPixels) {
     const int64_t first = int64_t(blockIdx.y) * l.columns * kVec;
     sum_over_rows(sums, w.row, w.column, int(l.rows), int(l.columns), [&](int channel, const A(&totals)[2]) {
@@ -132,7 +132,7 @@ __device__ void store_sums(const Shape& s, const Layout& l, const Walk& w, const
 // Rows of the partials: pivot, sum and sum of squares of the distances to it.
 template <bool kPixels, int kVec, typename scalar_t>
 __global__ void batch_norm_stats_kernel(Shape s, Layout l, const scalar_t* __restrict__ x,  // [n, c, inner]
-                                        acc_t<scalar_t>* __restrict__ partials) {           // [l.parts, 3, c]
+                                        acc_t<scalar_t>* __restrict__ partials) {           // [l.chunks, 3, c]
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
   constexpr int kChannels = kPixels ? kVec : 1;
@@ -142,7 +142,7 @@ __global__ void batch_norm_stats_kernel(Shape s, Layout l, const scalar_t* __res
         w.vectors, {x},
         [&] {
           const scalar_t* begin = x + w.vectors.first - (kPixels ? w.row * s.c : w.column * int64_t(kVec));
-          const int64_t step = kPixels ? s.c : 1, last = l.values(s, w.part, kPixels) - 1;
+          const int64_t step = kPixels ? s.c : 1, last = l.values(s, w.chunk, kPixels) - 1;
           A first[kChannels], middle[kChannels], end[kChannels];
           load_neighbors(begin, first);
           load_neighbors(begin + last / 2 * step, middle);
@@ -162,7 +162,7 @@ __global__ void batch_norm_stats_kernel(Shape s, Layout l, const scalar_t* __res
         });
     if (w.row == 0 && (kPixels || w.column == 0)) {
 #pragma unroll
-      for (int k = 0; k < kChannels; ++k) partials[w.part * 3 * s.c + w.channel + k] = pivot[k];
+      for (int k = 0; k < kChannels; ++k) partials[w.chunk * 3 * s.c + w.channel + k] = pivot[k];
     }
   }
   store_sums<kPixels>(s, l, w, sums, 1, partials);
@@ -179,20 +179,20 @@ __device__ inline double total_of_channel(double mine, double* scratch) {
 }
 
 template <bool kPixels, typename A>
-__global__ void batch_norm_finish_stats_kernel(Shape s, Layout l, const A* __restrict__ partials,  // [l.parts, 3, c]
+__global__ void batch_norm_finish_stats_kernel(Shape s, Layout l, const A* __restrict__ partials,  // [l.chunks, 3, c]
                                                Statistics<A> statistics) {
   const int64_t channel = int64_t(blockIdx.x) * kFinishChannels + threadIdx.x;
   const A* of_channel = partials + (channel < s.c ? channel : 0);
   double total = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.y; i < l.parts; i += kFinishRows) {
+  for (int64_t i = threadIdx.y; i < l.chunks; i += kFinishRows) {
     const A* p = of_channel + i * 3 * s.c;
     total += double(l.values(s, i, kPixels)) * double(p[0]) + double(p[s.c]);
   }
   const double overall = total_of_channel(total, shared_memory<double>()) / double(s.values());
   double squares = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.y; i < l.parts; i += kFinishRows) {
+  for (int64_t i = threadIdx.y; i < l.chunks; i += kFinishRows) {
     const A* p = of_channel + i * 3 * s.c;
     squares += squares_about(overall, double(l.values(s, i, kPixels)), double(p[0]), double(p[s.c]), double(p[2 * s.c]));
   }
@@ -230,7 +230,7 @@ template <bool kPixels, int kVec, Activation kActivation, typename scalar_t>
 __global__ void batch_norm_act_sums_kernel(Shape s, Layout l, Norm<acc_t<scalar_t>> norm,
                                            const scalar_t* __restrict__ grad,         // [n, c, inner]
                                            const scalar_t* __restrict__ x,            // [n, c, inner]
-                                           acc_t<scalar_t>* __restrict__ partials) {  // [l.parts, 3, c]
+                                           acc_t<scalar_t>* __restrict__ partials) {  // [l.chunks, 3, c]
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
   A sums[2][kVec] = {};
@@ -256,13 +256,13 @@ __global__ void batch_norm_act_sums_kernel(Shape s, Layout l, Norm<acc_t<scalar_
 }
 
 template <typename A>
-__global__ void batch_norm_finish_sums_kernel(Shape s, Layout l, Norm<A> norm, const A* __restrict__ partials,  // [l.parts, 3, c]
+__global__ void batch_norm_finish_sums_kernel(Shape s, Layout l, Norm<A> norm, const A* __restrict__ partials,  // [l.chunks, 3, c]
                                               A* __restrict__ sums) {                                           // [2, c]
   const int64_t channel = int64_t(blockIdx.x) * kFinishChannels + threadIdx.x;
   const A* of_channel = partials + (channel < s.c ? channel : 0);
   double sum = 0, products = 0;
 #pragma unroll 4
-  for (int64_t i = threadIdx.y; i < l.parts; i += kFinishRows) {
+  for (int64_t i = threadIdx.y; i < l.chunks; i += kFinishRows) {
     sum += double(of_channel[i * 3 * s.c]);
     products += double(of_channel[(i * 3 + 1) * s.c]);
   }

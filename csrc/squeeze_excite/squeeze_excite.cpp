@@ -27,7 +27,7 @@ int64_t checked_squeezed(const Tensor& x, const Tensor& reduce, const Tensor& ex
   return squeezed;
 }
 
-// The parts of `kept`: mean, gate, reduced and squeezed of all images, one after the other.
+// What `kept` holds: mean, gate, reduced and squeezed of all images, one after the other.
 int64_t kept_size(int64_t images, int64_t channels, int64_t squeezed) { return 2 * images * (channels + squeezed); }
 template <typename A>
 Gates<A> gates_in(const Tensor& kept, int64_t images, int64_t channels, int64_t squeezed) {
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& reduce, const 
   Tensor kept = allocate(x, {kept_size(images, channels, squeezed)}, acc);
   Tensor y = allocate(x, {images, channels, x.size(2), x.size(3)}, x.scalar_type(), channels_last);
   if (x.numel() == 0) return {y, torch::stable::zero_(kept)};
-  const Tensor partials = allocate(x, {shape.rows, part_count(scope.device, shape), shape.channels}, acc);
+  const Tensor partials = allocate(x, {shape.rows, chunk_count(scope.device, shape), shape.channels}, acc);
   dispatch_floating(x.scalar_type(), "squeeze_excite", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;
     const Gates<A> gates = gates_in<A>(kept, images, channels, squeezed);
@@ -84,7 +84,7 @@ std::vector<Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& 
   }
   if (x.numel() == 0) return results;
   const int64_t gate_count = images * channels;
-  const Tensor partials = allocate(x, {shape.rows, part_count(scope.device, shape), shape.channels}, acc);
+  const Tensor partials = allocate(x, {shape.rows, chunk_count(scope.device, shape), shape.channels}, acc);
   const Tensor small = allocate(x, {2 * gate_count + images * squeezed}, acc);  // gradients of gates, means and reduced
   dispatch_floating(x.scalar_type(), "squeeze_excite_backward", [&]<typename scalar_t>() {
     using A = acc_t<scalar_t>;

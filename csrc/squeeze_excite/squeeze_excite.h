@@ -14,10 +14,10 @@ struct Shape {
   EF_HD int64_t gates() const { return rows * channels; }
 };
 
-// Sums of parts of a fixed size go through partials [rows, part_count, channels], and are added in their order, in double: the number
-// and size of the parts depend on the shape only.
-int64_t part_count(Cpu, const Shape& shape);
-int64_t part_count(Cuda, const Shape& shape);
+// Sums of chunks of a fixed size go through partials [rows, chunk_count, channels], and are added in their order, in double: the number
+// and size of the chunks depend on the shape only.
+int64_t chunk_count(Cpu, const Shape& shape);
+int64_t chunk_count(Cuda, const Shape& shape);
 
 template <typename scalar_t>
 struct Reduction {

@@ -1,6 +1,6 @@
-// A row is cut into parts of a fixed size, the unit of work. The loops over a part run over `width` lanes at a time, each lane with the
+// A row is cut into chunks of a fixed size, the unit of work. The loops over a chunk run over `width` lanes at a time, each lane with the
 // sum, or the gate, of its channel beside it: as many pixels as fill the vectors. So one set of loops serves both layouts and any
-// number of channels. The scaling goes backwards, as the last parts of what was summed are still in the cache.
+// number of channels. The scaling goes backwards, as the last chunks of what was summed are still in the cache.
 #include <algorithm>
 
 #include "../common/parallel.h"
@@ -13,9 +13,9 @@ namespace {
 constexpr int64_t kPart = 1 << 15;
 constexpr int64_t kLanes = 64;
 
-struct Parts {
-  int64_t width, size, count;  // lanes; elements of a part; parts of a row
-  explicit Parts(const Shape& s) {
+struct Chunks {
+  int64_t width, size, count;  // lanes; elements of a chunk; chunks of a row
+  explicit Chunks(const Shape& s) {
     int64_t pixels = 1;  // that fill whole vectors
     while (pixels * s.channels < 4 * kLanes && (pixels * s.channels < kLanes || pixels * s.channels % 16)) ++pixels;
     width = std::min(pixels, s.pixels) * s.channels;
@@ -27,10 +27,10 @@ struct Parts {
   int64_t elements(const Shape& s, int64_t i) const { return std::min(size, s.row() - i % count * size); }
 };
 
-// Calls f(begin, end) for all parts of all rows.
+// Calls f(begin, end) for all chunks of all rows.
 template <class F>
-void for_all_parts(const Shape& s, const Parts& parts, const F& f) {
-  parallel_for(s.rows * parts.count, parts.grain(s), f);
+void for_all_chunks(const Shape& s, const Chunks& chunks, const F& f) {
+  parallel_for(s.rows * chunks.count, chunks.grain(s), f);
 }
 
 template <bool kProducts, typename scalar_t>
@@ -70,12 +70,12 @@ void repeat(const A* values, int64_t channels, int64_t width, A* lanes) {
 }
 
 template <typename A>
-EF_CPU_CLONES void add_parts(const A* __restrict partials, int64_t parts, int64_t channels, A* __restrict sums) {
+EF_CPU_CLONES void add_chunks(const A* __restrict partials, int64_t chunks, int64_t channels, A* __restrict sums) {
   for (int64_t first = 0; first < channels; first += kLanes) {
     const int64_t lanes = std::min(kLanes, channels - first);
     double totals[kLanes];
     std::fill_n(totals, lanes, 0.0);
-    for (int64_t i = 0; i < parts; ++i)
+    for (int64_t i = 0; i < chunks; ++i)
       for (int64_t j = 0; j < lanes; ++j) totals[j] += partials[i * channels + first + j];
     for (int64_t j = 0; j < lanes; ++j) sums[first + j] = A(totals[j]);
   }
@@ -102,7 +102,7 @@ EF_CPU_CLONES void prepare(const A* __restrict gate, const A* __restrict grad_me
 }
 
 template <bool kShift, typename scalar_t, class Of>
-EF_CPU_CLONES void scale_part(const scalar_t* __restrict x, int64_t count, int64_t width, Of scale, Of shift, scalar_t* __restrict y) {
+EF_CPU_CLONES void scale_chunk(const scalar_t* __restrict x, int64_t count, int64_t width, Of scale, Of shift, scalar_t* __restrict y) {
   using A = acc_t<scalar_t>;
   for (int64_t i = 0; i < count; i += width) {
     const int64_t lanes = std::min(width, count - i);
@@ -112,15 +112,15 @@ EF_CPU_CLONES void scale_part(const scalar_t* __restrict x, int64_t count, int64
 }
 
 template <bool kProducts, typename scalar_t>
-void reduce(const Shape& s, const Parts& parts, const Reduction<scalar_t>& in, acc_t<scalar_t>* sums) {
+void reduce(const Shape& s, const Chunks& chunks, const Reduction<scalar_t>& in, acc_t<scalar_t>* sums) {
   using A = acc_t<scalar_t>;
-  for_all_parts(s, parts, [&](int64_t begin, int64_t end) {
-    A* sum = scratch<A>(0, parts.width);
+  for_all_chunks(s, chunks, [&](int64_t begin, int64_t end) {
+    A* sum = scratch<A>(0, chunks.width);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t offset = parts.offset(s, i);
-      std::fill_n(sum, parts.width, A(0));
-      add<kProducts>(in.x + offset, kProducts ? in.grad + offset : nullptr, parts.elements(s, i), parts.width, sum);
-      fold(sum, parts.width, s.channels, s.channels == 1, sums + i * s.channels);
+      const int64_t offset = chunks.offset(s, i);
+      std::fill_n(sum, chunks.width, A(0));
+      add<kProducts>(in.x + offset, kProducts ? in.grad + offset : nullptr, chunks.elements(s, i), chunks.width, sum);
+      fold(sum, chunks.width, s.channels, s.channels == 1, sums + i * s.channels);
     }
   });
 }
@@ -128,46 +128,46 @@ void reduce(const Shape& s, const Parts& parts, const Reduction<scalar_t>& in, a
 template <bool kShift, typename scalar_t>
 void scale(const Shape& s, const scalar_t* x, const acc_t<scalar_t>* of_rows, const acc_t<scalar_t>* shift_of_rows, scalar_t* y) {
   using A = acc_t<scalar_t>;
-  const Parts parts(s);
-  for_all_parts(s, parts, [&](int64_t begin, int64_t end) {
-    const bool alone = parts.width == s.channels;  // lanes need not be repeated
-    A* lanes = scratch<A>(1, 2 * parts.width);
+  const Chunks chunks(s);
+  for_all_chunks(s, chunks, [&](int64_t begin, int64_t end) {
+    const bool alone = chunks.width == s.channels;  // lanes need not be repeated
+    A* lanes = scratch<A>(1, 2 * chunks.width);
     int64_t last_row = -1;
     const auto run = [&](int64_t i) {
-      const int64_t row = i / parts.count, first = row * s.channels, offset = parts.offset(s, i), count = parts.elements(s, i);
+      const int64_t row = i / chunks.count, first = row * s.channels, offset = chunks.offset(s, i), count = chunks.elements(s, i);
       if (s.channels == 1) {
         const Same<A> scale{of_rows[row]}, shift{kShift ? shift_of_rows[row] : A(0)};
-        return scale_part<kShift>(x + offset, count, count, scale, shift, y + offset);
+        return scale_chunk<kShift>(x + offset, count, count, scale, shift, y + offset);
       }
       if (!alone && row != last_row) {
-        repeat(of_rows + first, s.channels, parts.width, lanes);
-        if (kShift) repeat(shift_of_rows + first, s.channels, parts.width, lanes + parts.width);
+        repeat(of_rows + first, s.channels, chunks.width, lanes);
+        if (kShift) repeat(shift_of_rows + first, s.channels, chunks.width, lanes + chunks.width);
         last_row = row;
       }
       const A* scale = alone ? of_rows + first : lanes;
-      const A* shift = !kShift ? nullptr : alone ? shift_of_rows + first : lanes + parts.width;
-      scale_part<kShift>(x + offset, count, parts.width, scale, shift, y + offset);
+      const A* shift = !kShift ? nullptr : alone ? shift_of_rows + first : lanes + chunks.width;
+      scale_chunk<kShift>(x + offset, count, chunks.width, scale, shift, y + offset);
     };
     // Small planes go backwards by groups: planes of a kilobyte each in descending order would lose the prefetcher.
-    for (int64_t group_end = end, group = parts.grain(s); group_end > begin; group_end -= group) {
+    for (int64_t group_end = end, group = chunks.grain(s); group_end > begin; group_end -= group) {
       for (int64_t i = std::max(begin, group_end - group); i < group_end; ++i) run(i);
     }
   });
 }
 }  // namespace
 
-int64_t part_count(Cpu, const Shape& s) { return Parts(s).count; }
+int64_t chunk_count(Cpu, const Shape& s) { return Chunks(s).count; }
 
 template <typename scalar_t>
 void launch_reduce(Cpu, const Shape& s, const Reduction<scalar_t>& in) {
   using A = acc_t<scalar_t>;
-  const Parts parts(s);
-  const bool whole = parts.count == 1;  // then a part's sums are those of its row
+  const Chunks chunks(s);
+  const bool whole = chunks.count == 1;  // then a chunk's sums are those of its row
   A* sums = whole ? in.result : in.partials;
-  in.grad ? reduce<true>(s, parts, in, sums) : reduce<false>(s, parts, in, sums);
-  const int64_t of_row = parts.count * s.channels;
+  in.grad ? reduce<true>(s, chunks, in, sums) : reduce<false>(s, chunks, in, sums);
+  const int64_t of_row = chunks.count * s.channels;
   parallel_for(whole ? 0 : s.rows, std::max<int64_t>(1, kPart / of_row), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) add_parts(sums + row * of_row, parts.count, s.channels, in.result + row * s.channels);
+    for (int64_t row = begin; row < end; ++row) add_chunks(sums + row * of_row, chunks.count, s.channels, in.result + row * s.channels);
   });
   finish(in.result, in.gate, s.gates(), A(1.0 / double(s.pixels)));
 }

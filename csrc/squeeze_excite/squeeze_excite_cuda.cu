@@ -7,20 +7,20 @@
 
 namespace ef::squeeze_excite {
 namespace {
-constexpr int64_t kPlanePart = 2048;  // 16 vectors of float a lane: enough warps for a batch of few large planes
-constexpr int64_t kImagePart = 8192;  // of the at most kBlockChannels channels of a block
+constexpr int64_t kPlaneChunk = 2048;  // 16 vectors of float a lane: enough warps for a batch of few large planes
+constexpr int64_t kImageChunk = 8192;  // of the at most kBlockChannels channels of a block
 constexpr int64_t kBlockChannels = 128;
 
 struct Grid {
   dim3 blocks;
   Layout layout;
 };
-int64_t part_size(const Shape& s) { return s.channels == 1 ? kPlanePart : ceil_div(kImagePart, std::min(s.channels, kBlockChannels)); }
+int64_t chunk_size(const Shape& s) { return s.channels == 1 ? kPlaneChunk : ceil_div(kImageChunk, std::min(s.channels, kBlockChannels)); }
 Grid grid_for(const Shape& s, int vec) {
-  const int64_t size = part_size(s), parts = ceil_div(s.pixels, size), all = s.rows * parts;
-  if (s.channels == 1) return {dim3(unsigned(ceil_div(all, kThreads / kWarpSize))), {0, 0, size, parts}};
+  const int64_t size = chunk_size(s), chunks = ceil_div(s.pixels, size), all = s.rows * chunks;
+  if (s.channels == 1) return {dim3(unsigned(ceil_div(all, kThreads / kWarpSize))), {0, 0, size, chunks}};
   const int64_t vectors = s.channels / vec, side_by_side = ceil_div(vectors, kWarpSize), columns = ceil_div(vectors, side_by_side);
-  return {dim3(unsigned(all), unsigned(side_by_side)), {columns, kThreads / columns, size, parts}};
+  return {dim3(unsigned(all), unsigned(side_by_side)), {columns, kThreads / columns, size, chunks}};
 }
 
 // Calls f.template operator()<kPixels, kVec>(grid) for a shape whose buffers are all aligned, or not.
@@ -45,7 +45,7 @@ void reduce(Cuda device, const Shape& s, const Grid& grid, const Reduction<scala
 }
 }  // namespace
 
-int64_t part_count(Cuda, const Shape& s) { return ceil_div(s.pixels, part_size(s)); }
+int64_t chunk_count(Cuda, const Shape& s) { return ceil_div(s.pixels, chunk_size(s)); }
 
 template <typename scalar_t>
 void launch_reduce(Cuda device, const Shape& s, const Reduction<scalar_t>& in) {
@@ -54,7 +54,7 @@ void launch_reduce(Cuda device, const Shape& s, const Reduction<scalar_t>& in) {
     in.grad ? reduce<kPixels, kVec, true>(device, s, grid, in) : reduce<kPixels, kVec, false>(device, s, grid, in);
   });
   launch("squeeze_excite_finish", squeeze_excite_finish_kernel<A>, dim3(unsigned(ceil_div(s.gates(), kWarpSize))),
-         dim3(kWarpSize, kFinishRows), kWarpSize * kFinishRows * sizeof(double), device, s, part_count(device, s), in.partials, in.gate,
+         dim3(kWarpSize, kFinishRows), kWarpSize * kFinishRows * sizeof(double), device, s, chunk_count(device, s), in.partials, in.gate,
          in.result);
 }
 

@@ -1,11 +1,11 @@
 // Squeeze-and-excite over dense [rows, pixels, channels]; formulas in squeeze_excite_math.h.
 // A thread walks over strided 16-byte vectors (kVec = 1 where channels, pixels or addresses do not allow it) and never leaves
 // its channels, whose gates it computes once:
-//   channels_last (kPixels): kVec channels of every `height`-th pixel of a part of an image; a block is `columns` such threads side by
-//     side times `height` below each other, which reads whole stretches of memory. A part is added over them through shared memory.
-//   NCHW: one channel; a warp owns a part of a plane and adds up within itself, no shared memory.
+//   channels_last (kPixels): kVec channels of every `height`-th pixel of a chunk of an image; a block is `columns` such threads side by
+//     side times `height` below each other, which reads whole stretches of memory. A chunk is added over them through shared memory.
+//   NCHW: one channel; a warp owns a chunk of a plane and adds up within itself, no shared memory.
 // Bytes per element of size s: the means read x, s; the scaling 2 s; backward the sums read x and the gradient, 2 s, and the scaling
-// 2 s. Sums are float per thread, then per block or warp in a fixed order, then double over the parts of a row.
+// 2 s. Sums are float per thread, then per block or warp in a fixed order, then double over the chunks of a row.
 #pragma once
 #include "../common/row_sums.cuh"
 #include "../common/vector_walk.cuh"
@@ -17,14 +17,14 @@ inline constexpr int kFinishRows = 8;
 
 struct Layout {
   int64_t columns, height;  // of a block, kPixels only
-  int64_t size, parts;      // pixels of a part, and parts of a row
+  int64_t size, chunks;     // pixels of a chunk, and chunks of a row
 };
 
-// What a thread does: vectors of channels `channel` on of a row of the tensor; part of the sums of `part`. `block_row`, `column`: its place
-// in the block.
+// What a thread does: vectors of channels `channel` on of a row of the tensor; its sums are part of those of `chunk`. Its place in the
+// block: `block_row`, `column`.
 struct Walk {
   Strided vectors;
-  int64_t row, channel, part;
+  int64_t row, channel, chunk;
   int block_row, column;
   bool active;
 };
@@ -34,20 +34,20 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
   if constexpr (kPixels) {
     w.column = threadIdx.x % int(l.columns);
     w.block_row = threadIdx.x / int(l.columns);
-    w.part = blockIdx.x;
+    w.chunk = blockIdx.x;
     w.channel = (int64_t(blockIdx.y) * l.columns + w.column) * kVec;
     w.active = w.block_row < l.height && w.channel < s.channels;
     w.vectors.stride = l.height * s.channels;
   } else {
     w.column = threadIdx.x % kWarpSize;
     w.block_row = 0;
-    w.part = int64_t(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+    w.chunk = int64_t(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
     w.channel = 0;
-    w.active = w.part < s.rows * l.parts;
+    w.active = w.chunk < s.rows * l.chunks;
     w.vectors.stride = kWarpSize * kVec;
   }
-  w.row = quotient(w.part, l.parts);
-  const int64_t begin = (w.part - w.row * l.parts) * l.size, left = s.pixels - begin;
+  w.row = quotient(w.chunk, l.chunks);
+  const int64_t begin = (w.chunk - w.row * l.chunks) * l.size, left = s.pixels - begin;
   w.vectors.first = w.row * s.row() + (begin + w.block_row) * s.channels + (kPixels ? w.channel : int64_t(w.column) * kVec);
   w.vectors.end = w.row * s.row() + (begin + (left < l.size ? left : l.size)) * s.channels;
   return w;
@@ -56,7 +56,7 @@ __device__ Walk walk_of(const Shape& s, const Layout& l) {
 template <bool kPixels, int kVec, bool kProducts, typename scalar_t>
 __global__ void squeeze_excite_reduce_kernel(Shape s, Layout l, const scalar_t* __restrict__ x,  // [rows, pixels, channels]
                                              const scalar_t* __restrict__ grad,                  // [rows, pixels, channels]
-                                             acc_t<scalar_t>* __restrict__ partials) {           // [rows, l.parts, channels]
+                                             acc_t<scalar_t>* __restrict__ partials) {           // [rows, l.chunks, channels]
   using A = acc_t<scalar_t>;
   const Walk w = walk_of<kPixels, kVec>(s, l);
   A sum[1][kVec] = {};
@@ -79,7 +79,7 @@ __global__ void squeeze_excite_reduce_kernel(Shape s, Layout l, const scalar_t* 
       });
     }
   }
-  A* out = partials + w.part * s.channels;
+  A* out = partials + w.chunk * s.channels;
   if constexpr (kPixels) {
     const int64_t first = int64_t(blockIdx.y) * l.columns * kVec;
     sum_over_rows(sum, w.block_row, w.column, int(l.height), int(l.columns), [&](int channel, const A(&total)[1]) {
@@ -94,19 +94,19 @@ __global__ void squeeze_excite_reduce_kernel(Shape s, Layout l, const scalar_t* 
   }
 }
 
-// A block adds the parts of kWarpSize channels, which kFinishRows threads share.
+// A block adds the chunks of kWarpSize channels, which kFinishRows threads share.
 template <typename A>
-__global__ void squeeze_excite_finish_kernel(Shape s, int64_t parts, const A* __restrict__ partials,  // [rows, parts, channels]
-                                             const A* __restrict__ gate,                              // [rows, channels], or null
-                                             A* __restrict__ result) {                                // [rows, channels]
+__global__ void squeeze_excite_finish_kernel(Shape s, int64_t chunks, const A* __restrict__ partials,  // [rows, chunks, channels]
+                                             const A* __restrict__ gate,                               // [rows, channels], or null
+                                             A* __restrict__ result) {                                 // [rows, channels]
   const int64_t index = int64_t(blockIdx.x) * kWarpSize + threadIdx.x;
   const bool active = index < s.gates();
   double total = 0;
   if (active) {
     const int64_t row = quotient(index, s.channels);
-    const A* of_channel = partials + row * parts * s.channels + (index - row * s.channels);
+    const A* of_channel = partials + row * chunks * s.channels + (index - row * s.channels);
 #pragma unroll 4
-    for (int64_t i = threadIdx.y; i < parts; i += kFinishRows) total += double(of_channel[i * s.channels]);
+    for (int64_t i = threadIdx.y; i < chunks; i += kFinishRows) total += double(of_channel[i * s.channels]);
   }
   double* shared = shared_memory<double>();
   shared[threadIdx.y * kWarpSize + threadIdx.x] = total;

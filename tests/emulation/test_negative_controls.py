@@ -104,7 +104,8 @@ DAMAGES = [
         "(c + v) * kTaps + t",
         "c * kTaps + t",
     ),
-    ("batch_norm_act", "batch_norm_act", "batch_norm_act_kernel.cuh", "row < rows; ++row", "row + 1 < rows; ++row"),
+    ("batch_norm_act", "batch_norm_act", "../common/row_sums.cuh", "r < rows; ++r", "r + 1 < rows; ++r"),
+    ("batch_norm_act", "batch_norm_act", "../common/vector_walk.cuh", "load(i + kBatch * walk.stride)", "load(i)"),
     (
         "batch_norm_act",
         "batch_norm_act",
@@ -115,16 +116,16 @@ DAMAGES = [
     (
         "squeeze_excite",
         "squeeze_excite",
-        "squeeze_excite_kernel.cuh",
-        "line < height; ++line",
-        "line + 1 < height; ++line",
+        "../common/row_sums.cuh",
+        "i < width * kFours",
+        "i + 1 < width * kFours",
     ),
     (
         "squeeze_excite",
         "squeeze_excite",
         "squeeze_excite_kernel.cuh",
-        "i = threadIdx.y; i < parts",
-        "i = threadIdx.y + 1; i < parts",
+        "i = threadIdx.y; i < chunks",
+        "i = threadIdx.y + 1; i < chunks",
     ),
     (
         "squeeze_excite",

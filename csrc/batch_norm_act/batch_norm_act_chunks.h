@@ -1,6 +1,6 @@
-// How the CPU kernels cut x, and their loops over a run of it; each loop is compiled per instruction set. A segment, whose sums become
+// How the CPU kernels cut x, and their loops over a span of it; each loop is compiled per instruction set. A chunk, whose sums become
 // partials, is some pixels of channels_last, or of NCHW the planes of some images or a piece of a plane; its size depends on the shape
-// only. The passes take it in parts: all of it, or in NCHW a few channels. The loops run over `width` lanes at a time, each with a sum of
+// only. The passes take it in pieces: all of it, or in NCHW a few channels. The loops run over `width` lanes at a time, each with a sum of
 // its own: as many pixels as fill the vectors, or one channel many times. Its constants lie beside it (a pointer), or are `Same` in all.
 #pragma once
 #include <algorithm>
@@ -11,29 +11,29 @@
 #include "batch_norm_act.h"
 
 namespace ef::batch_norm_act {
-inline constexpr int64_t kSegment = 1 << 15;
-inline constexpr int64_t kRun = 1 << 11;  // fewer elements in one place of NCHW at a time lose the prefetcher
+inline constexpr int64_t kChunk = 1 << 15;
+inline constexpr int64_t kSpan = 1 << 11;  // fewer elements in one place of NCHW at a time lose the prefetcher
 inline constexpr int64_t kLanes = 64;
 
-// Runs of consecutive elements: one of all channels in channels_last, else one of each channel in each image.
-struct Part {
-  int64_t offset, count;  // of the first run
+// Spans of consecutive elements: one of all channels in channels_last, else one of each channel in each image.
+struct Piece {
+  int64_t offset, count;  // of the first span
   int64_t images, channel, channels;
-  int64_t segment;
+  int64_t chunk;
 };
 
-struct Segments {
+struct Chunks {
   int64_t width;             // lanes of a loop
   int64_t lanes;             // that constants are kept for: a loop's in channels_last, else one a channel
-  int64_t size;              // elements of a run
-  int64_t images, channels;  // of a part
-  int64_t per_plane, count;  // segments: of a plane (0 in channels_last), all
-  explicit Segments(const Shape& s) {
+  int64_t size;              // elements of a span
+  int64_t images, channels;  // of a piece
+  int64_t per_plane, count;  // chunks: of a plane (0 in channels_last), all
+  explicit Chunks(const Shape& s) {
     if (s.inner == 1) {
       int64_t pixels = 1;  // that fill whole vectors
       while (pixels < 16 && pixels * s.c < 4 * kLanes && (pixels * s.c < kLanes || pixels * s.c % 16)) ++pixels;
       width = lanes = pixels * s.c;
-      size = width * std::max<int64_t>(1, kSegment / width);
+      size = width * std::max<int64_t>(1, kChunk / width);
       images = 1;
       channels = s.c;
       per_plane = 0;
@@ -41,48 +41,49 @@ struct Segments {
     } else {
       width = std::min(s.inner, kLanes);
       lanes = s.c;
-      size = std::min(s.inner, kSegment);
-      images = std::clamp<int64_t>(kSegment / s.inner, 1, s.n);
-      channels = std::min({s.c, std::max(ceil_div(kRun, s.inner), kSegment / s.values()), kLanes});
+      size = std::min(s.inner, kChunk);
+      images = std::clamp<int64_t>(kChunk / s.inner, 1, s.n);
+      channels = std::min({s.c, std::max(ceil_div(kSpan, s.inner), kChunk / s.values()), kLanes});
       per_plane = ceil_div(s.inner, size);
       count = ceil_div(s.n, images) * per_plane;
     }
   }
   // For passes without sums, which may go through NCHW in the order of memory.
-  static Segments image_by_image(const Shape& s) {
-    Segments segments(s);
-    if (segments.per_plane) {
-      segments.images = 1;
-      segments.channels = std::clamp<int64_t>(kSegment / s.inner, 1, s.c);
-      segments.count = s.n * segments.per_plane;
+  static Chunks image_by_image(const Shape& s) {
+    Chunks chunks(s);
+    if (chunks.per_plane) {
+      chunks.images = 1;
+      chunks.channels = std::clamp<int64_t>(kChunk / s.inner, 1, s.c);
+      chunks.count = s.n * chunks.per_plane;
     }
-    return segments;
+    return chunks;
   }
   int64_t blocks(const Shape& s) const { return ceil_div(s.c, channels); }  // of channels
-  int64_t sums(const Part& part) const { return per_plane ? part.channels * width : width; }
-  Part part(const Shape& s, int64_t segment, int64_t block) const {
-    if (!per_plane) return {segment * size, std::min(size, s.n * s.c - segment * size), 1, 0, s.c, segment};
-    const int64_t image = segment / per_plane * images, begin = segment % per_plane * size, channel = block * channels;
+  int64_t sums(const Piece& piece) const { return per_plane ? piece.channels * width : width; }
+  Piece piece(const Shape& s, int64_t chunk, int64_t block) const {
+    if (!per_plane) return {chunk * size, std::min(size, s.n * s.c - chunk * size), 1, 0, s.c, chunk};
+    const int64_t image = chunk / per_plane * images, begin = chunk % per_plane * size, channel = block * channels;
     return {.offset = (image * s.c + channel) * s.inner + begin,
             .count = std::min(size, s.inner - begin),
             .images = std::min(images, s.n - image),
             .channel = channel,
             .channels = std::min(channels, s.c - channel),
-            .segment = segment};
+            .chunk = chunk};
   }
-  int64_t values(const Shape& s, int64_t segment) const {  // per channel
-    const Part all = part(s, segment, 0);
+  int64_t values(const Shape& s, int64_t chunk) const {  // per channel
+    const Piece all = piece(s, chunk, 0);
     return per_plane ? all.images * all.count : all.count / s.c;
   }
 };
 
-// f(offset, count, k, of) for each run of a part, in NCHW that of its k-th channel. `of(constants)` is what the loops read.
+// f(offset, count, k, of) for each span of a piece, in NCHW that of its k-th channel. `of(constants)` is what the loops read.
 template <class F>
-void for_runs(const Shape& s, const Part& part, const F& f) {
-  if (s.inner == 1) return f(part.offset, part.count, 0, [](const auto* constants) { return constants; });
-  for (int64_t image = 0; image < part.images; ++image) {
-    for (int64_t k = 0; k < part.channels; ++k) {
-      f(part.offset + (image * s.c + k) * s.inner, part.count, k, [&](const auto* constants) { return Same{constants[part.channel + k]}; });
+void for_spans(const Shape& s, const Piece& piece, const F& f) {
+  if (s.inner == 1) return f(piece.offset, piece.count, 0, [](const auto* constants) { return constants; });
+  for (int64_t image = 0; image < piece.images; ++image) {
+    for (int64_t k = 0; k < piece.channels; ++k) {
+      f(piece.offset + (image * s.c + k) * s.inner, piece.count, k,
+        [&](const auto* constants) { return Same{constants[piece.channel + k]}; });
     }
   }
 }
