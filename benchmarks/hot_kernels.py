@@ -88,8 +88,7 @@ def analyze(kernel: Hot, code: Code, registers: int, call: Call, launch: Launch,
     blocks, threads = _product(launch.grid), _product(launch.block)
     warps = -(-threads // 32)
     widest = max(once.loads)
-    a_warp = launch.loads.of_width[widest] / (launch.blocks_run * warps)
-    rounds = (a_warp - before.loads.count(widest)) / once.loads.count(widest)
+    rounds = rounds_of(path, before, launch.loads.of_width[widest] / (launch.blocks_run * warps))
     moves = kernel.with_prologue if call.has_prologue and kernel.with_prologue else kernel.moves
     size = {"x": call.x, "y": call.y}
     fit = blocks_on_multiprocessor(threads, registers, launch.shared_bytes)
@@ -104,6 +103,15 @@ def analyze(kernel: Hot, code: Code, registers: int, call: Call, launch: Launch,
     )
     elements = size[moves[-1]] / itemsize / (blocks * warps * 32 * rounds)
     return Analysis(once, fit, elements, prediction)
+
+
+def rounds_of(path: list[Instruction], before: Walk, loads: float) -> float:
+    """Rounds of `path` that a warp takes if it executes so many of its widest loads, those before the loop included. What a round
+    loads for the next one is loaded for the first one there, beside constants."""
+    once = walk(path, rounds=1)
+    of_round, at_first = (some.loads.count(max(once.loads)) for some in (once, before))
+    carried = min(len(once.loads) - len(once.ahead), at_first)
+    return (loads - at_first + carried) / of_round
 
 
 def main_path(kernel: Hot, code: Code, has_prologue: bool = False) -> tuple[list[Instruction], list[Instruction]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cuobjdump
+from benchmarks.hot_kernels import rounds_of
 from benchmarks.kernel_pages import BEGIN, END, PAGES
 from benchmarks.kernels import measured
 from benchmarks.launches import Call
@@ -176,6 +177,14 @@ def test_loads_in_flight_are_those_before_the_first_wait():
     assert (together.loads_in_flight, together.bytes_in_flight) == (4, 64)
     assert (one_by_one.loads_in_flight, one_by_one.bytes_in_flight) == (1, 16)
     assert one_by_one.cycles > 3.9 * together.cycles
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rounds_follow_from_the_loads_of_a_warp(ahead):
+    """A warp that loads ten times goes through ten rounds, whether the first load stands before the loop or in it."""
+    way_in, path = loop(ahead).main()
+    before = walk(way_in, rounds=1, before_loop=True)
+    assert len(before.loads) == ahead and rounds_of(path, before, 10) == 10
 
 
 def test_warps_share_the_issue_and_hide_each_others_waits():
