@@ -197,6 +197,8 @@ def test_damage_to_a_variant_is_noticed(tmp_path, one_thread, damages, noticed):
         source.write_text(text.replace(before, after))
     library = build(tmp_path, tmp_path)
     assert wrong_variants(library) == noticed
+    if DEPTHWISE[0] in noticed:  # with which the device compares the others
+        return
     status, lines = run(library, tmp_path / "out.jsonl")
     assert status == 1 and {line["variant"] for line in lines if not line["agrees"]} <= set(noticed)
 
