@@ -30,7 +30,7 @@ struct Norm {
   EF_HD GradChannel<A> grad_channel(const A* sums, A factor, int64_t channels, int64_t c) const {
     if (!sums) return {A(0), A(0)};
     const A inverse = inverse_deviation(var[c], eps), scale = weight ? weight[c] * inverse : inverse;
-    return {-scale * (sums[c] * factor), -scale * inverse * (sums[channels + c] * factor)};
+    return grad_channel_of(scale, inverse, sums[c], sums[channels + c], factor);
   }
 };
 

@@ -99,9 +99,9 @@ struct GradChannels : Channels<kCount, A> {
     Channels<kCount, A>::load(norm, c);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const A scale = this->scale[k];
-      shift[k] = sums ? -scale * (shift[k] * factor) : A(0);
-      slope[k] = sums ? -scale * this->inverse[k] * (slope[k] * factor) : A(0);
+      const GradChannel<A> of_sums = grad_channel_of(this->scale[k], this->inverse[k], shift[k], slope[k], factor);
+      shift[k] = sums ? of_sums.shift : A(0);
+      slope[k] = sums ? of_sums.slope : A(0);
     }
   }
 };

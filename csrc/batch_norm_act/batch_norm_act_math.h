@@ -18,6 +18,11 @@ template <typename A>
 struct GradChannel {
   A shift, slope;
 };
+// From the gradients of bias and weight times `factor`; scale = weight inverse.
+template <typename A>
+EF_HD GradChannel<A> grad_channel_of(A scale, A inverse, A grad_bias, A grad_weight, A factor) {
+  return {-scale * (grad_bias * factor), -scale * inverse * (grad_weight * factor)};
+}
 
 template <typename A>
 EF_HD A inverse_deviation(A var, A eps) {

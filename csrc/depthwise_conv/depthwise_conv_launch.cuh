@@ -96,7 +96,7 @@ unsigned cut(TiledLevels<scalar_t>& levels, int count, int64_t resident, int64_t
     extents[i] = extent_of(levels.level[i].level.shape);
     highest = std::max(highest, extents[i].rows);
   }
-  // The tiles of a level below each other, which are of equal height, if none has more than `rows` rows.
+  // Of a level whose tiles have at most `rows` rows.
   const auto blocks_of = [&](int i, int64_t rows) {
     const Extent& e = extents[i];
     return ceil_div(levels.level[i].level.shape.n * ceil_div(e.rows, rows) * e.columns * e.channels, kThreads);
