@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks import cuobjdump
@@ -58,32 +59,33 @@ class Row:
         ]
 
 
+@cache
+def kernels_of(path: Path, tool: str) -> dict[str, tuple[str, Resources]]:
+    """Symbol and resources of each kernel of a built library, by its C++ name."""
+    resources = {symbol: found for (symbol, _), found in cuobjdump.resources(path, tool).items()}
+    return dict(zip(cuobjdump.readable(list(resources)), resources.items(), strict=True))
+
+
 class Library:
     """The built CUDA library; of its code only that of the kernels with these C++ names is read."""
 
     def __init__(self, path: Path, tool: str, kernels: Iterable[str]) -> None:
-        self.resources = {symbol: found for (symbol, _), found in cuobjdump.resources(path, tool).items()}
-        self.symbols = dict(zip(cuobjdump.readable(list(self.resources)), self.resources, strict=True))
-        wanted = [self.symbols[kernel] for kernel in kernels]
+        self.kernels = kernels_of(path, tool)
+        wanted = [self.kernels[kernel][0] for kernel in kernels]
         self.codes = {symbol: code for symbol, _, code in cuobjdump.codes(path, tool, wanted)}
 
     def row(self, name: str, call: Call, launch: Launch, itemsize: int) -> Row:
-        symbol, kernel = self.symbols[name], hot(name)
-        resources = self.resources[symbol]
+        (symbol, resources), kernel = self.kernels[name], hot(name)
         found = analyze(kernel, self.codes[symbol], resources.registers, call, launch, itemsize) if kernel else None
         return Row(name.partition("::")[2], launch, resources, found)
 
 
 def fits_of(path: Path, tool: str) -> Fits:
     """How many blocks of the kernels of a built library fit on a multiprocessor; the emulation asks by its own symbols."""
-    resources = {symbol: found for (symbol, _), found in cuobjdump.resources(path, tool).items()}
-    by_name = dict(zip(cuobjdump.readable(list(resources)), resources.values(), strict=True))
-    registers: dict[str, int] = {}
 
     def fits(symbol: str, threads: int, shared_bytes: int) -> int:
-        if symbol not in registers:
-            registers[symbol] = by_name[cuobjdump.readable([symbol])[0]].registers
-        return blocks_on_multiprocessor(threads, registers[symbol], shared_bytes)
+        (name,) = cuobjdump.readable([symbol])
+        return blocks_on_multiprocessor(threads, kernels_of(path, tool)[name][1].registers, shared_bytes)
 
     return fits
 
